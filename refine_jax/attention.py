@@ -1,0 +1,233 @@
+"""Causal attention over packed rows: one signature, several engines.
+
+Every engine computes, for each token, attention over the tokens of the same segment at or
+before it (and inside the sliding window, where there is one). Padding, segment id 0, counts as
+a segment of its own, so that every output is finite.
+
+  xla           a masked softmax by XLA; anywhere, slow on long rows (the reference).
+  cudnn         cuDNN's causal flash attention; rows that hold one segment (data.pack=False).
+  cudnn_packed  cuDNN's packed form: NVIDIA Hopper or newer and jax >= 0.11.2.
+  splash        the Pallas kernel for TPU.
+"""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from refine_jax.errors import UserError
+from refine_jax.sharding import BATCH_AXES
+
+# Below this, cuDNN's packed form scales key offsets by the number of query heads and answers
+# wrongly, in silence, where there are fewer key heads (jax-ml/jax#39521).
+_PACKED_SINCE = (0, 11, 2)
+_SPLASH_LANES = 128
+# Relative error that bfloat16 rounding alone explains; a wrong mask is off by tens of percent.
+_PROBE_TOLERANCE = 0.03
+
+
+def attend_with(
+  segment_ids_BT, *, backend: str = "xla", max_segments: int = 1, mesh=None, interpret: bool = False
+):
+  """The attention engine for rows of these segments, as `model.hidden_states` wants it.
+
+  Args:
+    segment_ids_BT: int32, contiguous from 1 in each row, 0 for the padding at its end.
+    backend: an engine of this module (not "auto": see `choose_backend`).
+    max_segments: most segments in any row, padding not counted; static.
+    mesh: splits rows over data and fsdp, heads over tensor; None: one device.
+    interpret: run Pallas kernels in interpret mode (tests on a CPU).
+
+  Returns:
+    window -> (q_BTHh, k_BTKh, v_BTKh, cache) -> (out_BTHh, cache)
+  """
+  engine = {
+    "xla": _xla,
+    "cudnn": _cudnn,
+    "cudnn_packed": functools.partial(_cudnn_packed, max_segments=max_segments),
+    "splash": functools.partial(_splash, interpret=interpret),
+  }[backend]
+
+  def with_window(window):
+    local = functools.partial(engine, window=window)
+    if mesh is not None and mesh.size > 1:
+      heads = PartitionSpec(BATCH_AXES, None, "tensor", None)
+      rows = PartitionSpec(BATCH_AXES, None)
+      # Kernels know nothing of meshes: give each device its rows and heads. check_vma is off
+      # because custom kernels do not say over which axes their outputs vary.
+      local = jax.shard_map(
+        local, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+      )
+
+    def attend(q, k, v, cache):
+      return local(q, k, v, segment_ids_BT), cache
+
+    return attend
+
+  return with_window
+
+
+def mask_BTT(segment_ids_BT, window: int | None):
+  """Who sees whom: bool [B, queries, keys]."""
+  same = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+  index = jnp.arange(segment_ids_BT.shape[1])
+  distance = index[:, None] - index[None, :]
+  near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+  return same & near[None]
+
+
+def _xla(q, k, v, segment_ids_BT, *, window):
+  mask = mask_BTT(segment_ids_BT, window)[:, None]
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+
+
+def _cudnn(q, k, v, segment_ids_BT, *, window):
+  del segment_ids_BT  # one segment a row, and what follows its end is after it
+  local = None if window is None else (window - 1, 0)
+  return jax.nn.dot_product_attention(
+    q, k, v, is_causal=True, local_window_size=local, implementation="cudnn"
+  )
+
+
+def segment_layout(segment_ids_BT, max_segments: int):
+  """Lengths and offsets of each row's segments, the padding being the last one.
+
+  Returns:
+    lengths int32 [B, M] and offsets int32 [B, M + 1] with M = max_segments + 1; unused places
+    are -1, as cuDNN's packed form wants them.
+  """
+  slots = max_segments + 1
+  starts = jnp.diff(segment_ids_BT, axis=1, prepend=-1) != 0
+  index_BT = jnp.cumsum(starts, axis=1) - 1
+  lengths = jnp.sum(
+    index_BT[:, :, None] == jnp.arange(slots)[None, None, :], axis=1, dtype=jnp.int32
+  )
+  ends = jnp.cumsum(lengths, axis=1)
+  begins = jnp.concatenate([jnp.zeros_like(ends[:, :1]), ends], axis=1)
+  used = jnp.arange(slots + 1)[None, :] <= jnp.sum(lengths > 0, axis=1, keepdims=True)
+  return jnp.where(lengths > 0, lengths, -1), jnp.where(used, begins, -1)
+
+
+def _cudnn_packed(q, k, v, segment_ids_BT, *, window, max_segments):
+  # Private, for want of a public way to pass offsets (jax-ml/jax#29731 is open).
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  lengths, offsets = segment_layout(segment_ids_BT, max_segments)
+  return cudnn.dot_product_attention(
+    q, k, v,
+    q_seqlen=lengths, kv_seqlen=lengths, q_offsets=offsets, kv_offsets=offsets,
+    scale=q.shape[-1] ** -0.5, mask_type=cudnn.MaskType.PADDING_CAUSAL,
+    sliding_window_length=window,
+  )  # fmt: skip
+
+
+def _splash(q, k, v, segment_ids_BT, *, window, interpret):
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  length, heads, head_dim = q.shape[1:]
+  padded = -(-length // _SPLASH_LANES) * _SPLASH_LANES
+  width = -(-head_dim // _SPLASH_LANES) * _SPLASH_LANES
+
+  def prepare(x):  # to [B, heads, padded, width]
+    pad = ((0, 0), (0, padded - length), (0, 0), (0, width - head_dim))
+    return jnp.pad(x, pad).swapaxes(1, 2)
+
+  shape = (padded, padded)
+  mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
+  kernel = splash.make_splash_mha(
+    masks.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=1, interpret=interpret
+  )
+  ids = jnp.pad(segment_ids_BT, ((0, 0), (0, padded - length)))
+  scale = jnp.asarray(head_dim**-0.5, q.dtype)
+  out = jax.vmap(kernel)(
+    prepare(q) * scale, prepare(k), prepare(v), splash.SegmentIds(q=ids, kv=ids)
+  )
+  return out.swapaxes(1, 2)[:, :length, :, :head_dim]
+
+
+def choose_backend(
+  wanted: str, *, heads: int, kv_heads: int, head_dim: int, dtype, max_segments: int, packed: bool
+) -> str:
+  """The engine for this run: what was asked for, or for "auto" the fastest that answers right.
+
+  "auto" runs the fast engine of this platform once on a tiny packed problem with grouped heads,
+  forward and backward, against the reference, and falls back to "xla" with a warning.
+
+  Raises:
+    UserError: an engine was asked for by name and does not run or answers wrongly here.
+  """
+  platform = jax.default_backend()
+  if wanted == "cudnn" and packed:
+    raise UserError(
+      "config.model.attention='cudnn' attends across the examples of a packed row;"
+      " use 'cudnn_packed', or config.data.pack=False."
+    )
+  if wanted == "auto":
+    fast = {"gpu": "cudnn_packed" if packed else "cudnn", "tpu": "splash"}.get(platform, "xla")
+  else:
+    fast = wanted
+  if fast == "xla":
+    return "xla"
+  reason = _refusal(fast, platform, dtype) or _probe(fast, heads, kv_heads, head_dim, max_segments)
+  if reason is None:
+    return fast
+  if wanted != "auto":
+    raise UserError(f"config.model.attention={wanted!r} does not work here: {reason}")
+  logging.warning("attention: %s is not used, xla is: %s", fast, reason)
+  return "xla"
+
+
+def _refusal(backend, platform, dtype):
+  needs = "tpu" if backend == "splash" else "gpu"
+  if platform != needs:
+    return f"it needs a {needs}, and this is a {platform}."
+  if needs == "gpu" and jnp.dtype(dtype) != jnp.bfloat16:
+    return f"it computes in bfloat16, and config.model.compute_dtype is {jnp.dtype(dtype).name}."
+  if backend == "cudnn_packed" and jax.__version_info__ < _PACKED_SINCE:
+    return f"jax {jax.__version__} computes it wrongly for grouped heads; 0.11.2 is right."
+  return None
+
+
+def _probe(backend, heads, kv_heads, head_dim, max_segments):
+  """None if `backend` agrees with the reference on a tiny packed problem, else why not."""
+  length = 256
+  cuts = [length] if backend == "cudnn" else [100, 37, 1, 90]  # the rest is padding
+  cuts = cuts[:max_segments]
+  row = np.zeros((2, length), np.int32)
+  row[0, : sum(cuts)] = np.repeat(np.arange(1, len(cuts) + 1), cuts)
+  row[1, : cuts[0]] = 1
+  if backend == "cudnn":
+    row[:] = 1
+  segment_ids = jnp.asarray(row)
+  groups = heads // kv_heads
+  small_heads = 2 * groups if kv_heads > 1 else groups
+  keys = jax.random.split(jax.random.key(0), 4)
+  count = {0: small_heads, 1: small_heads // groups, 2: small_heads // groups, 3: small_heads}
+  q, k, v, weight = (
+    jax.random.normal(key, (2, length, count[i], head_dim), jnp.bfloat16)
+    for i, key in enumerate(keys)
+  )
+
+  def run(backend, q, k, v):
+    engine = attend_with(segment_ids, backend=backend, max_segments=max_segments)(None)
+    out = engine(q, k, v, None)[0]
+    return jnp.sum((out * weight).astype(jnp.float32)), out
+
+  def outputs(backend):
+    grad = jax.jit(jax.grad(functools.partial(run, backend), argnums=(0, 1, 2), has_aux=True))
+    grads, out = grad(q, k, v)
+    return [np.asarray(x, np.float32) for x in (*grads, out)]
+
+  try:
+    got = outputs(backend)
+  except Exception as error:  # whatever a kernel library raises is a reason not to use it
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+  for name, x, want in zip(("dq", "dk", "dv", "out"), got, outputs("xla"), strict=True):
+    error = np.linalg.norm(x - want) / np.linalg.norm(want)
+    if not error < _PROBE_TOLERANCE:
+      return f"its {name} differs from the reference by {error:.2g} on a packed problem."
+  return None

@@ -1,0 +1,301 @@
+"""ml_collections' ConfigDict -> frozen, checked dataclasses.
+
+`configs/base.py` holds the keys, their defaults and what they mean; the dataclasses here hold
+their types. Both directions are strict: an unknown key and a missing one are errors.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+
+from ml_collections import ConfigDict
+
+from refine_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  train_files: str
+  val_files: str
+  prompt_key: str
+  response_key: str
+  max_length: int
+  truncation: str
+  pack: bool
+  max_segments: int
+  chat_template: str
+  cache_dir: str
+  tokenize_workers: int
+  prefetch: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSource:
+  """Where the model comes from and how it is computed; its shape is model.ModelConfig."""
+
+  pretrained: str
+  config: str
+  tokenizer: str
+  trust_remote_code: bool
+  compute_dtype: str
+  attention: str
+  remat: str
+  scan_unroll: int
+  head_chunk: int
+  head_gradient: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+  num_iterations: int
+  loss_weights: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+  noise_min: float
+  noise_max: float
+  token: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+  batch_size: int
+  accumulation: int
+  total_epochs: int
+  total_steps: int
+  lr: float
+  warmup_ratio: float
+  betas: tuple[float, ...]
+  eps: float
+  weight_decay: float
+  clip_grad: float
+  moment_dtype: str
+  max_nonfinite: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  data: int
+  fsdp: int
+  tensor: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+  save_every: int
+  max_ckpt_to_keep: int
+  resume_mode: str
+  resume_from_path: str
+  save_hf: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+  eval_every: int
+  batch_size: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+  every: int
+  debug_every: int
+  logger: tuple[str, ...]
+  project_name: str
+  experiment_name: str
+  profile_steps: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  seed: int
+  data: DataConfig
+  model: ModelSource
+  objective: ObjectiveConfig
+  noise: NoiseConfig
+  optim: OptimConfig
+  mesh: MeshConfig
+  checkpoint: CheckpointConfig
+  eval: EvalConfig
+  log: LogConfig
+
+  def to_dict(self) -> dict:
+    """Plain dicts, lists and scalars, as JSON holds them."""
+    return dataclasses.asdict(self)
+
+
+_CHOICES = {
+  "data.truncation": ("error", "left", "right"),
+  "model.compute_dtype": ("float32", "bfloat16"),
+  "model.attention": ("auto", "xla", "cudnn", "cudnn_packed", "splash"),
+  "model.remat": ("auto", "none", "mlp", "attention", "full"),
+  "model.head_gradient": ("auto", "forward", "recompute"),
+  "optim.moment_dtype": ("float32", "bfloat16"),
+  "checkpoint.resume_mode": ("auto", "disable", "resume_path"),
+}
+# Smallest value that makes sense; keys that may also be -1 say so in configs/base.py.
+_AT_LEAST = {
+  "seed": 0,
+  "data.max_length": 2,
+  "data.max_segments": 1,
+  "data.tokenize_workers": 0,
+  "data.prefetch": 1,
+  "model.scan_unroll": 1,
+  "model.head_chunk": 1,
+  "objective.num_iterations": 1,
+  "noise.token": -1,
+  "optim.batch_size": 1,
+  "optim.accumulation": 1,
+  "optim.total_epochs": 1,
+  "optim.lr": 0,
+  "optim.eps": 0,
+  "optim.weight_decay": 0,
+  "optim.clip_grad": 0,
+  "optim.max_nonfinite": 1,
+  "checkpoint.save_every": 1,
+  "checkpoint.max_ckpt_to_keep": 1,
+  "eval.eval_every": 0,
+  "eval.batch_size": 0,
+  "log.every": 1,
+  "log.debug_every": 0,
+}
+_LOGGERS = ("console", "tensorboard", "wandb")
+
+
+def from_config_dict(config: ConfigDict) -> Config:
+  """Checks every key and returns the frozen configuration.
+
+  Raises:
+    UserError: an unknown or missing key, a wrong type, or values that contradict each other.
+  """
+  result = _build(Config, config, "")
+  _check(result)
+  return result
+
+
+def nearest(name: str, known) -> str:
+  """' Did you mean ...?' for the known name most like `name`, or ''."""
+  match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+  return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def _build(cls, config, prefix):
+  if not isinstance(config, (ConfigDict, dict)):
+    raise UserError(f"config.{prefix[:-1]} must be a ConfigDict, not {config!r}.")
+  types_ = typing.get_type_hints(cls)
+  for key in config:
+    if key not in types_:
+      raise UserError(
+        f"Unknown config key {prefix + key!r}.{nearest(key, types_)}"
+        f" configs/base.py lists them all."
+      )
+  missing = [prefix + key for key in types_ if key not in config]
+  if missing:
+    raise UserError(
+      f"Config keys missing: {', '.join(missing)}. Start from configs/base.py."
+    )
+  values = {}
+  for key, kind in types_.items():
+    if dataclasses.is_dataclass(kind):
+      values[key] = _build(kind, config[key], f"{prefix}{key}.")
+    else:
+      values[key] = _convert(prefix + key, config[key], kind)
+  return cls(**values)
+
+
+def _convert(name, value, kind):
+  """`value` as `kind`; an int passes for a float, a list for a tuple, nothing else changes."""
+  if isinstance(kind, types.GenericAlias):  # tuple[X, ...]
+    if isinstance(value, (list, tuple)):
+      return tuple(_convert(name, v, kind.__args__[0]) for v in value)
+    kind_name = f"a sequence of {kind.__args__[0].__name__}"
+  else:
+    kind_name = kind.__name__
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+      return float(value)
+    if type(value) is kind and kind is not float:
+      return value
+  raise UserError(f"config.{name} must be {kind_name}, not {value!r}.")
+
+
+def _get(config, name):
+  for part in name.split("."):
+    config = getattr(config, part)
+  return config
+
+
+def _require(condition, message):
+  if not condition:
+    raise UserError(message)
+
+
+def _check(c: Config):
+  for name, choices in _CHOICES.items():
+    value = _get(c, name)
+    _require(
+      value in choices,
+      f"config.{name} is {value!r}; it is one of {', '.join(choices)}.{nearest(value, choices)}",
+    )
+  for name, least in _AT_LEAST.items():
+    value = _get(c, name)
+    _require(value >= least, f"config.{name} is {value}; it must be at least {least}.")
+  rounds, weights = c.objective.num_iterations, c.objective.loss_weights
+  _require(
+    len(weights) == rounds,
+    f"config.objective.loss_weights has {len(weights)} values and num_iterations is {rounds};"
+    " give one weight a round.",
+  )
+  _require(
+    all(w >= 0 for w in weights) and sum(weights) > 0,
+    f"config.objective.loss_weights is {weights}; weights are not negative, and one is positive.",
+  )
+  low, high = c.noise.noise_min, c.noise.noise_max
+  _require(
+    0 <= low <= high <= 1,
+    f"config.noise has noise_min={low} and noise_max={high};"
+    " they must satisfy 0 <= noise_min <= noise_max <= 1.",
+  )
+  _require(
+    len(c.optim.betas) == 2 and all(0 <= b < 1 for b in c.optim.betas),
+    f"config.optim.betas is {c.optim.betas}; it must be two numbers in [0, 1).",
+  )
+  _require(
+    0 <= c.optim.warmup_ratio < 1,
+    f"config.optim.warmup_ratio is {c.optim.warmup_ratio}; it must be in [0, 1).",
+  )
+  _require(
+    c.optim.total_steps == -1 or c.optim.total_steps > 0,
+    f"config.optim.total_steps is {c.optim.total_steps}; it must be positive, or -1 for all epochs.",
+  )
+  _require(
+    c.optim.batch_size % c.optim.accumulation == 0,
+    f"config.optim.batch_size={c.optim.batch_size} is not divisible by"
+    f" accumulation={c.optim.accumulation}.",
+  )
+  sizes = dataclasses.astuple(c.mesh)
+  _require(
+    all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
+    f"config.mesh is data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]};"
+    " sizes are positive, and at most one is -1.",
+  )
+  for name in c.log.logger:
+    _require(
+      name in _LOGGERS,
+      f"config.log.logger names {name!r}; known are {', '.join(_LOGGERS)}.{nearest(name, _LOGGERS)}",
+    )
+  _require(
+    len(c.log.profile_steps) == 2 and c.log.profile_steps[0] <= c.log.profile_steps[1],
+    f"config.log.profile_steps is {c.log.profile_steps}; it must be (first, last).",
+  )
+  _require(bool(c.data.train_files), "config.data.train_files is empty; name a parquet file.")
+  _require(
+    bool(c.model.pretrained) != bool(c.model.config),
+    "Set config.model.pretrained (start from weights) or config.model.config (from scratch),"
+    " one of the two.",
+  )
+  _require(
+    (c.checkpoint.resume_mode == "resume_path") == bool(c.checkpoint.resume_from_path),
+    "config.checkpoint.resume_from_path goes with resume_mode='resume_path', and only with it.",
+  )

@@ -1,0 +1,202 @@
+"""The training and evaluation steps: pure functions of (state, batch)."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from refine_jax import objective, optim
+from refine_jax.compute import Compute
+from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
+
+# Validation losses are reported by the example's noise rate, in so many equal parts of
+# [noise_min, noise_max].
+NOISE_BUCKETS = 4
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that a step changes.
+
+  Attributes:
+    step: int32, steps taken, skipped ones included.
+    skipped: int32, steps whose update was dropped as not finite.
+    skipped_in_row: int32, of those the latest ones without a good one between.
+    params: float32 masters (model.init_params).
+    opt_state: optax's.
+  """
+
+  step: jax.Array
+  skipped: jax.Array
+  skipped_in_row: jax.Array
+  params: Any
+  opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+  """What a step does, beside how it is computed; static."""
+
+  objective: ObjectiveConfig
+  noise: NoiseConfig
+  optim: OptimConfig
+  noise_token: int
+  total_steps: int
+  seed: int
+
+
+def init_state(params, optim_config: OptimConfig) -> TrainState:
+  """Step 0 with these parameters."""
+  # Three arrays, not one three times: the state is donated, and a buffer only once.
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    skipped=jnp.zeros((), jnp.int32),
+    skipped_in_row=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optim.optimizer(optim_config).init(params),
+  )
+
+
+def train_step(state: TrainState, batch: dict, *, recipe: Recipe, compute: Compute) -> tuple:
+  """One optimizer step.
+
+  Args:
+    state: donated by the caller's jit.
+    batch: arrays [A, B, T] (objective.py names them): A micro-batches of B rows.
+
+  Returns:
+    the new state; a dict of float32 metrics: scalars loss_total, grad_norm, lr, noise_mean,
+    tokens, response_tokens, skipped, skipped_in_row, and [rounds] of objective.ROUND_SUMS.
+  """
+  count = sum_over_batch(lambda b: objective.next_token_targets(b)[1], batch)
+  key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+  working = compute.cast(state.params)
+
+  def micro_step(gradients, micro):
+    noised, rates = objective.noise_ids(key, micro, recipe.noise, recipe.noise_token)
+    gradients, sums = objective.refinement_gradients(
+      lambda p, ids, targets, weights: compute.loss(p, ids, micro, targets, weights),
+      working,
+      gradients,
+      micro,
+      noised,
+      loss_weights=recipe.objective.loss_weights,
+      total_count=count,
+    )
+    sums["rates"] = jnp.sum(jnp.where(micro["response_mask"], rates, 0))
+    return gradients, sums
+
+  zeros = jax.tree.map(jnp.zeros_like, state.params)
+  gradients, sums = jax.lax.scan(micro_step, zeros, batch)
+  sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+  rates = sums.pop("rates")
+  losses = sums["loss"] / jnp.maximum(count, 1)
+  loss_total = jnp.sum(losses * jnp.asarray(recipe.objective.loss_weights))
+  new_state, norm, rate = _update(state, gradients, loss_total, recipe)
+  response_tokens = sum_over_batch(lambda b: b["response_mask"], batch)
+  metrics = sums | {
+    "loss_total": loss_total,
+    "grad_norm": norm,
+    "lr": rate,
+    "noise_mean": rates / jnp.maximum(response_tokens, 1),
+    "tokens": sum_over_batch(lambda b: b["segment_ids"] > 0, batch),
+    "response_tokens": response_tokens,
+    "skipped": new_state.skipped.astype(jnp.float32),
+    "skipped_in_row": new_state.skipped_in_row.astype(jnp.float32),
+  }
+  return new_state, metrics
+
+
+def sum_over_batch(select, batch: dict):
+  """The float32 sum over all micro-batches of what `select` takes from one."""
+  return jnp.sum(jax.vmap(select)(batch), dtype=jnp.float32)
+
+
+def _update(state, gradients, loss, recipe):
+  """The new state, the gradient's norm and the learning rate; the old values if not finite."""
+  norm = optax.tree.norm(gradients)
+  finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+  rate = optim.schedule(recipe.optim, recipe.total_steps)(state.step)
+  updates, opt_state = optim.optimizer(recipe.optim).update(
+    gradients, state.opt_state, state.params
+  )
+  params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+
+  def keep_old_unless_finite(new, old):
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+  bad = (~finite).astype(jnp.int32)
+  new_state = TrainState(
+    step=state.step + 1,
+    skipped=state.skipped + bad,
+    skipped_in_row=(state.skipped_in_row + 1) * bad,
+    params=keep_old_unless_finite(params, state.params),
+    opt_state=keep_old_unless_finite(opt_state, state.opt_state),
+  )
+  return new_state, norm, rate
+
+
+def eval_step(params: dict, batch: dict, *, recipe: Recipe, compute: Compute) -> dict:
+  """Sums for validation, each round by noise-rate bucket.
+
+  The noise is that of step 0, so that every validation sees the same.
+
+  Args:
+    batch: arrays [B, T].
+
+  Returns:
+    objective.ROUND_SUMS, float32 [rounds, NOISE_BUCKETS].
+  """
+  key = jax.random.key(recipe.seed)
+  noise = recipe.noise
+  noised, rates = objective.noise_ids(key, batch, noise, recipe.noise_token)
+  width = max(noise.noise_max - noise.noise_min, 1e-6) / NOISE_BUCKETS
+  bucket = jnp.clip(((rates - noise.noise_min) / width).astype(jnp.int32), 0, NOISE_BUCKETS - 1)
+  targets, scored = objective.next_token_targets(batch)
+  # The rate belongs to the example, and so to all its tokens.
+  in_bucket = jax.nn.one_hot(bucket, NOISE_BUCKETS)
+  working = compute.cast(params)
+
+  def predict(ids):
+    return compute.loss(working, ids, batch, targets, scored.astype(jnp.float32))[1]
+
+  def collect(_, output):
+    terms = objective.round_sums(batch, noised, targets, scored, output)
+    return {name: jnp.einsum("bt,btk->k", x, in_bucket) for name, x in terms.items()}
+
+  rounds = recipe.objective.num_iterations
+  return objective.refine(predict, batch, noised, num_rounds=rounds, collect=collect)
+
+
+def debug_rounds(params: dict, batch: dict, *, recipe: Recipe, compute: Compute, step) -> dict:
+  """One row's way through the rounds, for log/debug.log: batch arrays are [1, T].
+
+  Returns:
+    "inputs" int32 [rounds, T]: s0, s1, ..; "predictions" int32 [rounds, T]: what each round
+    predicts for the place of each token.
+  """
+  key = jax.random.fold_in(jax.random.key(recipe.seed), step)
+  noised, _ = objective.noise_ids(key, batch, recipe.noise, recipe.noise_token)
+  targets, scored = objective.next_token_targets(batch)
+  working = compute.cast(params)
+
+  def predict(ids):
+    return compute.loss(working, ids, batch, targets, scored.astype(jnp.float32))[1]
+
+  def collect(ids, output):
+    after = objective.next_round_ids(batch, output.predictions, scored)
+    return {"inputs": ids[0], "predictions": after[0]}
+
+  rounds = recipe.objective.num_iterations
+  return objective.refine(predict, batch, noised, num_rounds=rounds, collect=collect)
+
+
+def jit_train_step(recipe: Recipe, compute: Compute, state_shardings=None):
+  """The one place where the step is compiled: state donated, its shardings kept."""
+  step = functools.partial(train_step, recipe=recipe, compute=compute)
+  out = None if state_shardings is None else (state_shardings, None)
+  return jax.jit(step, donate_argnums=0, out_shardings=out)

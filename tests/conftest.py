@@ -1,0 +1,21 @@
+"""Every test runs on the CPU, as eight devices, offline, with silent broadcasting forbidden."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jax  # noqa: E402  the flags above come first
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_threefry_partitionable", True)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+  """Tokenised data of a test never meets that of a user or of another test."""
+  monkeypatch.setenv("REFINE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -1,0 +1,123 @@
+"""Tiny models and batches for the tests of the step."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from refine_jax import model
+from refine_jax.compute import Compute
+from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
+from refine_jax.rope import RopeConfig
+from refine_jax.train_step import Recipe
+
+NOISE_TOKEN = 1
+
+
+def tiny_config(**changes) -> model.ModelConfig:
+  config = model.ModelConfig(
+    vocab_size=37,
+    width=32,
+    feed_forward=48,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    norm_eps=1e-5,
+    rope=RopeConfig(),
+    tied_head=False,
+    qkv_bias=True,
+    output_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    windows=(None, None),
+    max_length=128,
+    initializer_range=0.3,
+  )
+  return dataclasses.replace(config, **changes)
+
+
+def tiny_params(config=None, seed=0):
+  return model.init_params(config or tiny_config(), jax.random.key(seed))
+
+
+def recipe(num_iterations=2, loss_weights=None, noise=(0.2, 0.8), **optim_changes) -> Recipe:
+  optim = OptimConfig(
+    batch_size=8,
+    accumulation=1,
+    total_epochs=1,
+    total_steps=10,
+    lr=1e-3,
+    warmup_ratio=0.2,
+    betas=(0.9, 0.95),
+    eps=1e-8,
+    weight_decay=0.01,
+    clip_grad=1.0,
+    moment_dtype="float32",
+    max_nonfinite=3,
+  )
+  return Recipe(
+    objective=ObjectiveConfig(
+      num_iterations=num_iterations,
+      loss_weights=tuple(loss_weights or [1.0, 0.7, 0.4, 0.2][:num_iterations]),
+    ),
+    noise=NoiseConfig(noise_min=noise[0], noise_max=noise[1], token=NOISE_TOKEN),
+    optim=dataclasses.replace(optim, **optim_changes),
+    noise_token=NOISE_TOKEN,
+    total_steps=10,
+    seed=3,
+  )
+
+
+def compute(config=None, **changes) -> Compute:
+  changes = {"max_segments": 3, "head_chunk": 16} | changes
+  return Compute(model=config or tiny_config(), **changes)
+
+
+def examples(count: int, seed=0, max_prompt=6, max_response=9) -> list:
+  """(prompt ids, response ids) with a response that ends in token 1, the EOS of these tests."""
+  rng = np.random.default_rng(seed)
+  result = []
+  for _ in range(count):
+    prompt = rng.integers(2, 37, rng.integers(1, max_prompt + 1))
+    response = np.append(rng.integers(2, 37, rng.integers(1, max_response + 1)), 1)
+    result.append((prompt, response))
+  return result
+
+
+def make_batch(rows: list, length: int, ids: list | None = None) -> dict:
+  """Rows of lists of (example id, prompt, response) -> arrays [B, T]."""
+  shape = (len(rows), length)
+  batch = {
+    "ids": np.zeros(shape, np.int32),
+    "segment_ids": np.zeros(shape, np.int32),
+    "positions": np.zeros(shape, np.int32),
+    "response_mask": np.zeros(shape, bool),
+    "example_ids": np.full(shape, -1, np.int32),
+  }
+  for b, row in enumerate(rows):
+    start = 0
+    for s, (example, prompt, response) in enumerate(row):
+      tokens = np.concatenate([prompt, response])
+      span = (b, slice(start, start + len(tokens)))
+      batch["ids"][span] = tokens
+      batch["segment_ids"][span] = s + 1
+      batch["positions"][span] = np.arange(len(tokens))
+      batch["response_mask"][span] = np.arange(len(tokens)) >= len(prompt)
+      batch["example_ids"][span] = example
+      start += len(tokens)
+  return batch
+
+
+def packed_batch(count=12, per_row=3, length=48, seed=0) -> dict:
+  data = [(i, *e) for i, e in enumerate(examples(count, seed))]
+  return make_batch([data[i : i + per_row] for i in range(0, count, per_row)], length)
+
+
+def unpacked_batch(count=12, length=16, seed=0) -> dict:
+  return make_batch([[(i, *e)] for i, e in enumerate(examples(count, seed))], length)
+
+
+def split(batch: dict, parts: int) -> dict:
+  """[B, T] -> [A, B / A, T]."""
+  return {k: v.reshape(parts, -1, v.shape[-1]) for k, v in batch.items()}

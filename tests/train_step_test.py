@@ -1,0 +1,166 @@
+"""The step: what must not change its result, and what it must never do."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import train_fixtures as tiny
+from jax.sharding import NamedSharding, PartitionSpec
+
+from refine_jax import objective, sharding
+from refine_jax.config import MeshConfig
+from refine_jax.train_step import eval_step, init_state, jit_train_step
+
+
+def run(batch, recipe, compute, steps=1, params=None):
+  """The state and the metrics of each step, for arrays [A, B, T]."""
+  state = init_state(params or tiny.tiny_params(compute.model), recipe.optim)
+  step = jit_train_step(recipe, compute)
+  history = []
+  for _ in range(steps):
+    state, metrics = step(state, batch)
+    history.append(jax.device_get(metrics))
+  return state, history
+
+
+def gradient(batch, recipe, compute, params=None):
+  """The accumulated gradient of one [B, T] batch, and the round sums."""
+  params = params or tiny.tiny_params(compute.model)
+  _, scored = objective.next_token_targets(batch)
+  noised, _ = objective.noise_ids(
+    jax.random.key(0), batch, recipe.noise, recipe.noise_token
+  )
+  return jax.jit(
+    lambda params: objective.refinement_gradients(
+      lambda p, ids, t, w: compute.loss(p, ids, batch, t, w),
+      params,
+      jax.tree.map(jnp.zeros_like, params),
+      batch,
+      noised,
+      loss_weights=recipe.objective.loss_weights,
+      total_count=scored.sum(),
+    )
+  )(params)
+
+
+def assert_close(a, b, atol=1e-5, rtol=1e-4):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=rtol), a, b)
+
+
+@pytest.mark.parametrize("head_gradient", ["forward", "recompute"])
+def test_packed_rows_give_the_gradient_of_unpacked_ones(head_gradient):
+  recipe = tiny.recipe()
+  compute = tiny.compute(head_gradient=head_gradient)
+  packed = gradient(tiny.packed_batch(), recipe, compute)
+  unpacked = gradient(tiny.unpacked_batch(), recipe, compute)
+  assert_close(packed, unpacked)
+
+
+def test_micro_batches_give_the_step_of_one_batch():
+  batch, recipe, compute = tiny.packed_batch(24), tiny.recipe(), tiny.compute()
+  one, (one_metrics,) = run(tiny.split(batch, 1), recipe, compute)
+  four, (four_metrics,) = run(tiny.split(batch, 4), recipe, compute)
+  assert_close(one_metrics, four_metrics)
+  assert_close(one.opt_state, four.opt_state)
+  assert_close(one.params, four.params)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)])
+def test_eight_devices_take_the_step_of_one(sizes):
+  batch, recipe, compute = tiny.split(tiny.packed_batch(48), 2), tiny.recipe(), tiny.compute()
+  one, (want,) = run(batch, recipe, compute)
+  mesh = sharding.make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
+  params = tiny.tiny_params()
+  state = jax.device_put(
+    init_state(params, recipe.optim), sharding.shardings(init_state(params, recipe.optim), mesh)
+  )
+  places = sharding.shardings(state, mesh)
+  step = jit_train_step(recipe, dataclasses.replace(compute, mesh=mesh), places)
+  state, metrics = step(state, sharding.put_batch(batch, mesh, accumulated=True))
+  assert_close(jax.device_get(metrics), want)
+  assert_close(jax.device_get(state.params), jax.device_get(one.params))
+  kernel = state.opt_state[1].mu["layers"]["mlp"]["up"]["kernel"]
+  spec = [None, "fsdp" if sizes[1] > 1 else None, "tensor" if sizes[2] > 1 else None]
+  wanted = NamedSharding(mesh, PartitionSpec(*spec))
+  assert kernel.sharding.is_equivalent_to(wanted, 3)
+
+
+def test_the_step_compiles_once():
+  batch, recipe, compute = tiny.split(tiny.packed_batch(), 1), tiny.recipe(), tiny.compute()
+  step = jit_train_step(recipe, compute)
+  state = init_state(tiny.tiny_params(), recipe.optim)
+  for seed in range(3):
+    state, _ = step(state, tiny.split(tiny.packed_batch(seed=seed), 1))
+  del batch
+  assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("remat", ["mlp", "attention", "full"])
+def test_what_is_recomputed_does_not_change_the_gradient(remat):
+  batch, recipe = tiny.packed_batch(), tiny.recipe()
+  want = gradient(batch, recipe, tiny.compute())
+  got = gradient(batch, recipe, tiny.compute(remat=remat, unroll=2))
+  assert_close(got, want)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
+  batch, recipe, compute = tiny.split(tiny.packed_batch(), 1), tiny.recipe(), tiny.compute()
+  params = tiny.tiny_params()
+  params["final_norm"]["scale"] = params["final_norm"]["scale"].at[0].set(jnp.inf)
+  before = jax.device_get(params)
+  state, history = run(batch, recipe, compute, steps=2, params=params)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), before)
+  assert [m["skipped_in_row"] for m in history] == [1, 2]
+  assert int(state.step) == 2 and int(state.opt_state[1].count) == 0
+
+
+def test_a_good_step_resets_the_count_in_a_row():
+  batch, recipe, compute = tiny.split(tiny.packed_batch(), 1), tiny.recipe(), tiny.compute()
+  state = init_state(tiny.tiny_params(), recipe.optim)
+  state = state.replace(skipped=jnp.int32(2), skipped_in_row=jnp.int32(2))
+  state, metrics = jit_train_step(recipe, compute)(state, batch)
+  assert (metrics["skipped"], metrics["skipped_in_row"]) == (2, 0)
+
+
+def test_learning_lowers_every_rounds_loss():
+  batch, compute = tiny.split(tiny.packed_batch(), 1), tiny.compute()
+  recipe = dataclasses.replace(tiny.recipe(lr=1e-2, warmup_ratio=0.0), total_steps=60)
+  _, history = run(batch, recipe, compute, steps=60)
+  first, last = history[0]["loss"], history[-1]["loss"]
+  assert np.all(last < 0.5 * first), (first, last)
+
+
+def test_bfloat16_compute_is_near_float32():
+  batch, recipe = tiny.packed_batch(), tiny.recipe(num_iterations=1)
+  want, _ = gradient(batch, recipe, tiny.compute())
+  compute = tiny.compute(dtype="bfloat16")
+  params = compute.cast(tiny.tiny_params())
+  got, _ = gradient(batch, recipe, compute, params)
+  flat = lambda t: np.concatenate([np.ravel(np.float32(x)) for x in jax.tree.leaves(t)])  # noqa: E731
+  error = np.linalg.norm(flat(got) - flat(want)) / np.linalg.norm(flat(want))
+  assert error < 0.06, error
+
+
+def test_rounds_add_no_memory():
+  batch, compute = tiny.split(tiny.packed_batch(24), 1), tiny.compute()
+
+  def temporary_bytes(rounds):
+    recipe = tiny.recipe(num_iterations=rounds)
+    state = init_state(tiny.tiny_params(), recipe.optim)
+    compiled = jit_train_step(recipe, compute).lower(state, batch).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert temporary_bytes(4) <= 1.02 * temporary_bytes(2)
+
+
+def test_evaluation_sums_do_not_depend_on_packing_and_cover_everything():
+  recipe, compute = tiny.recipe(), tiny.compute()
+  params = tiny.tiny_params()
+  packed = eval_step(params, tiny.packed_batch(), recipe=recipe, compute=compute)
+  unpacked = eval_step(params, tiny.unpacked_batch(), recipe=recipe, compute=compute)
+  assert_close(packed, unpacked)
+  responses = sum(len(r) for _, r in tiny.examples(12))
+  np.testing.assert_allclose(packed["count"].sum(axis=1), responses)
+  np.testing.assert_allclose(packed["corrupted"] + packed["clean"], packed["count"])
