@@ -35,8 +35,6 @@ def get_config() -> ConfigDict:
   data.chat_template = ""
   # Where tokenised data is kept; empty: ~/.cache/refine_jax. REFINE_JAX_CACHE overrides.
   data.cache_dir = ""
-  # Processes that tokenise; 0: one a core.
-  data.tokenize_workers = 0
   # Batches made ready ahead of the step.
   data.prefetch = 4
 
@@ -55,8 +53,9 @@ def get_config() -> ConfigDict:
   model.attention = "auto"
   # What a layer keeps for its backward pass: auto | none | mlp | attention | full (model.py).
   model.remat = "auto"
-  # Layers unrolled in each turn of the scan over layers.
-  model.scan_unroll = 1
+  # Layers unrolled in each turn of the scan over layers; 0: all on an accelerator, where it
+  # saves copies, and one on a CPU, where it only costs compilation.
+  model.scan_unroll = 0
   # Tokens the output head works on at a time.
   model.head_chunk = 2048
   # Gradients of the head: auto | forward (three matmuls) | recompute (four, less memory).

@@ -93,11 +93,11 @@ def _cudnn(q, k, v, segment_ids_BT, *, window):
 
 
 def segment_layout(segment_ids_BT, max_segments: int):
-  """Lengths and offsets of each row's segments, the padding being the last one.
+  """Lengths and starts of each row's segments, the padding being the last one.
 
   Returns:
-    lengths int32 [B, M] and offsets int32 [B, M + 1] with M = max_segments + 1; unused places
-    are -1, as cuDNN's packed form wants them.
+    lengths int32 [B, M] and starts int32 [B, M + 1] with M = max_segments + 1; unused places,
+    the last start among them, are -1, as cuDNN's packed form wants them.
   """
   slots = max_segments + 1
   starts = jnp.diff(segment_ids_BT, axis=1, prepend=-1) != 0
@@ -105,10 +105,9 @@ def segment_layout(segment_ids_BT, max_segments: int):
   lengths = jnp.sum(
     index_BT[:, :, None] == jnp.arange(slots)[None, None, :], axis=1, dtype=jnp.int32
   )
-  ends = jnp.cumsum(lengths, axis=1)
-  begins = jnp.concatenate([jnp.zeros_like(ends[:, :1]), ends], axis=1)
-  used = jnp.arange(slots + 1)[None, :] <= jnp.sum(lengths > 0, axis=1, keepdims=True)
-  return jnp.where(lengths > 0, lengths, -1), jnp.where(used, begins, -1)
+  begins = jnp.cumsum(lengths, axis=1) - lengths
+  begins = jnp.where(lengths > 0, begins, -1)
+  return jnp.where(lengths > 0, lengths, -1), jnp.pad(begins, ((0, 0), (0, 1)), constant_values=-1)
 
 
 def _cudnn_packed(q, k, v, segment_ids_BT, *, window, max_segments):

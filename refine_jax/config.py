@@ -27,7 +27,6 @@ class DataConfig:
   max_segments: int
   chat_template: str
   cache_dir: str
-  tokenize_workers: int
   prefetch: int
 
 
@@ -140,9 +139,8 @@ _AT_LEAST = {
   "seed": 0,
   "data.max_length": 2,
   "data.max_segments": 1,
-  "data.tokenize_workers": 0,
   "data.prefetch": 1,
-  "model.scan_unroll": 1,
+  "model.scan_unroll": 0,
   "model.head_chunk": 1,
   "objective.num_iterations": 1,
   "noise.token": -1,

@@ -118,25 +118,26 @@ def _run(x_ND, head_VD, targets_N, weights_N, chunk, *, with_gradients):
   def body(i, carry):
     total, outputs, dx, dhead = carry
     rows = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
-    x = x_ND.at[rows].get(mode="fill", fill_value=0)
     targets = targets_N.at[rows].get(mode="fill", fill_value=0)
     weights = weights_N.at[rows].get(mode="fill", fill_value=0)
+    used = weights != 0
+    # What fills up the last chunk is zeroed: its values may be anything, not numbers included.
+    x = jnp.where(used[:, None], x_ND.at[rows].get(mode="fill", fill_value=0), 0)
     logits = jax.lax.dot_general(
       x, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
     highest, log_sum, predictions = _reduce(logits)
-    columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    is_target = columns == targets[:, None]
     lse = highest + log_sum
-    losses = lse - jnp.sum(jnp.where(is_target, logits, 0), axis=1)
-    total += jnp.sum(losses * weights)
-    used = weights != 0
+    # A gather of one logit a token: a masked sum would read them all once more.
+    losses = lse - jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    total += jnp.sum(jnp.where(used, losses * weights, 0))
     new = (predictions, losses, jnp.exp(-log_sum))
     outputs = tuple(
       o.at[rows].set(jnp.where(used, n, 0).astype(o.dtype), mode="drop")
       for o, n in zip(outputs, new, strict=True)
     )
     if with_gradients:
+      is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
       # Rounded before the two products, or XLA would run both in float32 (marin#8368).
       dlogits = (jnp.exp(logits - lse[:, None]) - is_target) * weights[:, None]
       dlogits = dlogits.astype(x.dtype)

@@ -111,40 +111,47 @@ def refine(
 
 
 def refinement_gradients(
-  round_loss: Callable, params, gradients, batch: dict, noised_BT, *, loss_weights, total_count
+  round_loss: Callable, params, batch: dict, noised_ABT, *, loss_weights, total_count
 ):
-  """Adds the gradient of sum_i loss_weights[i] * loss_si over this batch to `gradients`.
+  """The gradient of sum_i loss_weights[i] * loss_si over all micro-batches.
 
   No gradient passes through the greedy decode between rounds, so the gradient of the sum is the
   sum of the rounds' gradients: each round runs forward and backward before the next one starts,
-  and memory does not grow with their number.
+  and memory does not grow with their number. Rounds and micro-batches are turns of one scan,
+  because the carry of a nested one, a whole gradient, would be copied at each entry.
 
   Args:
-    round_loss: (params, ids_BT, targets_BT, weights_BT) -> (sum of weight * cross-entropy,
-      HeadOutput).
-    gradients: a tree like params, float32; what has been accumulated so far.
+    round_loss: (params, ids_BT, micro-batch, targets_BT, weights_BT) -> (sum of weight *
+      cross-entropy, HeadOutput).
+    batch: arrays [A, B, T].
     loss_weights: one a round.
     total_count: scored tokens in the whole global batch; each loss is a mean over them.
 
   Returns:
-    gradients; dict of ROUND_SUMS, float32 [rounds].
+    the gradient, float32, like params; dict of ROUND_SUMS, float32 [rounds].
   """
-  targets_BT, scored_BT = next_token_targets(batch)
+  rounds, micro_batches = len(loss_weights), noised_ABT.shape[0]
+  weights = jnp.asarray(loss_weights, jnp.float32)
 
-  def body(carry, loss_weight):
+  def body(carry, turn):
     ids_BT, gradients = carry
+    micro, noised_BT = jax.tree.map(lambda x: jnp.asarray(x)[turn // rounds], (batch, noised_ABT))
+    ids_BT = jnp.where(turn % rounds == 0, noised_BT, ids_BT)
+    targets_BT, scored_BT = next_token_targets(micro)
     weights_BT = scored_BT.astype(jnp.float32) / jnp.maximum(total_count, 1)
 
     def loss(params):
-      total, output = round_loss(params, ids_BT, targets_BT, weights_BT)
-      return loss_weight * total, output
+      total, output = round_loss(params, ids_BT, micro, targets_BT, weights_BT)
+      return weights[turn % rounds] * total, output
 
     round_gradients, output = jax.grad(loss, has_aux=True)(params)
     gradients = jax.tree.map(lambda a, g: a + g.astype(a.dtype), gradients, round_gradients)
-    sums = round_sums(batch, noised_BT, targets_BT, scored_BT, output)
-    ids_BT = next_round_ids(batch, output.predictions, scored_BT)
+    sums = round_sums(micro, noised_BT, targets_BT, scored_BT, output)
+    ids_BT = next_round_ids(micro, output.predictions, scored_BT)
     return (ids_BT, gradients), jax.tree.map(jnp.sum, sums)
 
-  weights = jnp.asarray(loss_weights, jnp.float32)
-  (_, gradients), sums = jax.lax.scan(body, (noised_BT, gradients), weights)
-  return gradients, sums
+  zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+  (_, gradients), sums = jax.lax.scan(
+    body, (noised_ABT[0], zeros), jnp.arange(micro_batches * rounds)
+  )
+  return gradients, jax.tree.map(lambda x: x.reshape(-1, rounds).sum(axis=0), sums)

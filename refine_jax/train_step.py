@@ -74,26 +74,17 @@ def train_step(state: TrainState, batch: dict, *, recipe: Recipe, compute: Compu
   """
   count = sum_over_batch(lambda b: objective.next_token_targets(b)[1], batch)
   key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-  working = compute.cast(state.params)
-
-  def micro_step(gradients, micro):
-    noised, rates = objective.noise_ids(key, micro, recipe.noise, recipe.noise_token)
-    gradients, sums = objective.refinement_gradients(
-      lambda p, ids, targets, weights: compute.loss(p, ids, micro, targets, weights),
-      working,
-      gradients,
-      micro,
-      noised,
-      loss_weights=recipe.objective.loss_weights,
-      total_count=count,
-    )
-    sums["rates"] = jnp.sum(jnp.where(micro["response_mask"], rates, 0))
-    return gradients, sums
-
-  zeros = jax.tree.map(jnp.zeros_like, state.params)
-  gradients, sums = jax.lax.scan(micro_step, zeros, batch)
-  sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
-  rates = sums.pop("rates")
+  noised, rates = jax.vmap(
+    lambda micro: objective.noise_ids(key, micro, recipe.noise, recipe.noise_token)
+  )(batch)
+  gradients, sums = objective.refinement_gradients(
+    compute.loss,
+    compute.cast(state.params),
+    batch,
+    noised,
+    loss_weights=recipe.objective.loss_weights,
+    total_count=count,
+  )
   losses = sums["loss"] / jnp.maximum(count, 1)
   loss_total = jnp.sum(losses * jnp.asarray(recipe.objective.loss_weights))
   new_state, norm, rate = _update(state, gradients, loss_total, recipe)
@@ -102,7 +93,7 @@ def train_step(state: TrainState, batch: dict, *, recipe: Recipe, compute: Compu
     "loss_total": loss_total,
     "grad_norm": norm,
     "lr": rate,
-    "noise_mean": rates / jnp.maximum(response_tokens, 1),
+    "noise_mean": jnp.sum(rates * batch["response_mask"]) / jnp.maximum(response_tokens, 1),
     "tokens": sum_over_batch(lambda b: b["segment_ids"] > 0, batch),
     "response_tokens": response_tokens,
     "skipped": new_state.skipped.astype(jnp.float32),

@@ -26,19 +26,16 @@ def run(batch, recipe, compute, steps=1, params=None):
 
 
 def gradient(batch, recipe, compute, params=None):
-  """The accumulated gradient of one [B, T] batch, and the round sums."""
+  """The gradient of one [B, T] batch, and the round sums."""
   params = params or tiny.tiny_params(compute.model)
   _, scored = objective.next_token_targets(batch)
-  noised, _ = objective.noise_ids(
-    jax.random.key(0), batch, recipe.noise, recipe.noise_token
-  )
+  noised, _ = objective.noise_ids(jax.random.key(0), batch, recipe.noise, recipe.noise_token)
   return jax.jit(
     lambda params: objective.refinement_gradients(
-      lambda p, ids, t, w: compute.loss(p, ids, batch, t, w),
+      compute.loss,
       params,
-      jax.tree.map(jnp.zeros_like, params),
-      batch,
-      noised,
+      {name: x[None] for name, x in batch.items()},
+      noised[None],
       loss_weights=recipe.objective.loss_weights,
       total_count=scored.sum(),
     )

@@ -1,0 +1,145 @@
+"""The training step: time, tokens per second, MFU, memory; beside a PyTorch step where asked.
+
+    python -m benchmarks.step --shape=1.5b --rounds=2
+    python -m benchmarks.step --shape=tiny --json        # a CPU, seconds
+"""
+
+import time
+
+import jax
+import numpy as np
+
+from benchmarks import timing
+from refine_jax import attention, model, train_step
+from refine_jax import compute as compute_lib
+from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
+
+
+def random_batch(shape: timing.Shape, *, packed: bool, prompt: int) -> dict:
+  """Random tokens [1, B, T]: each example starts with `prompt` tokens that are not scored."""
+  rows, length = shape.rows, shape.length
+  segments = shape.segments if packed else 1
+  rng = np.random.default_rng(0)
+  # Unequal segments, the same in every row, that fill it.
+  cuts = np.linspace(0, length, segments + 1).astype(int)
+  if segments > 1:
+    cuts[1:-1] += rng.integers(-length // (4 * segments), length // (4 * segments), segments - 1)
+  lengths = np.diff(cuts)
+  segment_ids = np.repeat(np.arange(1, segments + 1), lengths)
+  positions = np.concatenate([np.arange(n) for n in lengths])
+  batch = {
+    "ids": rng.integers(0, shape.model.vocab_size - 1, (rows, length)),
+    "segment_ids": np.tile(segment_ids, (rows, 1)),
+    "positions": np.tile(positions, (rows, 1)),
+    "response_mask": np.tile(positions >= prompt, (rows, 1)),
+    "example_ids": segment_ids[None] + segments * np.arange(rows)[:, None],
+  }
+  return {k: v.astype(bool if k == "response_mask" else np.int32)[None] for k, v in batch.items()}
+
+
+def make_recipe(shape: timing.Shape, rounds: int) -> train_step.Recipe:
+  return train_step.Recipe(
+    objective=ObjectiveConfig(num_iterations=rounds, loss_weights=(1.0,) * rounds),
+    noise=NoiseConfig(noise_min=0.1, noise_max=0.9, token=-1),
+    optim=OptimConfig(
+      batch_size=shape.rows, accumulation=1, total_epochs=1, total_steps=-1, lr=1e-5,
+      warmup_ratio=0.05, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01, clip_grad=1.0,
+      moment_dtype="float32", max_nonfinite=5,
+    ),
+    noise_token=shape.model.vocab_size - 1,
+    total_steps=1000,
+    seed=0,
+  )  # fmt: skip
+
+
+def measure(shape: timing.Shape, arguments, *, packed: bool) -> dict:
+  """One variant: compiles, runs, and reads what it cost."""
+  on_cpu = jax.default_backend() == "cpu"
+  dtype = "float32" if on_cpu else "bfloat16"
+  segments = shape.segments if packed else 1
+  engine = attention.choose_backend(
+    arguments.attention, heads=shape.model.heads, kv_heads=shape.model.kv_heads,
+    head_dim=shape.model.head_dim, dtype=dtype, max_segments=segments, packed=packed,
+  )  # fmt: skip
+  parameters = sum(x.size for x in jax.tree.leaves(model.param_shapes(shape.model)))
+  remat = compute_lib.choose_remat(
+    arguments.remat, shape.model, dtype=dtype, tokens=shape.rows * shape.length,
+    parameters=parameters, head_chunk=arguments.head_chunk, memory=compute_lib.device_memory(),
+  )  # fmt: skip
+  compute = compute_lib.Compute(
+    model=shape.model, dtype=dtype, attention=engine, max_segments=segments, remat=remat,
+    unroll=arguments.unroll or (1 if on_cpu else shape.model.layers), head_chunk=arguments.head_chunk,
+    head_gradient=arguments.head_gradient,
+  )  # fmt: skip
+  recipe = make_recipe(shape, arguments.rounds)
+  batch = jax.device_put(random_batch(shape, packed=packed, prompt=min(128, shape.length // 16)))
+  state = jax.jit(
+    lambda key: train_step.init_state(model.init_params(shape.model, key), recipe.optim)
+  )(jax.random.key(0))
+  start = time.perf_counter()
+  step = train_step.jit_train_step(recipe, compute).lower(state, batch).compile()
+  compile_seconds = time.perf_counter() - start
+
+  def run():
+    nonlocal state
+    state, metrics = step(state, batch)
+    return metrics["loss_total"]
+
+  seconds = timing.median_seconds(run, arguments.repeats)
+  tokens = shape.rows * shape.length
+  # Each example attends to itself alone.
+  flops = compute_lib.train_flops_per_token(
+    shape.model, shape.length / segments, arguments.rounds
+  )
+  peak = compute_lib.peak_flops()
+  memory = step.memory_analysis()
+  return {
+    "variant": "packed" if packed else "one example a row",
+    "rows": shape.rows,
+    "length": shape.length,
+    "attention": engine,
+    "remat": remat,
+    "step_ms": seconds * 1e3,
+    "tokens_per_second": tokens / seconds,
+    "mfu": tokens / seconds * flops / peak if peak else None,
+    "model_tflops_per_second": tokens / seconds * flops / 1e12,
+    "peak_gib": timing.peak_gibibytes(),
+    "temp_bytes": memory.temp_size_in_bytes,
+    "argument_bytes": memory.argument_size_in_bytes,
+    "compile_seconds": compile_seconds,
+    "loss": float(jax.device_get(run())),
+  }
+
+
+def main():
+  parser = timing.parser(__doc__)
+  parser.add_argument("--rounds", type=int, default=2)
+  parser.add_argument("--rows", type=int, help="rows of the batch; default: the shape's")
+  parser.add_argument("--remat", choices=("auto", *model.REMAT_POLICIES), default="auto")
+  parser.add_argument("--attention", default="auto")
+  parser.add_argument("--unroll", type=int, help="layers a turn; default: all, on a CPU one")
+  parser.add_argument("--head_chunk", type=int, default=2048)
+  parser.add_argument("--head_gradient", choices=("forward", "recompute"), default="forward")
+  parser.add_argument("--variants", default="packed,unpacked")
+  arguments = parser.parse_args()
+  shape = timing.SHAPES[arguments.shape]
+  if arguments.rows:
+    shape = timing.Shape(shape.model, arguments.rows, shape.length, shape.segments)
+  rows = [
+    measure(shape, arguments, packed=variant == "packed")
+    for variant in arguments.variants.split(",")
+  ]
+  summary = {
+    "shape": arguments.shape,
+    "rounds": arguments.rounds,
+    "device": jax.local_devices()[0].device_kind,
+    "matmul_ceiling_tflops": timing.ceiling(arguments.shape, arguments.repeats) / 1e12,
+    "temp_bytes": rows[0]["temp_bytes"],
+    "tokens_per_second": rows[0]["tokens_per_second"],
+    "mfu": rows[0]["mfu"],
+  }
+  timing.report(rows, summary, arguments.json)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,118 @@
+"""What the benchmarks share: shapes, medians of warm runs, ceilings of the device, output."""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from refine_jax.model import ModelConfig
+from refine_jax.rope import RopeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """A model and a batch of `rows` x `length` tokens, each row holding `segments` examples."""
+
+  model: ModelConfig
+  rows: int
+  length: int
+  segments: int
+
+
+def _model(**changes) -> ModelConfig:
+  base = dict(
+    vocab_size=256, width=64, feed_forward=128, layers=2, heads=4, kv_heads=2, head_dim=16,
+    norm_eps=1e-6, rope=RopeConfig(), tied_head=False, qkv_bias=True, output_bias=False,
+    mlp_bias=False, qk_norm=False, max_length=131072,
+  )  # fmt: skip
+  base |= changes
+  return ModelConfig(windows=(None,) * base["layers"], **base)
+
+
+# DeepSeek-R1-Distill-Qwen-1.5B and SmolLM2-135M by their config.json.
+SHAPES = {
+  "tiny": Shape(_model(), rows=2, length=128, segments=4),
+  "135m": Shape(
+    _model(
+      vocab_size=49152, width=576, feed_forward=1536, layers=30, heads=9, kv_heads=3, head_dim=64,
+      tied_head=True, qkv_bias=False,
+    ),
+    rows=64, length=512, segments=4,
+  ),
+  "1.5b": Shape(
+    _model(
+      vocab_size=151936, width=1536, feed_forward=8960, layers=28, heads=12, kv_heads=2,
+      head_dim=128,
+    ),
+    rows=8, length=2048, segments=4,
+  ),
+}  # fmt: skip
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+  result = argparse.ArgumentParser(description=description)
+  result.add_argument("--shape", choices=SHAPES, default="1.5b")
+  result.add_argument("--repeats", type=int, default=7, help="timed runs; the median is reported")
+  result.add_argument("--json", action="store_true", help="end with one JSON object on a line")
+  return result
+
+
+def median_seconds(function, repeats: int, *, warm: int = 2) -> float:
+  """Of calls that return device arrays, each waited for, after `warm` ones that are not timed."""
+  seconds = []
+  for i in range(warm + repeats):
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    if i >= warm:
+      seconds.append(time.perf_counter() - start)
+  return statistics.median(seconds)
+
+
+def matmul_flops_per_second(size: int, repeats: int) -> float:
+  """The device's ceiling for bfloat16 products: size^3, on random data."""
+  a, b = (
+    jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2)
+  )
+  # Ten in a row, so that dispatch does not count.
+  product = jax.jit(lambda a, b: jax.lax.fori_loop(0, 10, lambda _, x: (x @ b) * 0.01, a))
+  return 10 * 2 * size**3 / median_seconds(lambda: product(a, b), repeats)
+
+
+def ceiling(shape: str, repeats: int) -> float:
+  return matmul_flops_per_second(256 if shape == "tiny" else 8192, repeats)
+
+
+def peak_gibibytes() -> float | None:
+  """Most device memory in use since the process started; None where it is not counted."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  peak = stats.get("peak_bytes_in_use")
+  return None if peak is None else peak / 2**30
+
+
+def table(rows: list) -> str:
+  """Dicts of the same keys as aligned columns."""
+  def cell(value):
+    if isinstance(value, float):
+      return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return "-" if value is None else str(value)
+
+  lines = [list(rows[0]), *([cell(v) for v in row.values()] for row in rows)]
+  widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+  return "\n".join(
+    "  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in
+              enumerate(zip(line, widths, strict=True)))
+    for line in lines
+  )  # fmt: skip
+
+
+def report(rows: list, summary: dict, as_json: bool):
+  """Prints the table, the ceilings, and at the end the JSON object where it is asked for."""
+  print(table(rows))
+  for name, value in summary.items():
+    print(f"{name}: {value}")
+  if as_json:
+    print(json.dumps(summary | {"rows": rows}))

@@ -1,0 +1,52 @@
+"""SIGTERM and SIGINT as a request to save and leave after the current step."""
+
+import signal
+
+import jax
+from jax.experimental import multihost_utils
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupt:
+  """Catches the signals while entered; a second one ends the process at once.
+
+  With several processes all must stop after the same step: JAX's preemption service, which
+  catches SIGTERM itself, agrees on one.
+  """
+
+  def __init__(self):
+    self._signal = None
+    self._previous = {}
+
+  def __enter__(self):
+    if jax.process_count() == 1:
+      self._previous = {s: signal.signal(s, self._handle) for s in _SIGNALS}
+    return self
+
+  def __exit__(self, *_):
+    self._restore()
+
+  def requested(self, step: int) -> bool:
+    """Whether to stop after `step` steps."""
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+      self._signal = signal.SIGTERM
+    return self._signal is not None
+
+  @property
+  def name(self) -> str:
+    return signal.Signals(self._signal).name
+
+  @property
+  def status(self) -> int:
+    """The exit status that shells give to a process ended by the signal."""
+    return 128 + self._signal
+
+  def _handle(self, number, _):
+    self._signal = number
+    self._restore()
+
+  def _restore(self):
+    for s, handler in self._previous.items():
+      signal.signal(s, handler)
+    self._previous = {}

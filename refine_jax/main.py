@@ -1,0 +1,59 @@
+"""Trains: python -m refine_jax.main --config=configs/x.py --workdir=DIR [--config.optim.lr=2e-5]."""
+
+import os
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from refine_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives: checkpoints, logs, metrics.")
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Join the other hosts of this job (jax.distributed.initialize)."
+)
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise UserError(f"Unexpected argument {argv[1]!r}; options start with --.")
+  if not _WORKDIR.value:
+    raise UserError("--workdir is missing; name a directory for the run.")
+  # After the flags: importing jax takes seconds, and --help should not.
+  import jax
+
+  from refine_jax import config, train
+
+  if _DISTRIBUTED.value:
+    jax.distributed.initialize()
+  logging.set_verbosity(logging.INFO if os.environ.get("REFINE_JAX_VERBOSE") else logging.WARNING)
+  return train.run(config.from_config_dict(_CONFIG.value), _WORKDIR.value)
+
+
+def _parse_flags(argv):
+  """absl's flags, with what a user can get wrong in a config as a UserError."""
+  app.define_help_flags()
+  try:
+    rest = flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    # ConfigDict raises these for a key that is not there or a value of the wrong type, and names
+    # the nearest key itself.
+    raise UserError(f"{error.args[0] if error.args else error}") from error
+  if _CONFIG.value is None:
+    raise UserError("--config is missing; name a file such as configs/tiny.py.")
+  return rest
+
+
+def run():
+  """The entry point: exit status 1 and one line for a mistake of the user's."""
+  try:
+    argv = _parse_flags(sys.argv)
+    sys.exit(main(argv))
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+  run()

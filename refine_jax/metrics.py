@@ -1,0 +1,203 @@
+"""From a step's sums to named numbers, and from those to console, files and dashboards."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from refine_jax.config import LogConfig
+from refine_jax.errors import UserError
+
+# On the console, in this order; the rest goes to the files.
+_CONSOLE = ("loss_total", "grad_norm", "lr", "noise_mean", "tokens_per_second", "mfu")
+
+
+def ratio(a, b) -> float:
+  """a / b as a float, 0 where there is nothing to divide by."""
+  return float(a) / float(b) if float(b) else 0.0
+
+
+def round_metrics(sums: dict) -> dict:
+  """Names for objective.ROUND_SUMS [rounds]: losses and shares of tokens predicted right."""
+  result = {}
+  for i in range(len(sums["loss"])):
+    result[f"loss_s{i}"] = ratio(sums["loss"][i], sums["count"][i])
+    for kind in ("corrupted", "clean"):
+      result[f"accuracy_s{i}_{kind}"] = ratio(sums[f"{kind}_right"][i], sums[kind][i])
+    right = sums["corrupted_right"][i] + sums["clean_right"][i]
+    result[f"accuracy_s{i}"] = ratio(right, sums["count"][i])
+  return result
+
+
+def train_metrics(step_metrics: dict) -> dict:
+  """The numbers of one training step, as train_step.train_step returns them."""
+  scalars = {k: v for k, v in step_metrics.items() if np.ndim(v) == 0}
+  result = round_metrics({k: v for k, v in step_metrics.items() if np.ndim(v) == 1})
+  return result | {name: float(value) for name, value in scalars.items()}
+
+
+def eval_metrics(sums: dict, loss_weights, noise_min: float, noise_max: float) -> dict:
+  """Validation: objective.ROUND_SUMS [rounds, buckets] -> means over all tokens, and by bucket."""
+  result = round_metrics({name: x.sum(axis=1) for name, x in sums.items()})
+  losses = [result[f"loss_s{i}"] for i in range(len(loss_weights))]
+  result["loss_total"] = float(np.dot(losses, loss_weights))
+  buckets = sums["loss"].shape[1]
+  edges = np.linspace(noise_min, noise_max, buckets + 1)
+  for b in range(buckets):
+    part = round_metrics({name: x[:, b] for name, x in sums.items()})
+    if not sums["count"][:, b].any():
+      continue
+    label = f"noise_{edges[b]:.2f}-{edges[b + 1]:.2f}"
+    result |= {f"{label}/{k}": v for k, v in part.items() if k.startswith("loss")}
+  return {f"eval/{name}": value for name, value in result.items()}
+
+
+class Timer:
+  """Wall-clock seconds of a with block."""
+
+  def __enter__(self):
+    self._start = time.perf_counter()
+    return self
+
+  def __exit__(self, *_):
+    self.seconds = time.perf_counter() - self._start
+
+
+def gibibytes(count: int) -> str:
+  return f"{count / 2**30:.2f} GiB"
+
+
+class Throughput:
+  """Tokens per second and MFU between calls; each is counted from the call before."""
+
+  def __init__(self, flops_per_token: float, peak_flops: float | None, devices: int):
+    self._flops_per_token, self._devices = flops_per_token, devices
+    self._peak, self._last = peak_flops, None
+
+  def restart(self):
+    """Forgets the clock: what happened since (validation, saving) was no training step."""
+    self._last = None
+
+  def __call__(self, tokens: float) -> dict:
+    now, last = time.perf_counter(), self._last
+    self._last = now
+    if last is None:
+      return {}
+    rate = tokens / (now - last)
+    result = {"tokens_per_second": rate, "step_seconds": now - last}
+    if self._peak:
+      result["mfu"] = rate * self._flops_per_token / (self._peak * self._devices)
+    return result
+
+
+class Writers:
+  """Console, metrics.jsonl, TensorBoard and wandb; on process 0 only."""
+
+  def __init__(self, workdir: Path, config: LogConfig, run_config: dict, *, first: int, total: int):
+    self._active = jax.process_index() == 0
+    self._console = self._active and "console" in config.logger
+    self._jsonl = self._tensorboard = self._wandb = self._bar = None
+    if not self._active:
+      return
+    self._jsonl = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
+    if "tensorboard" in config.logger:
+      from tensorboardX import SummaryWriter
+
+      self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first)
+    if "wandb" in config.logger:
+      self._wandb = _wandb_run(workdir, config, run_config)
+    if self._console:
+      interactive = sys.stderr.isatty()
+      self._bar = tqdm(
+        initial=first, total=total, unit="step", disable=not interactive, dynamic_ncols=True
+      )
+    self._total = total
+
+  def note(self, text: str):
+    """A line on the console, whatever the loggers."""
+    if self._active:
+      tqdm.write(text, file=sys.stdout)
+      sys.stdout.flush()
+
+  def write(self, step: int, metrics: dict, *, line: bool = True):
+    """Numbers of the model after `step` steps."""
+    if not self._active:
+      return
+    # JSON has no NaN; null is what readers take it for.
+    clean = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+    self._jsonl.write(json.dumps({"step": step} | clean) + "\n")
+    self._jsonl.flush()
+    if self._tensorboard:
+      for name, value in metrics.items():
+        self._tensorboard.add_scalar(name, value, step)
+    if self._wandb:
+      self._wandb.log(metrics, step=step)
+    if self._console and line:
+      self.note(format_line(step, self._total, metrics))
+
+  def advance(self):
+    if self._bar is not None:
+      self._bar.update()
+
+  def close(self):
+    if self._bar is not None:
+      self._bar.close()
+    if self._jsonl:
+      self._jsonl.close()
+    if self._tensorboard:
+      self._tensorboard.close()
+    if self._wandb:
+      self._wandb.finish()
+
+
+def format_line(step: int, total: int, metrics: dict) -> str:
+  """One line: losses by round first, then the rest of the document's metrics."""
+  prefix = "eval/" if any(name.startswith("eval/") for name in metrics) else ""
+  plain = {n[len(prefix) :]: v for n, v in metrics.items() if n.startswith(prefix)}
+  rounds = sorted(n for n in plain if n.startswith("loss_s"))
+  corrupted = sorted(n for n in plain if n.startswith("accuracy_s") and n.endswith("_corrupted"))
+  extra = corrupted if prefix else []
+  names = [n for n in (*rounds, *_CONSOLE, *extra) if n in plain]
+  parts = [f"{n} {_short(n, plain[n])}" for n in names]
+  if plain.get("skipped"):
+    parts.append(f"skipped {plain['skipped']:.0f}")
+  return f"{'eval ' if prefix else ''}step {step}/{total}  " + "  ".join(parts)
+
+
+def _short(name, value):
+  if name == "lr":
+    return f"{value:.2e}"
+  if name == "tokens_per_second":
+    return f"{value:,.0f}"
+  return f"{value:.4f}" if abs(value) < 100 else f"{value:.4g}"
+
+
+def _wandb_run(workdir, config, run_config):
+  try:
+    import wandb
+  except ImportError:
+    raise UserError(
+      "config.log.logger names wandb, which is not installed: pip install 'refine_jax[wandb]'."
+    ) from None
+  return wandb.init(
+    project=config.project_name,
+    name=config.experiment_name or workdir.name,
+    # The same id in the same workdir, so that a resumed run goes on with its curves.
+    id=_run_id(workdir),
+    resume="allow",
+    config=run_config,
+    dir=str(workdir),
+  )
+
+
+def _run_id(workdir: Path) -> str:
+  path = workdir / "log" / "wandb_id"
+  if not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{time.time_ns():x}", encoding="utf-8")
+  return path.read_text(encoding="utf-8").strip()

@@ -1,0 +1,132 @@
+"""Engines against a loop over segments, forward and backward; the choice between engines."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from refine_jax import attention, sharding
+from refine_jax.config import MeshConfig
+from refine_jax.errors import UserError
+
+B, T, H, K, D = 2, 40, 6, 2, 8
+LENGTHS = ((17, 1, 12), (25, 9))  # unequal, and a padded tail
+
+
+def segment_ids(lengths=LENGTHS, length=T):
+  ids = np.zeros((len(lengths), length), np.int32)
+  for row, sizes in zip(ids, lengths, strict=True):
+    row[: sum(sizes)] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
+  return jnp.asarray(ids)
+
+
+def tensors(length=T, head_dim=D):
+  keys = jax.random.split(jax.random.key(0), 4)
+  heads = (H, K, K, H)
+  return [
+    jax.random.normal(key, (B, length, n, head_dim)) for key, n in zip(keys, heads, strict=True)
+  ]
+
+
+def loop_over_segments(q, k, v, ids, window):
+  """Softmax of each query over the keys of its own segment, one by one."""
+  rows = []
+  for b in range(B):
+    out = []
+    for t in range(q.shape[1]):
+      seen = [
+        s for s in range(t + 1)
+        if ids[b, s] == ids[b, t] and (window is None or t - s < window)
+      ]  # fmt: skip
+      keys = jnp.repeat(k[b, np.array(seen)], H // K, axis=1)
+      values = jnp.repeat(v[b, np.array(seen)], H // K, axis=1)
+      scores = jnp.einsum("hd,shd->hs", q[b, t], keys) / np.sqrt(q.shape[-1])
+      out.append(jnp.einsum("hs,shd->hd", jax.nn.softmax(scores, axis=-1), values))
+    rows.append(jnp.stack(out))
+  return jnp.stack(rows)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("backend", ["xla", "splash"])
+def test_engines_equal_a_loop_over_segments(backend, window):
+  ids = np.asarray(segment_ids())
+  q, k, v, weight = tensors()
+  real = (ids > 0)[..., None, None]
+
+  def engine(q, k, v):
+    attend = attention.attend_with(jnp.asarray(ids), backend=backend, max_segments=3, interpret=True)
+    return attend(window)(q, k, v, None)[0]
+
+  def loss(function):
+    return lambda q, k, v: jnp.sum(function(q, k, v) * weight * real)
+
+  want = loop_over_segments(q, k, v, ids, window)
+  np.testing.assert_allclose(engine(q, k, v) * real, want * real, atol=1e-5)
+  gradients = jax.grad(loss(engine), (0, 1, 2))(q, k, v)
+  oracle = loss(lambda q, k, v: loop_over_segments(q, k, v, ids, window))
+  wanted = jax.jit(jax.grad(oracle, (0, 1, 2)))(q, k, v)
+  for got, expected in zip(gradients, wanted, strict=True):
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_padding_gives_finite_values():
+  q, k, v, _ = tensors()
+  out, _ = attention.attend_with(segment_ids(((3,), ())), backend="xla")(None)(q, k, v, None)
+  assert np.isfinite(out).all()
+
+
+def test_a_mesh_does_not_change_the_answer():
+  q, k, v, _ = tensors()
+  ids = segment_ids()
+  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, tensor=2))
+  one = attention.attend_with(ids, backend="xla")(7)(q, k, v, None)[0]
+  split = jax.jit(
+    lambda q, k, v: attention.attend_with(ids, backend="xla", mesh=mesh)(7)(q, k, v, None)[0]
+  )
+  np.testing.assert_allclose(split(q, k, v), one, atol=1e-6)
+
+
+def test_segment_layout_lists_lengths_and_starts_with_the_padding_as_one_more():
+  lengths, starts = attention.segment_layout(segment_ids(), max_segments=3)
+  np.testing.assert_array_equal(lengths, [[17, 1, 12, 10], [25, 9, 6, -1]])
+  np.testing.assert_array_equal(starts, [[0, 17, 18, 30, -1], [0, 25, 34, -1, -1]])
+
+
+def test_segment_layout_of_rows_that_are_full_or_empty():
+  lengths, starts = attention.segment_layout(segment_ids(((20, 20), ())), max_segments=2)
+  np.testing.assert_array_equal(lengths, [[20, 20, -1], [40, -1, -1]])
+  np.testing.assert_array_equal(starts, [[0, 20, -1, -1], [0, -1, -1, -1]])
+
+
+CHOICE = dict(heads=4, kv_heads=2, head_dim=8, dtype="bfloat16", max_segments=3)
+
+
+def test_auto_is_the_reference_on_a_cpu():
+  assert attention.choose_backend("auto", packed=True, **CHOICE) == "xla"
+
+
+def test_an_engine_by_name_that_cannot_run_here_says_so():
+  with pytest.raises(UserError, match="needs a gpu"):
+    attention.choose_backend("cudnn_packed", packed=True, **CHOICE)
+  with pytest.raises(UserError, match="across the examples"):
+    attention.choose_backend("cudnn", packed=True, **CHOICE)
+
+
+def test_the_probe_catches_an_engine_that_ignores_segments(monkeypatch):
+  def blind(q, k, v, ids, *, window, interpret):
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+  monkeypatch.setattr(attention, "_splash", blind)
+  assert "differs from the reference" in attention._probe("splash", 4, 2, 8, 3)
+
+
+def test_the_probe_accepts_the_reference():
+  assert attention._probe("xla", 4, 2, 8, 3) is None
+
+
+def test_auto_falls_back_with_a_warning(monkeypatch, caplog):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(attention, "_PACKED_SINCE", (0, 0, 1))
+  monkeypatch.setattr(attention, "_probe", lambda *a: "a reason")
+  assert attention.choose_backend("auto", packed=True, **CHOICE) == "xla"
+  assert "a reason" in caplog.text
