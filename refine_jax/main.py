@@ -6,6 +6,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from refine_jax.cli import entry_point
 from refine_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
@@ -45,14 +46,9 @@ def _parse_flags(argv):
   return rest
 
 
+@entry_point
 def run():
-  """The entry point: exit status 1 and one line for a mistake of the user's."""
-  try:
-    argv = _parse_flags(sys.argv)
-    sys.exit(main(argv))
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(1)
+  return main(_parse_flags(sys.argv))
 
 
 if __name__ == "__main__":

@@ -48,22 +48,18 @@ class DataPlan:
 
   config: Config
   train: data.Rows
-  validation: data.Examples | None
+  validation: data.Rows | None
   total_steps: int
-  eval_rows: int
 
   @property
   def max_segments(self) -> int:
-    """The most examples in any row; validation rows are packed under the same limit."""
-    if not self.config.data.pack:
-      return 1
-    return self.config.data.max_segments if self.validation else self.train.max_segments
+    """The most examples in any row."""
+    return max(rows.max_segments for rows in (self.train, self.validation) if rows)
 
   def train_iterator(self):
     """A grain iterator over batches of this process's rows, whose state can be saved."""
     return data.train_iterator(
       self.train,
-      batch_size=self.config.optim.batch_size,
       accumulation=self.config.optim.accumulation,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
@@ -73,8 +69,6 @@ class DataPlan:
   def eval_batches(self):
     return data.eval_batches(
       self.validation,
-      self.config.data,
-      batch_size=self.eval_rows,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
@@ -82,36 +76,34 @@ class DataPlan:
 
 def plan_data(config: Config, source: Source, mesh) -> DataPlan:
   """Tokenises (or reads the cache), packs, and says how many steps the run has."""
-  examples = data.load_examples(
-    config.data.train_files, config.data, source.tokenizer, name="train"
-  )
-  validation = None
-  if config.data.val_files:
-    validation = data.load_examples(
-      config.data.val_files, config.data, source.tokenizer, name="val"
-    )
-  epochs = config.optim.total_epochs
-  rows = data.train_rows(
-    examples, config.data, batch_size=config.optim.batch_size, total_epochs=epochs,
-    seed=config.seed,
-  )  # fmt: skip
-  total_steps = config.optim.total_steps
-  if total_steps == -1:
-    total_steps = rows.num_batches
-  elif total_steps > rows.num_batches:
-    epochs = -(-total_steps * epochs // rows.num_batches) + 1
-    rows = data.train_rows(
-      examples, config.data, batch_size=config.optim.batch_size, total_epochs=epochs,
-      seed=config.seed,
-    )  # fmt: skip
-  micro = config.optim.batch_size // config.optim.accumulation
-  eval_rows = config.eval.batch_size or micro
-  if eval_rows % sharding.batch_shards(mesh):
+  optim_config = config.optim
+  micro = optim_config.batch_size // optim_config.accumulation
+  eval_size = config.eval.batch_size or micro
+  if eval_size % sharding.batch_shards(mesh):
     raise UserError(
-      f"config.eval.batch_size={eval_rows} is not divisible by the mesh's data x fsdp ="
+      f"config.eval.batch_size={eval_size} is not divisible by the mesh's data x fsdp ="
       f" {sharding.batch_shards(mesh)}."
     )
-  return DataPlan(config, rows, validation, total_steps, eval_rows)
+
+  def examples(files, name):
+    return data.load_examples(files, config.data, source.tokenizer, name=name)
+
+  validation = None
+  if config.data.val_files:
+    validation = data.eval_rows(
+      examples(config.data.val_files, "val"), config.data, batch_size=eval_size
+    )
+  rows = data.train_rows(
+    examples(config.data.train_files, "train"), config.data,
+    batch_size=optim_config.batch_size, total_epochs=optim_config.total_epochs, seed=config.seed,
+  )  # fmt: skip
+  total_steps = optim_config.total_steps
+  if total_steps == -1:
+    total_steps = rows.num_batches
+  elif total_steps > rows.num_batches:  # as many epochs as that takes
+    epochs = -(-total_steps * optim_config.batch_size // rows.packing.rows)
+    rows = dataclasses.replace(rows, total_epochs=epochs)
+  return DataPlan(config, rows, validation, total_steps)
 
 
 def choose_compute(config: Config, shape: ModelConfig, mesh, plan: DataPlan):

@@ -1,6 +1,16 @@
-"""From parquet to packed rows: parquet -> chat -> tokenize -> packing -> pipeline."""
+"""From parquet to packed rows: parquet -> chat -> tokenize -> store -> packing -> pipeline."""
 
+from refine_jax.data.chat import encode_prompt
 from refine_jax.data.pipeline import Rows, eval_batches, train_iterator, train_rows
-from refine_jax.data.tokenize import Examples, load_examples
+from refine_jax.data.store import Examples
+from refine_jax.data.tokenize import load_examples
 
-__all__ = ["Examples", "Rows", "eval_batches", "load_examples", "train_iterator", "train_rows"]
+__all__ = [
+  "Examples",
+  "Rows",
+  "encode_prompt",
+  "eval_batches",
+  "load_examples",
+  "train_iterator",
+  "train_rows",
+]

@@ -1,8 +1,9 @@
 """Which examples share a row: best fit, longest first.
 
 The shape of the packing (how many of which lengths each row holds) depends on the lengths alone,
-so every epoch has the same number of rows; which example of a length goes where, and the order
-of the rows, is drawn anew for each.
+so every epoch has the same number of rows, the length of a run is known before it starts, and any
+row of any epoch is found without packing those before it. Which of the examples of one length goes
+where, and the order of the rows, is drawn anew for each epoch.
 """
 
 import dataclasses
@@ -35,13 +36,15 @@ def pack(lengths: np.ndarray, max_length: int, max_segments: int) -> Packing:
   """Best-fit decreasing (Johnson 1973), with at most max_segments examples a row.
 
   Args:
-    lengths: of each example, none above max_length.
+    lengths: of each example, none above max_length and none 0.
+    max_length: tokens a row.
+    max_segments: examples a row; 1 keeps the examples in their order.
   """
   if max_segments == 1:
     count = len(lengths)
     return Packing(np.arange(count), np.arange(count + 1))
   descending = np.sort(lengths)[::-1].tolist()
-  rows, counts = [], []
+  rows = []
   # Open rows by the room they have; bit r of `rooms` says that open[r] is not empty, so the
   # smallest room that fits is found by a shift and a lowest set bit.
   open_rows, rooms = [[] for _ in range(max_length + 1)], 0
@@ -69,6 +72,9 @@ def epoch_order(
   lengths: np.ndarray, packing: Packing, *, seed: int, epoch: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """An epoch's draw.
+
+  Args:
+    lengths: as given to `pack`.
 
   Returns:
     examples by rank, and the order of the rows; both int64 permutations.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import grain
 import numpy as np
@@ -10,7 +10,8 @@ import numpy as np
 from refine_jax.config import DataConfig
 from refine_jax.data import packing as packing_lib
 from refine_jax.data.packing import Packing
-from refine_jax.data.tokenize import Examples
+from refine_jax.data.store import Examples
+from refine_jax.errors import UserError
 
 _READ_THREADS = 4
 
@@ -20,6 +21,8 @@ class Rows:
   """All rows of a run: epochs follow each other without a gap, each in its own order.
 
   Attributes:
+    length: tokens a row.
+    batch_size: rows in a global batch.
     shuffle_seed: None: in the order of the packing, every epoch the same (validation).
   """
 
@@ -29,6 +32,10 @@ class Rows:
   batch_size: int
   total_epochs: int
   shuffle_seed: int | None
+
+  def __post_init__(self):
+    # Batches around the end of an epoch need two epochs' permutations.
+    object.__setattr__(self, "_epoch", functools.lru_cache(maxsize=2)(self._draw))
 
   def __len__(self) -> int:
     return self.packing.rows * self.total_epochs
@@ -57,22 +64,29 @@ class Rows:
     lengths = self.examples.lengths.astype(np.float64)
     return float(np.sum(lengths**2) / np.sum(lengths))
 
-  @functools.lru_cache(maxsize=2)  # noqa: B019  two epochs' permutations, freed with the process
-  def _epoch(self, epoch: int):
+  def _draw(self, epoch: int):
     lengths = self.examples.lengths
     if self.shuffle_seed is None:
       return np.argsort(-lengths, kind="stable"), np.arange(self.packing.rows)
     return packing_lib.epoch_order(lengths, self.packing, seed=self.shuffle_seed, epoch=epoch)
 
   def members(self, index: int) -> np.ndarray:
-    """The examples of a row."""
+    """The examples of row `index`, counted over all epochs."""
     epoch, row = divmod(index, self.packing.rows)
     by_rank, order = self._epoch(epoch)
     start, stop = self.packing.starts[order[row] : order[row] + 2]
     return by_rank[self.packing.ranks[start:stop]]
 
   def batch(self, indices) -> dict:
-    """The arrays of objective.py, [len(indices), T]; rows past the end are empty."""
+    """Rows as arrays [len(indices), T]; those past the end are empty.
+
+    Returns:
+      ids: int32, 0 on padding.
+      segment_ids: int32, 1 and up for the examples of a row, 0 on padding.
+      positions: int32, from 0 in each example.
+      response_mask: bool, true on response tokens and their EOS.
+      example_ids: int32, index of the example in the tokenised set, -1 on padding.
+    """
     shape = (len(indices), self.length)
     batch = {
       "ids": np.zeros(shape, np.int32),
@@ -106,13 +120,18 @@ def train_rows(
   return Rows(examples, _pack(examples, data), data.max_length, batch_size, total_epochs, seed)
 
 
-def _pack(examples, data):
-  limit = data.max_segments if data.pack else 1
-  return packing_lib.pack(examples.lengths, data.max_length, limit)
+def _pack(examples: Examples, data: DataConfig) -> Packing:
+  return _packed(examples, data.max_length, data.max_segments if data.pack else 1)
+
+
+@functools.lru_cache(maxsize=4)
+def _packed(examples, max_length, max_segments):
+  """Kept, because every validation asks for the same one again."""
+  return packing_lib.pack(examples.lengths, max_length, max_segments)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Batches:
+class _Batches(Sequence):
   """Batch i as [A, B_local, T]: this process's part of each micro-batch."""
 
   rows: Rows
@@ -120,10 +139,20 @@ class _Batches:
   process_index: int
   process_count: int
 
+  def __post_init__(self):
+    if self.rows.batch_size % (self.accumulation * self.process_count):
+      raise UserError(
+        f"A batch of {self.rows.batch_size} rows does not split into accumulation="
+        f"{self.accumulation} equal parts on each of {self.process_count} processes;"
+        " change config.optim.batch_size (for validation: config.eval.batch_size)."
+      )
+
   def __len__(self) -> int:
     return self.rows.num_batches
 
   def __getitem__(self, index: int) -> dict:
+    if not 0 <= index < len(self):
+      raise IndexError(index)
     size = self.rows.batch_size
     # The global batch is the same however it is split: rows of a micro-batch lie together, and
     # each process takes a contiguous part of every micro-batch.
@@ -131,6 +160,13 @@ class _Batches:
     mine = indices[:, self.process_index]
     batch = self.rows.batch(mine.ravel())
     return {name: x.reshape(*mine.shape, -1) for name, x in batch.items()}
+
+
+class _EvalBatches(_Batches):
+  """Without the axis of the accumulation, [B_local, T]."""
+
+  def __getitem__(self, index: int) -> dict:
+    return {name: x[0] for name, x in super().__getitem__(index).items()}
 
 
 def train_iterator(
@@ -141,10 +177,20 @@ def train_iterator(
   process_index: int = 0,
   process_count: int = 1,
   prefetch: int = 4,
-):
-  """A Grain iterator over batches [A, B_local, T], read ahead by threads.
+) -> grain.DatasetIterator:
+  """A Grain iterator over batches, `Rows.batch` as [A, B_local, T], read ahead by threads.
 
-  Its state is the index of the next batch, so it goes on exactly where it was saved.
+  Its state is the index of the next batch, so it goes on exactly where it was saved. What a
+  global batch holds depends neither on the accumulation nor on the number of processes: put
+  together along B_local and then along A, it is rows [i * batch_size, (i + 1) * batch_size).
+
+  Args:
+    batch_size: global rows a step, that of `rows`.
+    accumulation: A, micro-batches a step.
+    prefetch: batches to make ahead.
+
+  Raises:
+    UserError: the batch does not split evenly.
   """
   assert batch_size == rows.batch_size
   source = _Batches(rows, accumulation, process_index, process_count)
@@ -159,9 +205,13 @@ def eval_batches(
   batch_size: int,
   process_index: int = 0,
   process_count: int = 1,
-) -> Iterator[dict]:
-  """Every example once, in fixed order, as batches [B_local, T]; the last may hold empty rows."""
+) -> Sequence[dict]:
+  """Every example once, in fixed order: `Rows.batch` as [B_local, T].
+
+  The last batch may hold empty rows.
+
+  Raises:
+    UserError: the batch does not split evenly.
+  """
   rows = Rows(examples, _pack(examples, data), data.max_length, batch_size, 1, None)
-  source = _Batches(rows, 1, process_index, process_count)
-  for index in range(len(source)):
-    yield {name: x[0] for name, x in source[index].items()}
+  return _EvalBatches(rows, 1, process_index, process_count)

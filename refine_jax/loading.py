@@ -1,0 +1,113 @@
+"""A model to look at and to sample from: `load`."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refine_jax import attention, checkpoint, hf, hf_config
+from refine_jax import model as model_lib
+from refine_jax.errors import UserError
+from refine_jax.model import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """Parameters with what it takes to use them.
+
+  Attributes:
+    config: the shape.
+    params: nested dict of arrays, layers stacked (model.init_params).
+    tokenizer: None where the directory has none; then prompts are token ids.
+    eos_token_ids: any of them ends an answer; may be empty.
+    pad_token_id: or None.
+    directory: where it was loaded from.
+  """
+
+  config: ModelConfig
+  params: dict
+  tokenizer: object | None
+  eos_token_ids: tuple[int, ...]
+  pad_token_id: int | None
+  directory: Path
+
+  def __call__(self, ids, segment_ids=None):
+    """Logits of whole sequences: float32 [B, T, V].
+
+    Args:
+      ids: int [B, T].
+      segment_ids: int [B, T], contiguous from 1 (0: padding); positions start anew in each and
+        attention does not cross. Default: one segment a row.
+    """
+    ids = jnp.asarray(ids, jnp.int32)
+    segment_ids = jnp.ones_like(ids) if segment_ids is None else jnp.asarray(segment_ids)
+    return _logits(self.params, ids, segment_ids, self.config)
+
+  def require_tokenizer(self):
+    """The tokenizer.
+
+    Raises:
+      UserError: there is none.
+    """
+    if self.tokenizer is None:
+      raise UserError(
+        f"{self.directory} has no tokenizer, so text cannot be used; give token ids instead."
+      )
+    return self.tokenizer
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _logits(params, ids_BT, segment_ids_BT, config):
+  index = jnp.arange(ids_BT.shape[1])[None]
+  begins = jnp.diff(segment_ids_BT, axis=1, prepend=-1) != 0
+  positions = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+  dtype = jax.tree.leaves(params["layers"])[0].dtype
+  x_BTD = model_lib.hidden_states(
+    params, config, ids_BT, positions, attention.attend_with(segment_ids_BT), dtype=dtype
+  )
+  head = model_lib.head_matrix(params).astype(dtype)
+  return jnp.einsum("btd,vd->btv", x_BTD, head, preferred_element_type=jnp.float32)
+
+
+def load(name, *, dtype=None, step: int | None = None) -> Model:
+  """Loads a Hugging Face directory, a hub name, or the workdir of a run.
+
+  Args:
+    dtype: of the parameters; default: what the files have (float32 in a workdir).
+    step: of a workdir; default: its newest checkpoint.
+
+  Raises:
+    UserError: there is nothing to load, or it does not fit its config.json.
+  """
+  place = Path(str(name)).expanduser()
+  if (place / "checkpoints").is_dir() and (place / "model").is_dir():
+    params, _ = checkpoint.restore_params(place, step)
+    directory = place / "model"
+    config = hf_config.read_model_config(directory)
+  else:
+    if step is not None:
+      raise UserError(f"step={step} goes with the workdir of a run, and {name} is none.")
+    directory = hf.find(str(name))
+    config = hf_config.read_model_config(directory)
+    params = hf.load_params(directory, config)
+  params = jax.tree.map(lambda x: jnp.asarray(x, dtype or x.dtype), params)
+  tokenizer = _tokenizer(directory)
+  generation = directory / "generation_config.json"
+  tokens = hf_config.read_json(directory, generation.name) if generation.exists() else {}
+  tokens = hf_config.read_json(directory) | {k: v for k, v in tokens.items() if v is not None}
+  eos = tokens.get("eos_token_id")
+  if eos is None and tokenizer is not None:
+    eos = tokenizer.eos_token_id
+  eos_ids = () if eos is None else tuple(np.atleast_1d(eos).tolist())
+  return Model(config, params, tokenizer, eos_ids, tokens.get("pad_token_id"), directory)
+
+
+def _tokenizer(directory: Path):
+  """The directory's tokenizer, or None if it has no file of one."""
+  files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+  if not any((directory / name).exists() for name in files):
+    return None
+  return hf.load_tokenizer(directory)

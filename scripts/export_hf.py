@@ -1,0 +1,34 @@
+"""Converts a run's checkpoint into a Hugging Face directory.
+
+    python scripts/export_hf.py --workdir=runs/mine --output=models/mine [--step=N] [--dtype=...]
+"""
+
+import argparse
+from pathlib import Path
+
+from refine_jax import checkpoint, hf_export
+from refine_jax.cli import entry_point
+
+
+@entry_point
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--workdir", required=True, help="of the run")
+  parser.add_argument("--output", required=True, help="a new directory")
+  parser.add_argument("--step", type=int, help="default: the newest checkpoint")
+  parser.add_argument("--dtype", default="bfloat16", help=", ".join(hf_export.DTYPES))
+  arguments = parser.parse_args()
+  hf_export.refuse_used(Path(arguments.output))  # before the weights are read
+  params, step = checkpoint.restore_params(arguments.workdir, arguments.step)
+  output = hf_export.export(
+    params,
+    Path(arguments.workdir) / "model",
+    arguments.output,
+    dtype=arguments.dtype,
+    card=hf_export.model_card(arguments.workdir, step),
+  )
+  print(f"step {step} -> {output}")
+
+
+if __name__ == "__main__":
+  main()
