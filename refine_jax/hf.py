@@ -3,7 +3,6 @@
 Only safetensors: nothing here runs code that comes with a model.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ import numpy as np
 import safetensors
 
 from refine_jax.errors import UserError
+from refine_jax.hf_config import read_json
 from refine_jax.model import ModelConfig, param_shapes
 from refine_jax.sharding import leaf_name
 
@@ -137,7 +137,10 @@ class _TensorFiles:
     paths = sorted(directory.glob("*.safetensors"))
     index = directory / "model.safetensors.index.json"
     if index.exists():
-      names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+      weight_map = read_json(directory, index.name).get("weight_map")
+      if not isinstance(weight_map, dict):
+        raise UserError(f"{index} has no weight_map; fetch or write it again.")
+      names = set(weight_map.values())
       missing = sorted(n for n in names if not (directory / n).exists())
       if missing:
         raise UserError(f"{directory} lacks {', '.join(missing)}, which its index names.")

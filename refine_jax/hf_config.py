@@ -134,7 +134,8 @@ def from_hf(values: dict, where: str = "config.json") -> ModelConfig:
     )
   if c.get("head_dim") is None and width % heads:
     raise UserError(
-      f"{where}: hidden_size={width} is not a multiple of num_attention_heads={heads}; set head_dim."
+      f"{where}: hidden_size={width} is not a multiple of num_attention_heads={heads};"
+      " set head_dim."
     )
   head_dim = width // heads if c.get("head_dim") is None else count("head_dim")
   if head_dim % 2:

@@ -1,4 +1,4 @@
-"""A release directory that transformers, vLLM and others load: weights, configs, tokenizer, card."""
+"""A release directory that transformers and others load: weights, configs, tokenizer, card."""
 
 import json
 import os
@@ -55,6 +55,7 @@ def export(
     (temporary / "README.md").write_text(card, encoding="utf-8")
     if output.exists():
       output.rmdir()  # empty: checked above
+    _sync(temporary)
     temporary.rename(output)
   except (OSError, safetensors.SafetensorError) as error:
     free = shutil.disk_usage(output.parent).free / 2**30 if output.parent.exists() else 0
@@ -64,6 +65,16 @@ def export(
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
   return output
+
+
+def _sync(directory: Path):
+  """To the disk, so that after a power cut the new name never stands for half-written files."""
+  for path in (*directory.iterdir(), directory):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+      os.fsync(descriptor)
+    finally:
+      os.close(descriptor)
 
 
 def refuse_used(output: Path):
