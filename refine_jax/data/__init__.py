@@ -1,7 +1,7 @@
 """From parquet to packed rows: parquet -> chat -> tokenize -> store -> packing -> pipeline."""
 
 from refine_jax.data.chat import encode_prompt
-from refine_jax.data.pipeline import Rows, eval_batches, train_iterator, train_rows
+from refine_jax.data.pipeline import Rows, eval_batches, eval_rows, train_iterator, train_rows
 from refine_jax.data.store import Examples
 from refine_jax.data.tokenize import load_examples
 
@@ -10,6 +10,7 @@ __all__ = [
   "Rows",
   "encode_prompt",
   "eval_batches",
+  "eval_rows",
   "load_examples",
   "train_iterator",
   "train_rows",

@@ -120,14 +120,14 @@ def train_rows(
   return Rows(examples, _pack(examples, data), data.max_length, batch_size, total_epochs, seed)
 
 
+def eval_rows(examples: Examples, data: DataConfig, *, batch_size: int) -> Rows:
+  """Every example once, in an order that is always the same."""
+  return Rows(examples, _pack(examples, data), data.max_length, batch_size, 1, None)
+
+
 def _pack(examples: Examples, data: DataConfig) -> Packing:
-  return _packed(examples, data.max_length, data.max_segments if data.pack else 1)
-
-
-@functools.lru_cache(maxsize=4)
-def _packed(examples, max_length, max_segments):
-  """Kept, because every validation asks for the same one again."""
-  return packing_lib.pack(examples.lengths, max_length, max_segments)
+  limit = data.max_segments if data.pack else 1
+  return packing_lib.pack(examples.lengths, data.max_length, limit)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -172,7 +172,6 @@ class _EvalBatches(_Batches):
 def train_iterator(
   rows: Rows,
   *,
-  batch_size: int,
   accumulation: int,
   process_index: int = 0,
   process_count: int = 1,
@@ -182,36 +181,26 @@ def train_iterator(
 
   Its state is the index of the next batch, so it goes on exactly where it was saved. What a
   global batch holds depends neither on the accumulation nor on the number of processes: put
-  together along B_local and then along A, it is rows [i * batch_size, (i + 1) * batch_size).
+  together along B_local and then along A, it is rows i * batch_size up to (i + 1) * batch_size.
 
   Args:
-    batch_size: global rows a step, that of `rows`.
     accumulation: A, micro-batches a step.
     prefetch: batches to make ahead.
 
   Raises:
     UserError: the batch does not split evenly.
   """
-  assert batch_size == rows.batch_size
   source = _Batches(rows, accumulation, process_index, process_count)
   options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=prefetch)
   return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
 def eval_batches(
-  examples: Examples,
-  data: DataConfig,
-  *,
-  batch_size: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Rows, *, process_index: int = 0, process_count: int = 1
 ) -> Sequence[dict]:
-  """Every example once, in fixed order: `Rows.batch` as [B_local, T].
-
-  The last batch may hold empty rows.
+  """`Rows.batch` as [B_local, T]; the last batch may hold empty rows.
 
   Raises:
     UserError: the batch does not split evenly.
   """
-  rows = Rows(examples, _pack(examples, data), data.max_length, batch_size, 1, None)
   return _EvalBatches(rows, 1, process_index, process_count)
