@@ -1,0 +1,23 @@
+"""Trains causal language models to decode in parallel, and samples from them.
+
+Importing this is cheap: what is named here is loaded when it is first used.
+"""
+
+import importlib
+
+_WHERE = {
+  "Generation": "generation",
+  "Model": "loading",
+  "UserError": "errors",
+  "generate": "generation",
+  "iterative_generate": "generation",
+  "load": "loading",
+  "stream": "generation",
+}
+__all__ = list(_WHERE)
+
+
+def __getattr__(name):
+  if name not in _WHERE:
+    raise AttributeError(f"module 'refine_jax' has no attribute {name!r}")
+  return getattr(importlib.import_module(f"refine_jax.{_WHERE[name]}"), name)

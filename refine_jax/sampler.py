@@ -1,0 +1,293 @@
+"""Block decoding with a KV cache: the jitted engine under `generation.generate`.
+
+A row is a buffer of tokens of which the first `length` are committed; behind them lie drafts. One
+pass runs the model over a window of the buffer and predicts the tokens at length, length + 1, ..;
+a mode says how many of them to commit. The window starts at the first token whose keys and values
+are not in the cache (or at the last committed one), so a pass overwrites the cache rows of its
+drafts, and a commit only moves a counter.
+
+A causal model's own greedy text is the only fixed point of this: a draft that equals the
+prediction made from the tokens before it, all of them committed or verified likewise, is right.
+So `exact` commits the longest verified run and one token more, and gives the text of
+autoregressive decoding, token for token, whatever the drafts are.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from refine_jax import model as model_lib
+from refine_jax.model import ModelConfig
+
+MODES = ("exact", "fixed", "threshold", "ar")
+DRAFTS = ("tail", "noise", "ngram")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """Static choices of one compiled program.
+
+  Attributes:
+    mode: "exact"; "fixed" (refine_iter passes a block, then commit it: the document's
+      algorithm); "threshold" (commit while the probability is at least tau); "ar".
+    block: tokens that one pass can commit; block - 1 of them are drafted.
+    draft: for new places: "tail" keeps the last pass's predictions, "noise" puts the noise token,
+      "ngram" continues as the text did after its last two tokens occurred before.
+    refine_iter, tau: for "fixed" and "threshold".
+    temperature: 0 for greedy. Otherwise a token is the argmax of logits / temperature plus Gumbel
+      noise that depends on (seed, row, position) alone: a sample of the model's distribution that
+      is a function of the tokens before it, so "exact" stays exact and equal to "ar".
+    top_k, top_p: 0 and 1: off.
+  """
+
+  mode: str = "exact"
+  block: int = 8
+  draft: str = "tail"
+  refine_iter: int = 2
+  tau: float = 0.9
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  noise_token: int = 0
+  eos_ids: tuple[int, ...] = ()
+
+  @property
+  def window(self) -> int:
+    """Tokens a pass runs over: modes that commit unverified tokens run over those once more."""
+    return 2 * self.block - 1 if self.mode in ("fixed", "threshold") else self.block
+
+
+class State(NamedTuple):
+  """One entry a row.
+
+  Attributes:
+    tokens: int32 [B, S].
+    length: int32 [B], committed tokens, prompt included.
+    cached: int32 [B], leading tokens whose cache rows are right.
+    limit: int32 [B], the most that length may become.
+    done: bool [B].
+    turn: int32 [B], passes over the current block ("fixed").
+    passes: int32 [B].
+    accepted: int32 [N], how often a pass committed the place at this offset.
+    caches: for each layer keys and values [B, S, K, h].
+    seeds: uint32 [B], for sampling.
+  """
+
+  tokens: jax.Array
+  length: jax.Array
+  cached: jax.Array
+  limit: jax.Array
+  done: jax.Array
+  turn: jax.Array
+  passes: jax.Array
+  accepted: jax.Array
+  caches: list
+  seeds: jax.Array
+
+
+def prefill(params, prompts_BP, lengths, limits, done, seeds, *, config, settings, size) -> State:
+  """The state after the prompts, int32 [B, P] padded on the right, in buffers of `size`."""
+  rows = prompts_BP.shape[0]
+  dtype = jax.tree.leaves(params["layers"][0])[0].dtype
+  shape = (rows, size, config.kv_heads, config.head_dim)
+  caches = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers)]
+  tokens = jnp.full((rows, size), settings.noise_token, jnp.int32)
+  inside = jnp.arange(prompts_BP.shape[1])[None, :] < lengths[:, None]
+  tokens = tokens.at[:, : prompts_BP.shape[1]].set(
+    jnp.where(inside, prompts_BP, settings.noise_token)
+  )
+  zero = jnp.zeros(rows, jnp.int32)
+  _, caches = _run(params, config, prompts_BP, zero, caches)
+  return State(
+    tokens=tokens,
+    length=lengths,
+    cached=lengths,
+    limit=limits,
+    done=done,
+    turn=zero,
+    passes=zero,
+    accepted=jnp.zeros(settings.block, jnp.int32),
+    caches=caches,
+    seeds=seeds,
+  )
+
+
+def decode(params, state: State, max_passes, *, config: ModelConfig, settings: Settings) -> State:
+  """Passes until every row is done, at most `max_passes` of them."""
+
+  def unfinished(carry):
+    count, state = carry
+    return (count < max_passes) & ~jnp.all(state.done)
+
+  def body(carry):
+    count, state = carry
+    return count + 1, one_pass(params, state, config, settings)
+
+  return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+
+def one_pass(params, state: State, config: ModelConfig, settings: Settings) -> State:
+  """One forward pass over each row's window, and what the mode commits of it."""
+  block = settings.block
+  start = jnp.minimum(state.cached, state.length - 1)
+  tokens = state.tokens
+  if settings.draft == "ngram":
+    tokens = _continue_ngrams(tokens, state.length, block)
+  window = _slice_rows(tokens, start, settings.window)
+  x, caches = _run(params, config, window, start, state.caches)
+  # Only the rows that predict the block meet the head.
+  behind = (state.length - 1 - start)[:, None] + jnp.arange(block)[None, :]
+  x_BND = jnp.take_along_axis(x, behind[:, :, None], axis=1)
+  predicted, confident = _predict(params, x_BND, state, settings)
+  drafts = _slice_rows(tokens, state.length, block)
+  verified = _leading(predicted[:, :-1] == drafts[:, :-1])
+  count, turn = _commit_count(verified, confident, state.turn, settings)
+
+  # The end of a row: an EOS among the committed, or its limit.
+  count = jnp.minimum(count, state.limit - state.length)
+  is_eos = jnp.isin(predicted, jnp.asarray(settings.eos_ids, jnp.int32))
+  before_eos = _leading(~is_eos)
+  ends = before_eos < count
+  count = jnp.where(ends, before_eos + 1, count)
+  count = jnp.where(state.done, 0, count)
+  length = state.length + count
+  done = state.done | ends | (length >= state.limit)
+
+  keep = predicted
+  if settings.draft == "noise" and settings.mode != "fixed":
+    committed = jnp.arange(block)[None, :] < count[:, None]
+    keep = jnp.where(committed, predicted, settings.noise_token)
+  written = _write_rows(tokens, keep, state.length)
+  return State(
+    tokens=jnp.where(state.done[:, None], state.tokens, written),
+    length=length,
+    # All that was committed before is cached now, and so are the drafts that were right.
+    cached=jnp.where(state.done, state.cached, jnp.minimum(state.length + verified, length - 1)),
+    limit=state.limit,
+    done=done,
+    turn=turn,
+    passes=state.passes + ~state.done,
+    accepted=state.accepted
+    + jnp.sum(jnp.arange(block)[None, :] < count[:, None], axis=0, dtype=jnp.int32),
+    caches=caches,
+    seeds=state.seeds,
+  )
+
+
+def _commit_count(verified, confident, turn, settings):
+  """How many predictions each row commits, and its next turn."""
+  if settings.mode == "fixed":
+    turn = turn + 1
+    # A pass that changes no draft has reached the fixed point: further ones would repeat it.
+    full = (turn >= settings.refine_iter) | (verified == settings.block - 1)
+    return jnp.where(full, settings.block, 0), jnp.where(full, 0, turn)
+  if settings.mode == "threshold":
+    return jnp.maximum(verified + 1, _leading(confident)), turn
+  return verified + 1, turn
+
+
+def _run(params, config, ids_BT, start_B, caches):
+  """Hidden states of ids at positions start, start + 1, .., with the caches up to there."""
+  positions = start_B[:, None] + jnp.arange(ids_BT.shape[1])[None, :]
+  keys = jnp.arange(caches[0][0].shape[1])
+  distance = positions[:, :, None] - keys[None, None, :]
+
+  def attend_with(window):
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+    def attend(q, k, v, cache):
+      cache = tuple(_write_rows(c, x, start_B) for c, x in zip(cache, (k, v), strict=True))
+      out = jax.nn.dot_product_attention(q, *cache, mask=seen[:, None], implementation="xla")
+      return out, cache
+
+    return attend
+
+  dtype = caches[0][0].dtype
+  return model_lib.hidden_states(
+    params, config, ids_BT, positions, attend_with, dtype=dtype, caches=caches
+  )
+
+
+def _predict(params, x_BND, state, settings):
+  """The token for each place of the block, and whether its probability is at least tau."""
+  head = model_lib.head_matrix(params).astype(x_BND.dtype)
+  logits = jnp.einsum("bnd,vd->bnv", x_BND, head, preferred_element_type=jnp.float32)
+  if settings.temperature > 0:
+    logits = _filter(logits / settings.temperature, settings)
+    positions = state.length[:, None] + jnp.arange(settings.block)[None, :]
+
+    def gumbel(seed, position):
+      key = jax.random.fold_in(jax.random.key(seed), position)
+      return jax.random.gumbel(key, logits.shape[-1:])
+
+    noise = jax.vmap(jax.vmap(gumbel, in_axes=(None, 0)))(state.seeds, positions)
+    predicted = jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+  else:
+    predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  if settings.mode != "threshold":
+    return predicted, None
+  chosen = jnp.take_along_axis(logits, predicted[..., None], axis=-1)[..., 0]
+  return predicted, jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1)) >= settings.tau
+
+
+def _filter(logits, settings):
+  """Top-k, then top-p (Holtzman et al. 2020, arXiv:1904.09751): the rest becomes -inf."""
+  if settings.top_k:
+    kth = jax.lax.top_k(logits, min(settings.top_k, logits.shape[-1]))[0][..., -1:]
+    logits = jnp.where(logits < kth, -jnp.inf, logits)
+  if settings.top_p < 1:
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept = jnp.where(before < settings.top_p, ordered, jnp.inf)
+    logits = jnp.where(logits < jnp.min(kept, axis=-1, keepdims=True), -jnp.inf, logits)
+  return logits
+
+
+def _continue_ngrams(tokens, length, block):
+  """Drafts as the text went on after the last earlier place with its last two tokens.
+
+  Where there is none, the drafts stay as they are (prompt lookup, Saxena 2023).
+  """
+  index = jnp.arange(tokens.shape[1] - 1)[None, :]
+  last = _slice_rows(tokens, jnp.maximum(length - 2, 0), 2)
+  same = (tokens[:, :-1] == last[:, :1]) & (tokens[:, 1:] == last[:, 1:])
+  place = jnp.max(jnp.where(same & (index < length[:, None] - 2), index, -1), axis=1)
+  # Read one by one, because a short period runs into its own continuation.
+  period = length - 2 - place
+  offsets = jnp.arange(block)[None, :] % jnp.maximum(period, 1)[:, None]
+  found = jnp.take_along_axis(tokens, jnp.maximum(place, 0)[:, None] + 2 + offsets, axis=1)
+  return jnp.where((place >= 0)[:, None], _write_rows(tokens, found, length), tokens)
+
+
+def _leading(flags_BN):
+  """How many flags are true before the first that is not: int32 [B]."""
+  return jnp.sum(jnp.cumprod(flags_BN.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
+
+
+def _slice_rows(x, start_B, size):
+  """[B, size, ...]: from each row, from its own start."""
+  return jax.vmap(lambda row, s: jax.lax.dynamic_slice_in_dim(row, s, size))(x, start_B)
+
+
+def _write_rows(x, values, start_B):
+  """x with values [B, n, ...] written into each row at its own start."""
+  values = values.astype(x.dtype)
+  if x.shape[0] == 1:  # a plain slice update, done in place; batched ones become scatters
+    return jax.lax.dynamic_update_slice_in_dim(x, values, start_B[0], axis=1)
+  return jax.vmap(lambda row, v, s: jax.lax.dynamic_update_slice_in_dim(row, v, s, axis=0))(
+    x, values, start_B
+  )
+
+
+@functools.cache
+def programs(config: ModelConfig, settings: Settings) -> tuple:
+  """The jitted (prefill, decode) of a model's shape; parameters are arguments of both."""
+  bound = {"config": config, "settings": settings}
+  return (
+    jax.jit(functools.partial(prefill, **bound), static_argnames="size"),
+    jax.jit(functools.partial(decode, **bound), donate_argnums=1),
+  )

@@ -1,0 +1,228 @@
+"""The sampler against transformers' greedy decoding, and against the document's own loop."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import torch
+import train_fixtures as tiny
+from hf_fixtures import tiny_hf_model
+
+import refine_jax
+from refine_jax import generation, loading
+
+EOS = 2
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+  """For each family transformers' model and ours; logits sharp enough that no two are near."""
+  result = {}
+  for family in FAMILIES:
+    directory, theirs = tiny_hf_model(family, tmp_path_factory.mktemp(family))
+    result[family] = theirs.float().eval(), refine_jax.load(directory)
+  return result
+
+
+def prompts(count, vocabulary, seed=0):
+  """Of unequal lengths, some with EOS inside and one ending in it."""
+  rng = np.random.default_rng(seed)
+  rows = [rng.integers(0, vocabulary, rng.integers(1, 12)).tolist() for _ in range(count)]
+  for row in rows[::2]:
+    row[len(row) // 2] = EOS
+  rows[-1][-1] = EOS
+  return rows
+
+
+def greedy(theirs, prompt, new):
+  ids = torch.tensor([prompt])
+  with torch.no_grad():
+    out = theirs.generate(
+      ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
+      eos_token_id=EOS, pad_token_id=0,
+    )  # fmt: skip
+  return out[0, len(prompt) :].tolist()
+
+
+def run(ours, rows, new=24, **options):
+  return refine_jax.generate(ours, rows, max_new_tokens=new, eos_token_id=EOS, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows, block", [(1, 1), (1, 8), (3, 4), (5, 32), (8, 7)])
+def test_exact_is_transformers_greedy(models, family, rows, block):
+  theirs, ours = models[family]
+  batch = prompts(rows, ours.config.vocab_size, seed=rows)
+  want = [greedy(theirs, p, 24) for p in batch]
+  out = run(ours, batch, mode="exact", block_size=block)
+  assert out.tokens == want
+
+
+@pytest.mark.parametrize("draft", ["tail", "noise", "ngram"])
+def test_drafts_change_the_passes_and_not_the_text(models, draft):
+  theirs, ours = models["llama"]
+  batch = prompts(4, ours.config.vocab_size)
+  out = run(ours, batch, mode="exact", block_size=6, draft=draft)
+  assert out.tokens == [greedy(theirs, p, 24) for p in batch]
+  assert all(1 <= p <= len(t) for p, t in zip(out.passes, out.tokens, strict=True))
+
+
+def document_loop(ours, prompt, new, block, refine_iter):
+  """The document's algorithm for one row, without a cache, on dense logits."""
+  text, limit = list(prompt), len(prompt) + new
+  passes = 0
+  while True:
+    draft = [EOS] * (block - 1)
+    for _ in range(refine_iter):
+      logits = np.asarray(ours(np.array([text + draft])))[0]
+      predicted = logits[len(text) - 1 :].argmax(-1).tolist()
+      passes += 1
+      settled = predicted[:-1] == draft
+      draft = predicted[:-1]
+      if settled:
+        break
+    for token in predicted:
+      text.append(token)
+      if token == EOS or len(text) == limit:
+        return text[len(prompt) :], passes
+
+
+@pytest.mark.parametrize("refine_iter", [1, 2, 4])
+def test_fixed_is_the_documents_loop(models, refine_iter):
+  _, ours = models["qwen2"]
+  batch = prompts(4, ours.config.vocab_size)
+  out = run(ours, batch, new=18, mode="fixed", block_size=5, refine_iter=refine_iter)
+  want = [document_loop(ours, p, 18, 5, refine_iter) for p in batch]
+  assert out.tokens == [tokens for tokens, _ in want]
+  assert out.passes == [passes for _, passes in want]
+
+
+def test_fixed_with_as_many_passes_as_places_is_greedy(models):
+  theirs, ours = models["mistral"]
+  batch = prompts(3, ours.config.vocab_size)
+  out = run(ours, batch, mode="fixed", block_size=6, refine_iter=6)
+  assert out.tokens == [greedy(theirs, p, 24) for p in batch]
+
+
+def test_threshold_one_is_exact_and_zero_takes_whole_blocks(models):
+  theirs, ours = models["llama"]
+  batch = prompts(3, ours.config.vocab_size)
+  sure = run(ours, batch, mode="threshold", block_size=4, tau=1.1)
+  assert sure.tokens == [greedy(theirs, p, 24) for p in batch]
+  bold = run(ours, batch, mode="threshold", block_size=4, tau=0.0)
+  assert bold.passes == [-(-len(t) // 4) for t in bold.tokens]
+
+
+@pytest.fixture(scope="module")
+def copier():
+  """A trained-like model: after token i comes i + 1, whatever was before, so drafts verify."""
+  config = tiny.tiny_config(vocab_size=40, tied_head=False, width=64)
+  params = tiny.tiny_params(config)
+  embedding = np.asarray(jax.random.normal(jax.random.key(0), (40, 64)))
+  params["embedding"] = embedding
+  params["head"] = np.roll(embedding, 1, axis=0)  # the logit of i + 1 is i's own embedding
+  params["layers"] = jax.tree.map(lambda x: x * 0, params["layers"])
+  return loading.Model(config, params, None, (39,), None, "copier")
+
+
+def test_right_drafts_are_committed_together(copier):
+  # The tail of a pass over EOS drafts is wrong; n-grams repeat a period, and the text has one.
+  prompt = list(range(10)) * 2
+  out = refine_jax.generate(
+    copier, [prompt[:11]], block_size=8, draft="ngram", max_new_tokens=8
+  )
+  assert out.tokens == [[1, 2, 3, 4, 5, 6, 7, 8]]
+  assert out.passes == [1] and out.tokens_per_pass == 8
+  assert out.accepted == [1.0] * 8
+
+
+def test_eos_ends_its_row_only_and_limits_are_kept(copier):
+  rows = [[35], [1], [38], [37, 39, 20]]
+  out = refine_jax.generate(copier, rows, block_size=4, max_new_tokens=6)
+  assert out.tokens == [
+    [36, 37, 38, 39], [2, 3, 4, 5, 6, 7], [39], [21, 22, 23, 24, 25, 26]
+  ]  # fmt: skip
+  assert out.stopped == [True, False, True, False]
+
+
+def test_the_models_length_is_never_overshot(copier):
+  short = dataclasses.replace(copier, config=dataclasses.replace(copier.config, max_length=9))
+  out = refine_jax.generate(short, [[1, 2, 3]], block_size=4, max_new_tokens=50)
+  assert out.tokens == [[4, 5, 6, 7, 8, 9]]
+  with pytest.raises(refine_jax.UserError, match="leaves no room"):
+    refine_jax.generate(short, [list(range(9))], max_new_tokens=1)
+
+
+def test_a_row_does_not_depend_on_its_company(models):
+  _, ours = models["qwen3"]
+  batch = prompts(5, ours.config.vocab_size)
+  options = {"mode": "exact", "block_size": 4, "temperature": 1.0, "seed": 7}
+  together = run(ours, batch, **options).tokens
+  assert together[:2] == run(ours, batch[:2], **options).tokens
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}])
+def test_sampling_in_blocks_is_sampling_one_by_one(models, options):
+  _, ours = models["llama"]
+  batch = prompts(4, ours.config.vocab_size)
+  sampled = {"temperature": 0.8, "seed": 3, "new": 12} | options
+  blocks = run(ours, batch, mode="exact", block_size=5, **sampled)
+  one_by_one = run(ours, batch, mode="ar", **sampled)
+  assert blocks.tokens == one_by_one.tokens
+  assert blocks.tokens != run(ours, batch, mode="exact", **(sampled | {"seed": 4})).tokens
+
+
+def test_samples_follow_the_models_distribution(copier):
+  """Chi-square of the second sampled token against its exact marginal."""
+  config = tiny.tiny_config(vocab_size=6)
+  params = tiny.tiny_params(config)
+  model = loading.Model(config, params, None, (), None, "tiny")
+  count = 1024
+  out = refine_jax.generate(
+    model, [[1, 3]] * count, block_size=2, max_new_tokens=2, temperature=1.0, seed=0
+  )
+  softmax = lambda rows: np.asarray(  # noqa: E731
+    jax.nn.softmax(model(np.array(rows))[:, -1], axis=-1), np.float64
+  )
+  first = softmax([[1, 3]])[0]
+  second = first @ softmax([[1, 3, t] for t in range(6)])
+  for place, want in ((0, first), (1, second)):
+    seen = np.bincount([t[place] for t in out.tokens], minlength=6)
+    chi_square = np.sum((seen - count * want) ** 2 / (count * want))
+    assert chi_square < 20.5  # 5 degrees of freedom: passed once in a thousand seeds
+
+
+def test_iterative_generate_has_the_documents_shape(copier):
+  out = refine_jax.iterative_generate(
+    copier, np.array([[1, 2], [36, 37]]), eos_token_id=39, pad_token_id=0, max_new_tokens=5,
+    add_eos_length=3, refine_iter=4,
+  )  # fmt: skip
+  np.testing.assert_array_equal(out, [[1, 2, 3, 4, 5, 6, 7], [36, 37, 38, 39, 0, 0, 0]])
+
+
+def test_without_a_tokenizer_text_is_refused_and_ids_are_not(copier):
+  with pytest.raises(refine_jax.UserError, match="no tokenizer"):
+    refine_jax.generate(copier, ["hello"])
+  assert refine_jax.generate(copier, [[1]], max_new_tokens=1).texts is None
+
+
+def test_a_second_call_compiles_nothing(models):
+  _, ours = models["llama"]
+  run(ours, [[5, 6, 7]], block_size=3)
+  assert run(ours, [[7, 8]], block_size=3).compile_seconds == 0
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [({"mode": "fast"}, "mode"), ({"draft": "none"}, "draft"), ({"block_size": 0}, "block_size")],
+)
+def test_wrong_options_say_what_is_possible(copier, options, message):
+  with pytest.raises(refine_jax.UserError, match=message):
+    refine_jax.generate(copier, [[1]], **options)
+
+
+def test_no_prompts_give_no_answers(copier):
+  assert refine_jax.generate(copier, []).tokens == []
+  assert generation.generate(copier, []).tokens_per_pass == 0
