@@ -131,9 +131,9 @@ def test_right_drafts_are_committed_together(copier):
   # The tail of a pass over EOS drafts is wrong; n-grams repeat a period, and the text has one.
   prompt = list(range(10)) * 2
   out = refine_jax.generate(
-    copier, [prompt[:11]], block_size=8, draft="ngram", max_new_tokens=8
+    copier, [prompt[:12]], block_size=8, draft="ngram", max_new_tokens=8
   )
-  assert out.tokens == [[1, 2, 3, 4, 5, 6, 7, 8]]
+  assert out.tokens == [[2, 3, 4, 5, 6, 7, 8, 9]]
   assert out.passes == [1] and out.tokens_per_pass == 8
   assert out.accepted == [1.0] * 8
 
@@ -211,7 +211,7 @@ def test_without_a_tokenizer_text_is_refused_and_ids_are_not(copier):
 def test_a_second_call_compiles_nothing(models):
   _, ours = models["llama"]
   run(ours, [[5, 6, 7]], block_size=3)
-  assert run(ours, [[7, 8]], block_size=3).compile_seconds == 0
+  assert run(ours, [[7, 8, 9]], block_size=3).compile_seconds == 0
 
 
 @pytest.mark.parametrize(

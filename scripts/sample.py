@@ -1,0 +1,113 @@
+"""Answers prompts in the terminal, committed text as it comes.
+
+    python scripts/sample.py --model=DIR --prompt="What is 2+2?" [--mode=exact] [--block_size=8]
+    python scripts/sample.py --model=DIR --prompts_file=prompts.txt --jsonl > answers.jsonl
+    python scripts/sample.py --model=DIR --chat
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from refine_jax import generation, loading, sampler
+from refine_jax.cli import entry_point
+from refine_jax.errors import UserError
+
+
+def read_prompts(arguments) -> list:
+  """From --prompt, --prompts_file or standard input: a line each, JSON ({"prompt": ..}) or text."""
+  if arguments.prompt is not None:
+    return [arguments.prompt]
+  if arguments.prompts_file:
+    path = Path(arguments.prompts_file)
+    if not path.is_file():
+      raise UserError(f"{path} (--prompts_file) is not a file.")
+    lines = path.read_text(encoding="utf-8").splitlines()
+  elif not sys.stdin.isatty():
+    lines = sys.stdin.read().splitlines()
+  else:
+    raise UserError("No prompt: give --prompt, --prompts_file, --chat, or lines on standard input.")
+  prompts = [_parse(line, number) for number, line in enumerate(lines, 1) if line.strip()]
+  if not prompts:
+    raise UserError("There is no prompt in the input.")
+  return prompts
+
+
+def _parse(line, number):
+  if not line.lstrip().startswith("{"):
+    return line
+  try:
+    return json.loads(line)["prompt"]
+  except (ValueError, KeyError):
+    raise UserError(f'Line {number} of the prompts is not {{"prompt": ...}}.') from None
+
+
+def show(pieces) -> str:
+  """Prints the first row's pieces as they come, and returns them joined."""
+  text = ""
+  for (piece,) in pieces:
+    print(piece, end="", flush=True)
+    text += piece
+  print()
+  return text
+
+
+def chat(model, options):
+  """Turns until the input ends."""
+  messages = []
+  while True:
+    try:
+      line = input("> ")
+    except EOFError:
+      return
+    if line.strip():
+      messages.append({"role": "user", "content": line})
+      answer = show(generation.stream(model, [messages], **options))
+      messages.append({"role": "assistant", "content": answer})
+
+
+@entry_point
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--model", required=True, help="Hugging Face directory, hub name or workdir")
+  parser.add_argument("--step", type=int, help="of a workdir; default: its newest checkpoint")
+  parser.add_argument("--dtype", help="of the parameters; default: as stored")
+  parser.add_argument("--prompt")
+  parser.add_argument("--prompts_file", help="a prompt a line, text or JSON")
+  parser.add_argument("--chat", action="store_true", help="turns in the terminal")
+  parser.add_argument("--jsonl", action="store_true", help="write a JSON object an answer")
+  parser.add_argument("--mode", default="exact", help=", ".join(sampler.MODES))
+  parser.add_argument("--block_size", type=int, default=8)
+  parser.add_argument("--max_new_tokens", type=int, default=256)
+  parser.add_argument("--draft", help=", ".join(sampler.DRAFTS))
+  parser.add_argument("--refine_iter", type=int, default=2, help="passes a block, mode fixed")
+  parser.add_argument("--tau", type=float, default=0.9, help="probability, mode threshold")
+  parser.add_argument("--temperature", type=float, default=0.0)
+  parser.add_argument("--top_k", type=int, default=0)
+  parser.add_argument("--top_p", type=float, default=1.0)
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--stop", action="append", default=[], help="a string that ends an answer")
+  arguments = parser.parse_args()
+  names = (
+    "mode", "block_size", "max_new_tokens", "draft", "refine_iter", "tau", "temperature",
+    "top_k", "top_p", "seed", "stop",
+  )  # fmt: skip
+  options = {name: getattr(arguments, name) for name in names}
+  prompts = [] if arguments.chat else read_prompts(arguments)
+  model = loading.load(arguments.model, dtype=arguments.dtype, step=arguments.step)
+  model.require_tokenizer()
+  if arguments.chat:
+    chat(model, options)
+  elif len(prompts) == 1 and not arguments.jsonl:
+    show(generation.stream(model, prompts, **options))
+  else:
+    out = generation.generate(model, prompts, **options)
+    for i, prompt in enumerate(prompts):
+      answer = {"prompt": prompt, "text": out.texts[i], "tokens": len(out.tokens[i]),
+                "passes": out.passes[i], "stopped": out.stopped[i]}  # fmt: skip
+      print(json.dumps(answer, ensure_ascii=False) if arguments.jsonl else f"{out.texts[i]}\n---")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Lints and tests; on a machine with python3 and pip it sets everything up itself.
+#   bash scripts/test.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/setup_env.sh
+setup_env test
+export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+ruff check .
+python -m pytest -q "$@"
