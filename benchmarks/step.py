@@ -68,8 +68,8 @@ def measure(shape: timing.Shape, arguments, *, packed: bool) -> dict:
   )  # fmt: skip
   compute = compute_lib.Compute(
     model=shape.model, dtype=dtype, attention=engine, max_segments=segments, remat=remat,
-    unroll=arguments.unroll or (1 if on_cpu else shape.model.layers), head_chunk=arguments.head_chunk,
-    head_gradient=arguments.head_gradient,
+    unroll=arguments.unroll or (1 if on_cpu else shape.model.layers),
+    head_chunk=arguments.head_chunk, head_gradient=arguments.head_gradient,
   )  # fmt: skip
   recipe = make_recipe(shape, arguments.rounds)
   batch = jax.device_put(random_batch(shape, packed=packed, prompt=min(128, shape.length // 16)))

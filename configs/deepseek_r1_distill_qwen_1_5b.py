@@ -1,7 +1,7 @@
 """DeepSeek-R1-Distill-Qwen-1.5B on one 80 GB GPU, the PyTorch original's settings.
 
     python -m refine_jax.main --config=configs/deepseek_r1_distill_qwen_1_5b.py \
-        --workdir=runs/r1 --config.data.train_files=train.parquet --config.data.val_files=val.parquet
+        --workdir=runs/r1 --config.data.train_files=train.parquet
 """
 
 from configs import base

@@ -265,7 +265,7 @@ def _check(c: Config):
   )
   _require(
     c.optim.total_steps == -1 or c.optim.total_steps > 0,
-    f"config.optim.total_steps is {c.optim.total_steps}; it must be positive, or -1 for all epochs.",
+    f"config.optim.total_steps is {c.optim.total_steps}; it must be positive, or -1: all epochs.",
   )
   _require(
     c.optim.batch_size % c.optim.accumulation == 0,
@@ -281,7 +281,8 @@ def _check(c: Config):
   for name in c.log.logger:
     _require(
       name in _LOGGERS,
-      f"config.log.logger names {name!r}; known are {', '.join(_LOGGERS)}.{nearest(name, _LOGGERS)}",
+      f"config.log.logger names {name!r}; known are {', '.join(_LOGGERS)}."
+      f"{nearest(name, _LOGGERS)}",
     )
   _require(
     len(c.log.profile_steps) == 2 and c.log.profile_steps[0] <= c.log.profile_steps[1],

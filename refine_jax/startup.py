@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from refine_jax import attention, compute as compute_lib, data, hf, hf_config, model, optim
-from refine_jax import sharding, train_step
+from refine_jax import attention, data, hf, hf_config, model, optim, sharding, train_step
+from refine_jax import compute as compute_lib
 from refine_jax.config import Config
 from refine_jax.errors import UserError
 from refine_jax.metrics import gibibytes

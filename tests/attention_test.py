@@ -54,7 +54,8 @@ def test_engines_equal_a_loop_over_segments(backend, window):
   real = (ids > 0)[..., None, None]
 
   def engine(q, k, v):
-    attend = attention.attend_with(jnp.asarray(ids), backend=backend, max_segments=3, interpret=True)
+    segments = jnp.asarray(ids)
+    attend = attention.attend_with(segments, backend=backend, max_segments=3, interpret=True)
     return attend(window)(q, k, v, None)[0]
 
   def loss(function):

@@ -35,7 +35,9 @@ def _check_template(tokenizer, fallback_template):
   try:
     _render(tokenizer, [{"role": "user", "content": "a"}], fallback_template)
   except (jinja2.TemplateSyntaxError, ValueError) as error:
-    whose = f"The chat template of {name}" if tokenizer.chat_template else "config.data.chat_template"
+    whose = (
+      f"The chat template of {name}" if tokenizer.chat_template else "config.data.chat_template"
+    )
     raise UserError(f"{whose} cannot be used: {error}") from error
   except jinja2.TemplateError:
     pass  # It may refuse this conversation and take those of the data.

@@ -57,9 +57,7 @@ def count_rows(paths: list[Path], prompt_key: str, response_key: str) -> int:
   return rows
 
 
-def batches(
-  path: Path, prompt_key: str, response_key: str
-) -> Iterator[tuple[int, list, list]]:
+def batches(path: Path, prompt_key: str, response_key: str) -> Iterator[tuple[int, list, list]]:
   """Reads one file by row group, never more than one of them at a time.
 
   Yields:

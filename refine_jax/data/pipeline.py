@@ -195,9 +195,7 @@ def train_iterator(
   return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
-def eval_batches(
-  rows: Rows, *, process_index: int = 0, process_count: int = 1
-) -> Sequence[dict]:
+def eval_batches(rows: Rows, *, process_index: int = 0, process_count: int = 1) -> Sequence[dict]:
   """`Rows.batch` as [B_local, T]; the last batch may hold empty rows.
 
   Raises:
