@@ -1,4 +1,4 @@
-"""Trains: python -m refine_jax.main --config=configs/x.py --workdir=DIR [--config.optim.lr=2e-5]."""
+"""Trains: python -m refine_jax.main --config=configs/x.py --workdir=DIR [--config.KEY=VALUE]."""
 
 import os
 import sys

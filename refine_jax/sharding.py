@@ -67,7 +67,8 @@ def check_fit(mesh: Mesh, optim: OptimConfig, heads: int, kv_heads: int, max_len
       f" {micro} rows each, not divisible by the mesh's data x fsdp = {shards}."
     )
   tensor = mesh.shape["tensor"]
-  for name, size in (("key/value heads", kv_heads), ("heads", heads), ("data.max_length", max_length)):
+  sizes = {"key/value heads": kv_heads, "heads": heads, "data.max_length": max_length}
+  for name, size in sizes.items():
     if size % tensor:
       raise UserError(
         f"config.mesh.tensor={tensor} does not divide the model's {name} ({size}); lower it."
