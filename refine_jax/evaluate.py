@@ -3,7 +3,7 @@
     python -m refine_jax.evaluate --model=DIR --data=test.parquet \
         --modes=ar,exact,fixed:2,threshold:0.9 --block_sizes=4,8,16,32 --output=results
 
-Writes results.json, and accuracy.png where matplotlib is there; ends with the last setting's
+Writes results.json, the answers, and accuracy.png where matplotlib is there; ends with the last setting's
 `solved=.. tokens_per_pass=..`.
 """
 
@@ -51,11 +51,11 @@ def parse_mode(text: str) -> dict:
 
 def evaluate(
   model, rows: list[dict], score, *, batch_size: int, prompt_key: str = "prompt", **options
-) -> dict:
+) -> tuple[dict, list[dict]]:
   """Answers and scores all rows with one setting of `generation.generate`.
 
   Returns:
-    solved and its interval, tokens_per_pass (over rows that stopped; rows that loop to their
+    a dict of numbers, and the answers, one a row. The numbers: solved and its interval, tokens_per_pass (over rows that stopped; rows that loop to their
     limit would inflate it), not_stopped, tokens, seconds_per_problem without compilation, and
     solved by task.
   """
@@ -68,25 +68,36 @@ def evaluate(
     seconds += out.prefill_seconds + out.decode_seconds
     for i, row in enumerate(batch):
       outcomes.append(
-        (row, score(out.texts[i], row), out.stopped[i], len(out.tokens[i]), out.passes[i])
+        {
+          "task": row.get("task", "all"),
+          "prompt": row[prompt_key],
+          "answer": row["answer"],
+          "text": out.texts[i],
+          "solved": score(out.texts[i], row),
+          "stopped": out.stopped[i],
+          "tokens": len(out.tokens[i]),
+          "passes": out.passes[i],
+        }
       )
   by_task = collections.defaultdict(list)
-  for row, solved, *_ in outcomes:
-    by_task[row.get("task", "all")].append(solved)
-  solved = sum(o[1] for o in outcomes)
-  stopped = [o for o in outcomes if o[2]]
+  for outcome in outcomes:
+    by_task[outcome["task"]].append(outcome["solved"])
+  solved = sum(o["solved"] for o in outcomes)
+  stopped = [o for o in outcomes if o["stopped"]]
   low, high = wilson(solved, len(rows))
-  return {
+  numbers = {
     "problems": len(rows),
     "solved": solved / len(rows),
     "solved_low": low,
     "solved_high": high,
-    "tokens_per_pass": sum(o[3] for o in stopped) / max(sum(o[4] for o in stopped), 1),
+    "tokens_per_pass": sum(o["tokens"] for o in stopped)
+    / max(sum(o["passes"] for o in stopped), 1),
     "not_stopped": len(rows) - len(stopped),
-    "tokens": sum(o[3] for o in outcomes),
+    "tokens": sum(o["tokens"] for o in outcomes),
     "seconds_per_problem": seconds / len(rows),
     "by_task": {task: sum(v) / len(v) for task, v in sorted(by_task.items())},
   }
+  return numbers, outcomes
 
 
 def read_rows(path: str, limit: int) -> list[dict]:
@@ -97,6 +108,13 @@ def read_rows(path: str, limit: int) -> list[dict]:
   if not rows:
     raise UserError(f"{path} has no rows.")
   return rows
+
+
+def write_answers(directory: Path, name: str, answers: list[dict]):
+  """A JSON object a line, to be read by people and by other scorers."""
+  directory.mkdir(parents=True, exist_ok=True)
+  with open(directory / f"answers-{name}.jsonl", "w", encoding="utf-8") as file:
+    file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
 
 
 def plot(results: list[dict], path: Path) -> bool:
@@ -160,7 +178,7 @@ def main():
   model.require_tokenizer()
   results = []
   for name, options in settings:
-    result = evaluate(
+    result, answers = evaluate(
       model, rows, score, batch_size=min(arguments.batch_size, len(rows)),
       prompt_key=arguments.prompt_key, max_new_tokens=arguments.max_new_tokens, **options,
     )  # fmt: skip
@@ -172,6 +190,8 @@ def main():
       f"  {result['seconds_per_problem'] * 1e3:.1f} ms a problem",
       flush=True,
     )
+    if output:
+      write_answers(output, f"{name}-{options['block_size']}".replace(":", "-"), answers)
   for task in results[-1]["by_task"]:
     shares = "  ".join(f"{r['by_task'][task]:6.1%}" for r in results)
     print(f"  {task:<18} {shares}")

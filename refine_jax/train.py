@@ -36,8 +36,9 @@ def run(config: Config, workdir: str) -> int:
   iterator = plan.train_iterator()
   checkpointer = Checkpointer(workdir, max_to_keep=config.checkpoint.max_ckpt_to_keep)
   try:
-    startup.prepare_workdir(workdir, config, source)
     state, origin = startup.start(config, source, recipe, mesh, checkpointer, iterator)
+    # After the start: a workdir of another model has been refused by now, and is left as it was.
+    startup.prepare_workdir(workdir, config, source)
     for line in startup.describe(config, source, plan, recipe, compute, state, origin):
       print(line)
     loop = _Loop(config, workdir, source, plan, recipe, compute, checkpointer, iterator)

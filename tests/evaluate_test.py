@@ -1,0 +1,97 @@
+"""Scorers, intervals and the accounting of an evaluation."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from refine_jax import evaluate, generation, scoring
+from refine_jax.errors import UserError
+
+
+def test_exact_reads_what_follows_the_last_mark():
+  row = {"answer": "12"}
+  assert scoring.exact("3*4\nAnswer: 12", row)
+  assert scoring.exact(" 12 ", row)
+  assert not scoring.exact("Answer: 12\nAnswer: 13", row)
+  assert not scoring.exact("Answer: 121", row)
+
+
+def test_numeric_compares_values():
+  row = {"answer": "1200"}
+  assert scoring.numeric("so it is 1,200.0", row)
+  assert not scoring.numeric("no idea", row)
+  assert not scoring.numeric("1200 or 7", row)
+
+
+def test_reasoning_gym_gives_no_credit_for_parts():
+  pytest.importorskip("reasoning_gym")
+  row = {"task": "spell_backward", "prompt": "?", "answer": "cba", "meta": '{"word": "abc"}'}
+  assert scoring.reasoning_gym("Letters: a b c\nAnswer: cba", row)
+  assert not scoring.reasoning_gym("Answer: cbaa", row)
+  assert not scoring.reasoning_gym("cba", row)
+
+
+def test_scorers_are_chosen_by_columns_and_say_what_they_lack():
+  assert scoring.choose("auto", {"answer": 1}) is scoring.exact
+  full = {"answer": 1, "task": 1, "meta": 1, "prompt": 1}
+  assert scoring.choose("auto", full) is scoring.reasoning_gym
+  with pytest.raises(UserError, match="answer"):
+    scoring.choose("numeric", {"prompt": 1})
+  with pytest.raises(UserError, match="exact, numeric"):
+    scoring.choose("best", full)
+
+
+def test_wilson_solves_its_equation():
+  """The bounds p are where |share - p| = z sqrt(p (1 - p) / n)."""
+  for successes, count in ((0, 10), (3, 10), (10, 10), (293, 500)):
+    for bound in evaluate.wilson(successes, count):
+      distance = abs(successes / count - bound)
+      assert math.isclose(distance, 1.96 * math.sqrt(max(bound * (1 - bound), 0) / count),
+                          abs_tol=1e-9)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "text, want",
+  [
+    ("ar", {"mode": "ar"}),
+    ("fixed:3", {"mode": "fixed", "refine_iter": 3}),
+    ("threshold:0.5", {"mode": "threshold", "tau": 0.5}),
+    ("exact:ngram", {"mode": "exact", "draft": "ngram"}),
+  ],
+)
+def test_modes_are_read(text, want):
+  assert evaluate.parse_mode(text) == want
+
+
+@pytest.mark.parametrize("text", ["fast", "fixed:two", "exact:none"])
+def test_unknown_modes_are_refused(text):
+  with pytest.raises(UserError, match="--modes"):
+    evaluate.parse_mode(text)
+
+
+def test_tokens_a_pass_count_rows_that_stopped(monkeypatch, tmp_path):
+  """Three problems in batches of two: the filled-up row of the last batch counts nowhere."""
+  answers = {"a": ("1", True, 8, 2), "b": ("x", False, 100, 10), "c": ("3", True, 4, 4)}
+
+  def generate(model, prompts, **options):
+    texts, stopped, tokens, passes = zip(*(answers[p] for p in prompts), strict=True)
+    return SimpleNamespace(
+      texts=texts, stopped=stopped, tokens=[[0] * n for n in tokens], passes=passes,
+      prefill_seconds=1.0, decode_seconds=2.0,
+    )  # fmt: skip
+
+  monkeypatch.setattr(generation, "generate", generate)
+  rows = [{"prompt": p, "answer": a, "task": t} for p, a, t in
+          (("a", "1", "x"), ("b", "2", "x"), ("c", "3", "y"))]  # fmt: skip
+  numbers, outcomes = evaluate.evaluate(None, rows, scoring.exact, batch_size=2)
+  assert numbers["tokens_per_pass"] == 12 / 6 and numbers["not_stopped"] == 1
+  assert numbers["solved"] == 2 / 3 and numbers["by_task"] == {"x": 0.5, "y": 1.0}
+  assert numbers["seconds_per_problem"] == 2.0 and numbers["tokens"] == 112
+  evaluate.write_answers(tmp_path, "exact-8", outcomes)
+  lines = (tmp_path / "answers-exact-8.jsonl").read_text().splitlines()
+  assert [json.loads(line)["solved"] for line in lines] == [True, False, True]
+  results = [numbers | {"mode": "exact", "block_size": 8}]
+  assert evaluate.plot(results, tmp_path / "accuracy.png")
+  assert (tmp_path / "accuracy.png").stat().st_size > 5000
