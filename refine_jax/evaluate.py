@@ -3,8 +3,8 @@
     python -m refine_jax.evaluate --model=DIR --data=test.parquet \
         --modes=ar,exact,fixed:2,threshold:0.9 --block_sizes=4,8,16,32 --output=results
 
-Writes results.json, the answers, and accuracy.png where matplotlib is there; ends with the last setting's
-`solved=.. tokens_per_pass=..`.
+Writes results.json, the answers, and accuracy.png where matplotlib is there; ends with the last
+setting's `solved=.. tokens_per_pass=..`.
 """
 
 import argparse
@@ -55,9 +55,9 @@ def evaluate(
   """Answers and scores all rows with one setting of `generation.generate`.
 
   Returns:
-    a dict of numbers, and the answers, one a row. The numbers: solved and its interval, tokens_per_pass (over rows that stopped; rows that loop to their
-    limit would inflate it), not_stopped, tokens, seconds_per_problem without compilation, and
-    solved by task.
+    a dict of numbers, and the answers, one a row. The numbers: solved and its interval;
+    tokens_per_pass, over rows that stopped, since rows that loop to their limit would inflate it;
+    not_stopped; tokens; seconds_per_problem without compilation; solved by task.
   """
   outcomes, seconds = [], 0.0
   for start in range(0, len(rows), batch_size):
