@@ -1,22 +1,16 @@
 """What users call: `generate` for texts or token ids, `iterative_generate` for arrays."""
 
 import dataclasses
-import time
-import weakref
 from collections.abc import Iterator, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refine_jax import model as model_lib
-from refine_jax import sampler
+from refine_jax import executables, sampler
 from refine_jax.data import encode_prompt
 from refine_jax.errors import UserError
 from refine_jax.loading import Model
 
-# For each model, its parameters with layers apart, as decoding wants them.
-_UNSTACKED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _SMALLEST_BUCKET = 16
 
 
@@ -162,7 +156,7 @@ class _Stream:
     self.max_new_tokens, self.seed = max_new_tokens, seed
     self.compile_seconds = self.decode_seconds = self.prefill_seconds = 0.0
     self.cut = [None] * len(prompts)  # tokens before a stop string, where one was found
-    self.params = _unstacked(model)
+    self.params = model.decoding_params
     self.state = self._prefill() if prompts else None
 
   def _prefill(self) -> sampler.State:
@@ -172,7 +166,8 @@ class _Stream:
       raise UserError(
         f"A prompt of {longest} tokens leaves no room in the model's {context} positions."
       )
-    rows, width = _bucket(len(self.prompts), 1), _bucket(longest, _SMALLEST_BUCKET)
+    rows = executables.bucket(len(self.prompts), 1)
+    width = executables.bucket(longest, _SMALLEST_BUCKET)
     ids = np.zeros((rows, width), np.int32)
     lengths = np.ones(rows, np.int32)
     for row, prompt in enumerate(self.prompts):
@@ -185,9 +180,9 @@ class _Stream:
     seeds = np.random.default_rng(self.seed).integers(0, 2**32, rows, dtype=np.uint32)
     arguments = (self.params, ids, lengths, limits, done, seeds)
     prefill, _ = sampler.programs(self.model.config, self.settings)
-    size = _bucket(needed, _SMALLEST_BUCKET)
-    run, self.compile_seconds = _compiled(prefill, arguments, size=size)
-    state, self.prefill_seconds = _timed(run, *arguments)
+    size = executables.bucket(needed, _SMALLEST_BUCKET)
+    run, self.compile_seconds = executables.compiled(prefill, arguments, size=size)
+    state, self.prefill_seconds = executables.timed(run, *arguments)
     return state
 
   def step(self, passes: int) -> bool:
@@ -196,9 +191,9 @@ class _Stream:
       return True
     _, decode = sampler.programs(self.model.config, self.settings)
     arguments = (self.params, self.state, np.int32(passes))
-    run, seconds = _compiled(decode, arguments)
+    run, seconds = executables.compiled(decode, arguments)
     self.compile_seconds += seconds
-    self.state, seconds = _timed(run, *arguments)
+    self.state, seconds = executables.timed(run, *arguments)
     self.decode_seconds += seconds
     if self.stop:
       self._look_for_stops()
@@ -301,39 +296,3 @@ def _ids(model, prompt, chat_template) -> list[int]:
 def _require_one_of(name, value, known):
   if value not in known:
     raise UserError(f"{name}={value!r} is not known; it is one of {', '.join(known)}.")
-
-
-def _bucket(size: int, smallest: int) -> int:
-  """The next power of two: few programs serve all sizes."""
-  return max(smallest, 1 << (size - 1).bit_length())
-
-
-def _unstacked(model: Model) -> dict:
-  if model not in _UNSTACKED:
-    _UNSTACKED[model] = jax.jit(model_lib.unstack_layers)(model.params)
-  return _UNSTACKED[model]
-
-
-_PROGRAMS: dict = {}
-_MOST_PROGRAMS = 64
-
-
-def _compiled(function, arguments, **static):
-  """The executable for these shapes, and the seconds that making it took."""
-  leaves, structure = jax.tree.flatten(arguments)
-  shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
-  key = (function, structure, shapes, tuple(static.items()))
-  if key in _PROGRAMS:
-    return _PROGRAMS[key], 0.0
-  start = time.perf_counter()
-  program = function.lower(*arguments, **static).compile()
-  if len(_PROGRAMS) >= _MOST_PROGRAMS:
-    _PROGRAMS.pop(next(iter(_PROGRAMS)))
-  _PROGRAMS[key] = program
-  return program, time.perf_counter() - start
-
-
-def _timed(function, *arguments):
-  start = time.perf_counter()
-  result = jax.block_until_ready(function(*arguments))
-  return result, time.perf_counter() - start

@@ -46,6 +46,11 @@ class Model:
     segment_ids = jnp.ones_like(ids) if segment_ids is None else jnp.asarray(segment_ids)
     return _logits(self.params, ids, segment_ids, self.config)
 
+  @functools.cached_property
+  def decoding_params(self) -> dict:
+    """The parameters with layers apart (model.unstack_layers), made when first needed."""
+    return jax.jit(model_lib.unstack_layers)(self.params)
+
   def require_tokenizer(self):
     """The tokenizer.
 

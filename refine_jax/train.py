@@ -90,6 +90,7 @@ class _Loop:
       # From here to the next step the host works while the device does; it waits only for the
       # metrics of the step before.
       last, stops = done == self.total, requests.requested(done)
+      self.checkpointer.check()
       saves = last or stops or self._due(self.config.checkpoint.save_every, done)
       evaluates = last or self._due(self.config.eval.eval_every, done)
       if pending:

@@ -3,7 +3,7 @@
     python scripts/make_tiny_data.py [data/tiny]
 
 Each problem names an operation on a word of random letters ("reverse hadj" -> "jdah"), so answers
-can be checked, and held-out words are disjoint from those trained on. Writes train.parquet,
+can be checked, and no held-out problem is among those trained on. Writes train.parquet,
 val.parquet and test.parquet with the columns prompt, target, task, answer; and model/, a Hugging
 Face directory with a character tokenizer and a config.json, but without weights.
 """

@@ -5,7 +5,6 @@ import multiprocessing
 import re
 from pathlib import Path
 
-import data_fixtures
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -126,20 +125,20 @@ def test_source_rows_count_dropped_rows_and_all_row_groups(tmp_path):
   assert targets(examples)[-1] == f"it is {examples.source_rows[-1, 1]}<|end|>"
 
 
-def test_reading_holds_about_one_row_group(tmp_path):
-  """Twenty groups of 1 MB: were the file read as a whole, 20 MB would be held."""
-  file = tmp_path / "a.parquet"
-  schema = pyarrow.schema([("prompt", pyarrow.string()), ("target", pyarrow.string())])
-  with pyarrow.parquet.ParquetWriter(file, schema, compression="none", use_dictionary=False) as w:
-    for group in range(20):
-      cells = [f"{group:05}{i:05}" * 50 for i in range(1000)]
-      w.write_table(pyarrow.table({"prompt": cells, "target": cells}, schema))
+@pytest.mark.parametrize("row_group_size", [1000, 20_000])
+def test_reading_holds_a_small_part_of_the_file(tmp_path, row_group_size):
+  """Of twenty row groups of 1 MB, and of one of 20 MB."""
+  cells = [f"{i:010}" * 50 for i in range(20_000)]
+  file = write_parquet(
+    tmp_path / "a.parquet", cells, cells, row_group_size=row_group_size, compression="none",
+    use_dictionary=False,
+  )  # fmt: skip
+  assert Path(file).stat().st_size > 20_000_000
   before, most, rows = pyarrow.total_allocated_bytes(), 0, 0
   for _, prompts, _ in parquet.batches(file, "prompt", "target"):
     most = max(most, pyarrow.total_allocated_bytes() - before)
     rows += len(prompts)
-  assert rows == 20_000 and file.stat().st_size > 20_000_000
-  assert most < 8_000_000
+  assert rows == 20_000 and most < 8_000_000
 
 
 def test_bad_files_are_the_users_error_and_say_which(tmp_path, numbers):
@@ -293,25 +292,22 @@ def test_without_locks_an_entry_in_use_is_not_replaced(numbers, monkeypatch):
     raise NotImplementedError
 
   monkeypatch.setattr(store.filelock.FileLock, "acquire", no_locks)
-  original, made = tokenize._tokenise, []
+  original, theirs = tokenize._tokenise, []
 
   def meanwhile(writer, *arguments):
-    if not made:
-      made.append(None)
+    if not theirs:
+      theirs.append("started")
       load(numbers)
-      made.append((_only(".bin")).stat().st_ino)
+      theirs.extend(_made())
     original(writer, *arguments)
 
-  def _only(suffix):
-    root = tokenize.cache_root(data_config())
-    (path,) = root.glob(f"*/tokens{suffix}") if False else [
-      p for p in root.glob(f"*/tokens{suffix}") if ".new" not in p.parent.name
-    ]  # fmt: skip
-    return path
+  def _made():
+    files = tokenize.cache_root(data_config()).glob("*/tokens.bin")
+    return [file.stat().st_ino for file in files if file.parent.suffix != ".new"]
 
   monkeypatch.setattr(tokenize, "_tokenise", meanwhile)
   assert len(load(numbers)) == 25
-  assert _only(".bin").stat().st_ino == made[1]
+  assert _made() == theirs[1:]
   assert not list(tokenize.cache_root(data_config()).glob("*.new"))
 
 
@@ -336,4 +332,3 @@ def test_stats_are_readable(numbers):
   load(numbers)
   stats = json.loads((_entry() / "stats.json").read_text())
   assert stats["examples"] == 25 and stats["dropped"] == {}
-  assert data_fixtures.EOS == make_tokenizer().eos_token

@@ -11,6 +11,7 @@ import pyarrow.parquet
 from refine_jax.errors import UserError
 
 _ROWS_AT_A_TIME = 1024
+_BUFFER_BYTES = 1 << 20
 
 
 def expand(files: str) -> list[Path]:
@@ -58,7 +59,7 @@ def count_rows(paths: list[Path], prompt_key: str, response_key: str) -> int:
 
 
 def batches(path: Path, prompt_key: str, response_key: str) -> Iterator[tuple[int, list, list]]:
-  """Reads one file by row group, never more than one of them at a time.
+  """Reads one file piece by piece: neither it nor a row group of it has to fit into memory.
 
   Yields:
     the number of the first row (from 0), prompts, responses: Python values, not checked.
@@ -77,7 +78,9 @@ def batches(path: Path, prompt_key: str, response_key: str) -> Iterator[tuple[in
 @contextlib.contextmanager
 def _open(path):
   try:
-    with pyarrow.parquet.ParquetFile(path) as file:
+    # Buffering ahead, pyarrow's default, would keep every row group of the file in memory, and
+    # without a buffer size a row group is read as a whole.
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
       yield file
   except (pyarrow.ArrowException, OSError) as error:
     reason = " ".join(str(error).split())[:200] or type(error).__name__

@@ -191,7 +191,8 @@ def train_iterator(
     UserError: the batch does not split evenly.
   """
   source = _Batches(rows, accumulation, process_index, process_count)
-  options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=prefetch)
+  threads = min(_READ_THREADS, prefetch)
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
   return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 

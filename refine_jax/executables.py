@@ -1,0 +1,35 @@
+"""Compiled programs for bucketed shapes, with the seconds that making and running them took."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+_PROGRAMS: dict = {}
+_MOST_PROGRAMS = 64
+
+
+def compiled(function, arguments, **static):
+  """The executable for these shapes, and the seconds that making it took."""
+  leaves, structure = jax.tree.flatten(arguments)
+  shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+  key = (function, structure, shapes, tuple(static.items()))
+  if key in _PROGRAMS:
+    return _PROGRAMS[key], 0.0
+  start = time.perf_counter()
+  program = function.lower(*arguments, **static).compile()
+  if len(_PROGRAMS) >= _MOST_PROGRAMS:
+    _PROGRAMS.pop(next(iter(_PROGRAMS)))
+  _PROGRAMS[key] = program
+  return program, time.perf_counter() - start
+
+
+def timed(function, *arguments):
+  start = time.perf_counter()
+  result = jax.block_until_ready(function(*arguments))
+  return result, time.perf_counter() - start
+
+
+def bucket(size: int, smallest: int) -> int:
+  """The next power of two: few programs serve all sizes."""
+  return max(smallest, 1 << (size - 1).bit_length())
