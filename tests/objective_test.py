@@ -104,7 +104,7 @@ def torch_forward(params, config, ids, segment_ids, positions):
   length = segments.shape[1]
   mask = segments[:, :, None] == segments[:, None, :]
   mask = mask & torch.ones(length, length).tril().bool()
-  x = params["embedding"][torch.as_tensor(ids, dtype=torch.long)]
+  x = params["embedding"][torch.tensor(np.asarray(ids), dtype=torch.long)]
   for i in range(config.layers):
     p = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
     a, m = p["attention"], p["mlp"]
