@@ -12,54 +12,75 @@ from benchmarks.step import random_batch
 from refine_jax import attention
 
 
-def main():
+def main(argv=None) -> dict:
   parser = timing.parser(__doc__)
-  default = "xla" if jax.default_backend() == "cpu" else "xla,cudnn_packed,cudnn"
-  parser.add_argument("--engines", default=default)
-  arguments = parser.parse_args()
+  parser.add_argument("--engines", help="default: xla; on a GPU also cudnn_packed and cudnn")
+  arguments = parser.parse_args(argv)
+  on_gpu = jax.default_backend() == "gpu"
+  engines = arguments.engines or ("xla,cudnn_packed,cudnn" if on_gpu else "xla")
   shape = timing.SHAPES[arguments.shape]
-  c = shape.model
-  dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-  keys = jax.random.split(jax.random.key(0), 4)
-  heads = (c.heads, c.kv_heads, c.kv_heads, c.heads)
-  q, k, v, weight = (
-    jax.random.normal(key, (shape.rows, shape.length, n, c.head_dim), dtype)
-    for key, n in zip(keys, heads, strict=True)
-  )
-  rows = []
-  for engine in arguments.engines.split(","):
-    packed = engine != "cudnn"
-    segment_ids = jnp.asarray(random_batch(shape, packed=packed, prompt=1)["segment_ids"][0])
-    segments = shape.segments if packed else 1
-
-    def forward(q, k, v, engine=engine, ids=segment_ids, segments=segments):
-      attend = attention.attend_with(ids, backend=engine, max_segments=segments)(None)
-      return attend(q, k, v, None)[0]
-
-    def loss(q, k, v, forward=forward):
-      return jnp.sum((forward(q, k, v) * weight).astype(jnp.float32))
-
-    run_forward, run_both = jax.jit(forward), jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-    rows.append({
-      "engine": engine,
-      "examples_a_row": segments,
-      "forward_ms": timing.median_seconds(
-        lambda run=run_forward: run(q, k, v), arguments.repeats) * 1e3,
-      "forward_backward_ms": timing.median_seconds(
-        lambda run=run_both: run(q, k, v), arguments.repeats) * 1e3,
-      "error": _error(run_forward(q, k, v), q, k, v, segment_ids),
-    })  # fmt: skip
-  # Scores and values over each example's causal half, forward, by the exact lengths.
-  lengths = np.unique(np.asarray(segment_ids[0]), return_counts=True)[1]
-  flops = shape.rows * sum(4 * c.heads * c.head_dim * n * n / 2 for n in lengths.tolist())
   ceiling = timing.ceiling(arguments.shape, arguments.repeats)
+  rows = [_measure(shape, engine, ceiling, arguments.repeats) for engine in engines.split(",")]
+  c = shape.model
   summary = {
     "shape": f"{shape.rows} x {shape.length}, {c.heads} heads, {c.kv_heads} key heads",
     "device": jax.local_devices()[0].device_kind,
-    "floor_forward_ms": flops / ceiling * 1e3,
+    "tokens": shape.rows * shape.length,
     "matmul_ceiling_tflops": ceiling / 1e12,
   }
-  timing.report(rows, summary, arguments.json)
+  return timing.report(rows, summary, arguments.json)
+
+
+def forward_flops(model, segment_ids_BT) -> int:
+  """Scores and values over each example's causal half, by the exact lengths."""
+  total = 0
+  for row in np.asarray(segment_ids_BT):
+    lengths = np.unique(row, return_counts=True)[1]
+    # A token meets itself and those before it.
+    total += int(np.sum(lengths * (lengths + 1) // 2))
+  return total * 4 * model.heads * model.head_dim
+
+
+def _measure(shape, engine, ceiling, repeats) -> dict:
+  c, packed = shape.model, engine != "cudnn"
+  keys = jax.random.split(jax.random.key(0), 4)
+  heads = (c.heads, c.kv_heads, c.kv_heads, c.heads)
+  q, k, v, weight = (
+    jax.random.normal(key, (shape.rows, shape.length, n, c.head_dim), timing.default_dtype())
+    for key, n in zip(keys, heads, strict=True)
+  )
+  segment_ids = jnp.asarray(random_batch(shape, packed=packed, prompt=1)["segment_ids"][0])
+  segments = shape.segments if packed else 1
+
+  def forward(q, k, v, ids):
+    attend = attention.attend_with(ids, backend=engine, max_segments=segments)(None)
+    return attend(q, k, v, None)[0]
+
+  def loss(q, k, v, ids, weight):
+    return jnp.sum((forward(q, k, v, ids) * weight).astype(jnp.float32))
+
+  inputs = (q, k, v, segment_ids)
+  gradient = jax.grad(loss, argnums=(0, 1, 2))
+  run_forward, forward_compile = timing.compile_timed(forward, *inputs)
+  run_both, both_compile = timing.compile_timed(gradient, *inputs, weight)
+  seconds = timing.median_seconds(lambda: run_forward(*inputs), repeats)
+  both = timing.median_seconds(lambda: run_both(*inputs, weight), repeats)
+  flops = forward_flops(c, segment_ids)
+  return {
+    "engine": engine,
+    "examples_a_row": segments,
+    "forward_ms": seconds * 1e3,
+    "forward_backward_ms": both * 1e3,
+    "floor_forward_ms": flops / ceiling * 1e3,
+    # The backward pass: gradients of queries, keys, values and scores; scores made again.
+    "floor_forward_backward_ms": 3.5 * flops / ceiling * 1e3,
+    "flops": flops,
+    "tokens_per_second": shape.rows * shape.length / both,
+    "error": _error(run_forward(*inputs), *inputs),
+    "compile_seconds": forward_compile + both_compile,
+    "peak_gib": timing.peak_gibibytes(),
+    **timing.memory(run_both),
+  }
 
 
 def _error(out, q, k, v, segment_ids):

@@ -52,13 +52,31 @@ SHAPES = {
   ),
 }  # fmt: skip
 
+# Bytes a second of one device's memory as its maker states it, by a part of its device_kind.
+_BANDWIDTHS = (
+  ("H100 PCIe", 2.0e12), ("H100", 3.35e12), ("H200", 4.8e12), ("B200", 8.0e12),
+  ("L40S", 0.864e12), ("L4", 0.3e12), ("T4", 0.32e12),
+  ("v6 lite", 1.64e12), ("v6e", 1.64e12), ("v5 lite", 0.819e12), ("v5e", 0.819e12),
+  ("v5p", 2.765e12), ("v5", 2.765e12), ("v4", 1.228e12),
+)  # fmt: skip
+
 
 def parser(description: str) -> argparse.ArgumentParser:
-  result = argparse.ArgumentParser(description=description)
+  result = argparse.ArgumentParser(description=description.splitlines()[0])
   result.add_argument("--shape", choices=SHAPES, default="1.5b")
   result.add_argument("--repeats", type=int, default=7, help="timed runs; the median is reported")
   result.add_argument("--json", action="store_true", help="end with one JSON object on a line")
   return result
+
+
+def default_dtype() -> str:
+  """float32 on a CPU, where bfloat16 is emulated."""
+  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def integers(text: str) -> list[int]:
+  """A list of an option: "1,32"."""
+  return [int(x) for x in text.split(",")]
 
 
 def median_seconds(function, repeats: int, *, warm: int = 2) -> float:
@@ -70,6 +88,22 @@ def median_seconds(function, repeats: int, *, warm: int = 2) -> float:
     if i >= warm:
       seconds.append(time.perf_counter() - start)
   return statistics.median(seconds)
+
+
+def compile_timed(function, *arguments, **static) -> tuple:
+  """The executable of a function for these arguments, and the seconds that making it took."""
+  start = time.perf_counter()
+  program = jax.jit(function).lower(*arguments, **static).compile()
+  return program, time.perf_counter() - start
+
+
+def memory(program) -> dict:
+  """Bytes that one compiled program asks for: its own, whatever ran in the process before."""
+  analysis = program.memory_analysis()
+  return {
+    "temp_bytes": analysis.temp_size_in_bytes,
+    "argument_bytes": analysis.argument_size_in_bytes,
+  }
 
 
 def matmul_flops_per_second(size: int, repeats: int) -> float:
@@ -86,6 +120,27 @@ def ceiling(shape: str, repeats: int) -> float:
   return matmul_flops_per_second(256 if shape == "tiny" else 8192, repeats)
 
 
+def copy_bytes_per_second(shape: str, repeats: int) -> float:
+  """The device's ceiling for memory: bytes read and written by a copy of an array."""
+  x = jnp.ones((2**20 if shape == "tiny" else 2**28,))
+  copy = jax.jit(lambda x: x + 1)
+
+  def run():
+    # Ten programs, not a loop in one: that could be merged into a single pass.
+    y = x
+    for _ in range(10):
+      y = copy(y)
+    return y
+
+  return 10 * 2 * x.nbytes / median_seconds(run, repeats)
+
+
+def nominal_bytes_per_second() -> float | None:
+  """Of the device's memory, as its maker states it; None where it is not known."""
+  kind = jax.local_devices()[0].device_kind
+  return next((bandwidth for name, bandwidth in _BANDWIDTHS if name in kind), None)
+
+
 def peak_gibibytes() -> float | None:
   """Most device memory in use since the process started; None where it is not counted."""
   stats = jax.local_devices()[0].memory_stats() or {}
@@ -94,14 +149,15 @@ def peak_gibibytes() -> float | None:
 
 
 def table(rows: list) -> str:
-  """Dicts of the same keys as aligned columns."""
+  """Dicts as aligned columns; a key that a row does not have is left empty in it."""
   def cell(value):
     if isinstance(value, float):
       return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return "-" if value is None else str(value)
 
-  lines = [list(rows[0]), *([cell(v) for v in row.values()] for row in rows)]
-  widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+  names = list(dict.fromkeys(name for row in rows for name in row))
+  lines = [names, *([cell(row.get(name)) for name in names] for row in rows)]
+  widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
   return "\n".join(
     "  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in
               enumerate(zip(line, widths, strict=True)))
@@ -109,10 +165,16 @@ def table(rows: list) -> str:
   )  # fmt: skip
 
 
-def report(rows: list, summary: dict, as_json: bool):
-  """Prints the table, the ceilings, and at the end the JSON object where it is asked for."""
+def report(rows: list, summary: dict, as_json: bool) -> dict:
+  """Prints the table, the summary, and at the end the JSON object where it is asked for.
+
+  Returns:
+    that object.
+  """
+  result = summary | {"rows": rows}
   print(table(rows))
   for name, value in summary.items():
     print(f"{name}: {value}")
   if as_json:
-    print(json.dumps(summary | {"rows": rows}))
+    print(json.dumps(result))
+  return result
