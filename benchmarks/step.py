@@ -1,9 +1,12 @@
 """The training step: time, tokens per second, MFU, memory; beside a PyTorch step where asked.
 
-    python -m benchmarks.step --shape=1.5b --rounds=2
+    python -m benchmarks.step --shape=1.5b --rounds=2 --peer
     python -m benchmarks.step --shape=tiny --json        # a CPU, seconds
 """
 
+import json
+import subprocess
+import sys
 import time
 
 import jax
@@ -37,6 +40,12 @@ def random_batch(shape: timing.Shape, *, packed: bool, prompt: int) -> dict:
   return {k: v.astype(bool if k == "response_mask" else np.int32)[None] for k, v in batch.items()}
 
 
+def example_length(batch: dict) -> float:
+  """Of the example that a token finds itself in, on average: what attention's cost grows with."""
+  counts = np.unique(batch["example_ids"], return_counts=True)[1].astype(float)
+  return float(np.sum(counts**2) / np.sum(counts))
+
+
 def make_recipe(shape: timing.Shape, rounds: int) -> train_step.Recipe:
   return train_step.Recipe(
     objective=ObjectiveConfig(num_iterations=rounds, loss_weights=(1.0,) * rounds),
@@ -54,8 +63,7 @@ def make_recipe(shape: timing.Shape, rounds: int) -> train_step.Recipe:
 
 def measure(shape: timing.Shape, arguments, *, packed: bool) -> dict:
   """One variant: compiles, runs, and reads what it cost."""
-  on_cpu = jax.default_backend() == "cpu"
-  dtype = "float32" if on_cpu else "bfloat16"
+  on_cpu, dtype = jax.default_backend() == "cpu", timing.default_dtype()
   segments = shape.segments if packed else 1
   engine = attention.choose_backend(
     arguments.attention, heads=shape.model.heads, kv_heads=shape.model.kv_heads,
@@ -72,7 +80,10 @@ def measure(shape: timing.Shape, arguments, *, packed: bool) -> dict:
     head_chunk=arguments.head_chunk, head_gradient=arguments.head_gradient,
   )  # fmt: skip
   recipe = make_recipe(shape, arguments.rounds)
-  batch = jax.device_put(random_batch(shape, packed=packed, prompt=min(128, shape.length // 16)))
+  # Each example attends to itself alone.
+  batch = random_batch(shape, packed=packed, prompt=min(128, shape.length // 16))
+  flops = compute_lib.train_flops_per_token(shape.model, example_length(batch), arguments.rounds)
+  batch = jax.device_put(batch)
   state = jax.jit(
     lambda key: train_step.init_state(model.init_params(shape.model, key), recipe.optim)
   )(jax.random.key(0))
@@ -87,12 +98,6 @@ def measure(shape: timing.Shape, arguments, *, packed: bool) -> dict:
 
   seconds = timing.median_seconds(run, arguments.repeats)
   tokens = shape.rows * shape.length
-  # Each example attends to itself alone.
-  flops = compute_lib.train_flops_per_token(
-    shape.model, shape.length / segments, arguments.rounds
-  )
-  peak = compute_lib.peak_flops()
-  memory = step.memory_analysis()
   return {
     "variant": "packed" if packed else "one example a row",
     "rows": shape.rows,
@@ -101,17 +106,54 @@ def measure(shape: timing.Shape, arguments, *, packed: bool) -> dict:
     "remat": remat,
     "step_ms": seconds * 1e3,
     "tokens_per_second": tokens / seconds,
-    "mfu": tokens / seconds * flops / peak if peak else None,
+    "mfu": mfu(tokens / seconds * flops),
     "model_tflops_per_second": tokens / seconds * flops / 1e12,
+    "flops_per_token": flops,
     "peak_gib": timing.peak_gibibytes(),
-    "temp_bytes": memory.temp_size_in_bytes,
-    "argument_bytes": memory.argument_size_in_bytes,
+    **timing.memory(step),
     "compile_seconds": compile_seconds,
     "loss": float(jax.device_get(run())),
   }
 
 
-def main():
+def mfu(flops_per_second: float) -> float | None:
+  """Of one device's dense bfloat16 peak; None where that is not known."""
+  peak = compute_lib.peak_flops()
+  return flops_per_second / peak if peak else None
+
+
+def measure_peers(arguments, shape: timing.Shape) -> list[dict]:
+  """PyTorch's step, two ways: half the rows with one backward pass, all with one a round.
+
+  On a GPU each runs in a process of its own, before this one takes the memory.
+  """
+  try:
+    import torch
+  except ImportError:
+    print("PyTorch is not installed, so there is no step of it beside ours.")
+    return []
+  rows = []
+  for backward, count in (("joint", max(shape.rows // 2, 1)), ("round", shape.rows)):
+    options = [
+      f"--shape={arguments.shape}", f"--rounds={arguments.rounds}", f"--rows={count}",
+      f"--repeats={arguments.repeats}", f"--backward={backward}",
+    ]  # fmt: skip
+    if not torch.cuda.is_available():
+      from benchmarks import torch_step
+
+      rows.append(torch_step.main(options))
+      continue
+    command = [sys.executable, "-m", "benchmarks.torch_step", *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+      print(f"The PyTorch step failed: {' '.join(command)}")
+      continue
+    rows.append(json.loads(lines[-1]))
+  return rows
+
+
+def main(argv=None) -> dict:
   parser = timing.parser(__doc__)
   parser.add_argument("--rounds", type=int, default=2)
   parser.add_argument("--rows", type=int, help="rows of the batch; default: the shape's")
@@ -121,24 +163,35 @@ def main():
   parser.add_argument("--head_chunk", type=int, default=2048)
   parser.add_argument("--head_gradient", choices=("forward", "recompute"), default="forward")
   parser.add_argument("--variants", default="packed,unpacked")
-  arguments = parser.parse_args()
+  parser.add_argument("--peer", action="store_true", help="run a PyTorch step as well")
+  arguments = parser.parse_args(argv)
   shape = timing.SHAPES[arguments.shape]
   if arguments.rows:
     shape = timing.Shape(shape.model, arguments.rows, shape.length, shape.segments)
+  peers = measure_peers(arguments, shape) if arguments.peer else []
   rows = [
     measure(shape, arguments, packed=variant == "packed")
     for variant in arguments.variants.split(",")
   ]
+  for peer in peers:
+    peer["mfu"] = mfu(peer.get("model_tflops_per_second", 0.0) * 1e12) or None
+  best = max((p["tokens_per_second"] or 0.0 for p in peers), default=0.0)
+  for row in rows:
+    row["times_peer"] = row["tokens_per_second"] / best if best else None
+  first = {
+    name: rows[0][name] for name in (
+      "tokens_per_second", "mfu", "peak_gib", "compile_seconds", "temp_bytes", "times_peer"
+    )
+  }  # fmt: skip
   summary = {
     "shape": arguments.shape,
     "rounds": arguments.rounds,
     "device": jax.local_devices()[0].device_kind,
     "matmul_ceiling_tflops": timing.ceiling(arguments.shape, arguments.repeats) / 1e12,
-    "temp_bytes": rows[0]["temp_bytes"],
-    "tokens_per_second": rows[0]["tokens_per_second"],
-    "mfu": rows[0]["mfu"],
+    **first,
+    "peer_tokens_per_second": best or None,
   }
-  timing.report(rows, summary, arguments.json)
+  return timing.report(rows + peers, summary, arguments.json)
 
 
 if __name__ == "__main__":
