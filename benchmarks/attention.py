@@ -92,4 +92,4 @@ def _error(out, q, k, v, segment_ids):
 
 
 if __name__ == "__main__":
-  main()
+  timing.run(main)

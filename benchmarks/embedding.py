@@ -118,4 +118,4 @@ def _error(got_VD, table, ids, cotangents, strategy, config) -> float:
 
 
 if __name__ == "__main__":
-  main()
+  timing.run(main)

@@ -61,4 +61,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-  main()
+  timing.run(main)

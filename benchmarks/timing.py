@@ -9,6 +9,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from refine_jax.errors import UserError
 from refine_jax.model import ModelConfig
 from refine_jax.rope import RopeConfig
 
@@ -178,3 +179,11 @@ def report(rows: list, summary: dict, as_json: bool) -> dict:
   if as_json:
     print(json.dumps(result))
   return result
+
+
+def run(main):
+  """A benchmark as a program: a user's mistake is one line on stderr."""
+  try:
+    main()
+  except UserError as error:
+    raise SystemExit(f"error: {error}") from None
