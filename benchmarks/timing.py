@@ -166,14 +166,17 @@ def table(rows: list) -> str:
   )  # fmt: skip
 
 
-def report(rows: list, summary: dict, as_json: bool) -> dict:
-  """Prints the table, the summary, and at the end the JSON object where it is asked for.
+def report(rows: list, summary: dict, as_json: bool, **tables: list) -> dict:
+  """Prints the tables, the summary, and at the end the JSON object where it is asked for.
+
+  Args:
+    tables: further ones, by the name that they have in the object.
 
   Returns:
     that object.
   """
-  result = summary | {"rows": rows}
-  print(table(rows))
+  result = summary | tables | {"rows": rows}
+  print("\n\n".join(map(table, (*tables.values(), rows))) + "\n")
   for name, value in summary.items():
     print(f"{name}: {value}")
   if as_json:

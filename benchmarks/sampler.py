@@ -1,0 +1,259 @@
+"""The sampler: prefill, one pass and its share of the roofline, tokens per second by mode.
+
+    python -m benchmarks.sampler --shape=1.5b --peer
+    python -m benchmarks.sampler --torch_model=DIR      # a Hugging Face directory's weights
+
+Three times tell the device's part of a pass from the host's:
+
+  pass_ms  a pass in a loop of fixed length, launched at once: what the device needs.
+  loop_ms  a pass in `sampler.decode`, whose loop ends when all rows are done: on a GPU the host
+           reads that flag before it launches the next pass. Decoding without stop strings.
+  call_ms  a pass as a call of its own, the flag read in Python: streaming, one pass a piece.
+
+host_share is 1 - pass_ms / loop_ms, stream_host_share 1 - pass_ms / call_ms.
+"""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import timing
+from refine_jax import compute, executables, generation, hf_export, loading, sampler
+from refine_jax import model as model_lib
+
+_PASSES = 32
+_FIXED_BLOCK = 8  # the document's add_eos_length of 7
+
+
+def main(argv=None) -> dict:
+  parser = timing.parser(__doc__)
+  parser.add_argument("--batches", default="1,32", type=timing.integers)
+  parser.add_argument("--blocks", default="1,16", type=timing.integers)
+  parser.add_argument("--modes", default="ar,exact,fixed")
+  parser.add_argument("--prompt", type=int, default=128, help="tokens")
+  parser.add_argument("--new", type=int, help="tokens to decode; default: 256, tiny: 32")
+  parser.add_argument("--peer", action="store_true", help="run transformers' generate as well")
+  parser.add_argument("--torch_model", help="weights for both, not random ones; sets --peer")
+  arguments = parser.parse_args(argv)
+  arguments.new = arguments.new or (32 if arguments.shape == "tiny" else 256)
+  dtype = timing.default_dtype()
+  model = _model(arguments, dtype)
+  config, itemsize = model.config, jnp.dtype(dtype).itemsize
+  ceilings = {
+    "bytes": timing.copy_bytes_per_second(arguments.shape, arguments.repeats),
+    "flops": timing.ceiling(arguments.shape, arguments.repeats),
+  }
+  passes = [
+    _measure_passes(model, rows, block, arguments, ceilings)
+    for rows in arguments.batches for block in arguments.blocks
+  ]  # fmt: skip
+  prompts = {rows: _prompts(config, rows, arguments.prompt) for rows in arguments.batches}
+  results = {
+    (mode, rows): _measure_mode(model, prompts[rows], mode, arguments)
+    for rows in arguments.batches for mode in arguments.modes.split(",")
+  }  # fmt: skip
+  rows = [row for row, _ in results.values()]
+  if arguments.peer or arguments.torch_model:
+    rows += _measure_peer(model, prompts, results, arguments, dtype)
+  summary = {
+    "shape": arguments.torch_model or arguments.shape,
+    "device": jax.local_devices()[0].device_kind,
+    "dtype": dtype,
+    "prompt": arguments.prompt,
+    "new": arguments.new,
+    "copy_ceiling_gb_per_second": ceilings["bytes"] / 1e9,
+    "matmul_ceiling_tflops": ceilings["flops"] / 1e12,
+    "weight_bytes": weight_bytes(config, itemsize),
+    "peak_gib": timing.peak_gibibytes(),
+  }
+  return timing.report(rows, summary, arguments.json, passes=passes)
+
+
+def _model(arguments, dtype) -> loading.Model:
+  if arguments.torch_model:
+    return loading.load(arguments.torch_model, dtype=dtype)
+  config = timing.SHAPES[arguments.shape].model
+
+  @jax.jit
+  def init(key):
+    return jax.tree.map(lambda x: x.astype(dtype), model_lib.init_params(config, key))
+
+  return loading.Model(config, init(jax.random.key(0)), None, (), None, Path())
+
+
+def _prompts(config, rows, length) -> list[list[int]]:
+  return np.random.default_rng(0).integers(0, config.vocab_size - 1, (rows, length)).tolist()
+
+
+def weight_bytes(config, itemsize: int) -> int:
+  """What a pass reads of the parameters: all but an embedding that is not the head as well."""
+  shapes = model_lib.param_shapes(config)
+  if not config.tied_head:
+    shapes = {k: v for k, v in shapes.items() if k != "embedding"}
+  return itemsize * sum(x.size for x in jax.tree.leaves(shapes))
+
+
+def pass_cost(config, *, rows: int, block: int, context: int, itemsize: int) -> tuple[int, int]:
+  """(bytes, flops) that a pass over `block` tokens a row needs after `context` tokens each."""
+  cache = 2 * config.kv_heads * config.head_dim * config.layers * itemsize
+  moved = weight_bytes(config, itemsize) + rows * (context + block) * cache
+  scores = 4 * config.heads * config.head_dim * config.layers * context
+  return moved, rows * block * (compute.matmul_flops_per_token(config) + scores)
+
+
+def _settings(config, block) -> sampler.Settings:
+  # As `generate` makes them, so that the modes find these programs again.
+  return sampler.Settings(mode="exact", block=block, noise_token=config.vocab_size - 1)
+
+
+def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
+  config, params = model.config, model.decoding_params
+  settings = _settings(config, block)
+  prefill, decode = sampler.programs(config, settings)
+  size = executables.bucket(arguments.prompt + arguments.new + 2 * block, 16)
+  ids = np.asarray(_prompts(config, rows, arguments.prompt), np.int32)
+  full = np.full(rows, arguments.prompt, np.int32)
+  limits = np.full(rows, size - 2 * block, np.int32)
+  inputs = (params, ids, full, limits, np.zeros(rows, bool), np.zeros(rows, np.uint32))
+  run_prefill, prefill_compile = executables.compiled(prefill, inputs, size=size)
+  prefill_seconds = timing.median_seconds(lambda: run_prefill(*inputs), arguments.repeats)
+
+  def fresh():
+    return jax.block_until_ready(run_prefill(*inputs))  # the programs below are given it for good
+
+  state = fresh()
+  run_decode, decode_compile = executables.compiled(decode, (params, state, np.int32(1)))
+
+  def fixed_loop(params, state):
+    body = lambda _, s: sampler.one_pass(params, s, config, settings)  # noqa: E731
+    return jax.lax.fori_loop(0, _PASSES, body, state)
+
+  program = jax.jit(fixed_loop, donate_argnums=1).lower(params, state).compile()
+  seconds = {"pass": [], "loop": [], "call": []}
+  # The first of each is not timed.
+  for _ in range(arguments.repeats + 1):
+    # A pass over rows that are done costs the same, so this loop needs no room to go on.
+    seconds["pass"].append(executables.timed(program, params, fresh())[1] / _PASSES)
+    after, spent = executables.timed(run_decode, params, fresh(), np.int32(_PASSES))
+    looped = int(np.max(after.passes))
+    seconds["loop"].append(spent / looped)
+    seconds["call"].append(_one_by_one(decode, params, fresh()))
+  times = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+  itemsize = params["embedding"].dtype.itemsize
+  moved, flops = pass_cost(
+    config, rows=rows, block=block, context=arguments.prompt, itemsize=itemsize
+  )
+  return {
+    "batch": rows,
+    "block": block,
+    "prefill_ms": prefill_seconds * 1e3,
+    "pass_ms": times["pass"] * 1e3,
+    "loop_ms": times["loop"] * 1e3,
+    "call_ms": times["call"] * 1e3,
+    "host_share": 1 - times["pass"] / times["loop"],
+    "stream_host_share": 1 - times["pass"] / times["call"],
+    **_roofline(moved, flops, times["pass"], ceilings),
+    "loop_passes": looped,
+    "compile_seconds": prefill_compile + decode_compile,
+    **timing.memory(run_decode),
+  }
+
+
+def _one_by_one(decode, params, state) -> float:
+  """Seconds a pass as `generation.stream` runs them."""
+  passes, done, start = 0, False, time.perf_counter()
+  while not done and passes < _PASSES:
+    arguments = (params, state, np.int32(1))
+    run, _ = executables.compiled(decode, arguments)
+    state = jax.block_until_ready(run(*arguments))
+    done = bool(np.all(state.done))
+    passes += 1
+  return (time.perf_counter() - start) / passes
+
+
+def _roofline(moved, flops, seconds, ceilings) -> dict:
+  """The larger of the two times that the device's ceilings allow, and its share of `seconds`.
+
+  By what this run measured, and by what the device's makers state.
+  """
+  memory, work = moved / ceilings["bytes"], flops / ceilings["flops"]
+  peak, bandwidth = compute.peak_flops(), timing.nominal_bytes_per_second()
+  nominal = max(moved / bandwidth, flops / peak) if peak and bandwidth else None
+  return {
+    "bytes": moved,
+    "flops": flops,
+    "roofline_ms": max(memory, work) * 1e3,
+    "bound": "memory" if memory >= work else "compute",
+    "roofline_share": max(memory, work) / seconds,
+    "nominal_roofline_share": nominal / seconds if nominal else None,
+  }
+
+
+def _measure_mode(model, prompts, mode, arguments) -> tuple:
+  """A row of the table, and the tokens."""
+  block = {"ar": 1, "fixed": _FIXED_BLOCK}.get(mode, max(arguments.blocks))
+
+  def run():
+    start = time.perf_counter()
+    out = generation.generate(
+      model, prompts, mode=mode, block_size=block, max_new_tokens=arguments.new,
+      eos_token_id=(), noise_token=model.config.vocab_size - 1, refine_iter=2,
+    )  # fmt: skip
+    return time.perf_counter() - start, out
+
+  compile_seconds = run()[1].compile_seconds
+  runs = [run() for _ in range(min(arguments.repeats, 3))]
+  wall, out = sorted(runs, key=lambda pair: pair[0])[len(runs) // 2]
+  count = sum(map(len, out.tokens))
+  row = {
+    "mode": mode,
+    "batch": len(prompts),
+    "block": block,
+    "tokens": count,
+    "passes": max(out.passes),
+    "tokens_per_pass": out.tokens_per_pass,
+    "tokens_per_second": out.tokens_per_second,
+    "prefill_ms": out.prefill_seconds * 1e3,
+    "decode_ms": out.decode_seconds * 1e3,
+    # All that the caller waits for.
+    "wall_ms": wall * 1e3,
+    "wall_tokens_per_second": count / wall,
+    "compile_seconds": compile_seconds,
+  }
+  return row, out.tokens
+
+
+def _measure_peer(model, prompts, results, arguments, dtype) -> list[dict]:
+  """transformers' greedy generate with its KV cache, on the same weights and prompts."""
+  try:
+    from benchmarks import torch_generate
+  except ImportError:
+    print("PyTorch or transformers is not installed, so there is no peer beside ours.")
+    return []
+  with tempfile.TemporaryDirectory() as directory:
+    place = arguments.torch_model
+    if not place:
+      place = Path(directory) / "model"
+      files = torch_generate.write_config(model.config, Path(directory) / "files")
+      hf_export.export(model.params, files, place, dtype=dtype)
+    run = torch_generate.load(place, dtype)
+  rows = []
+  for count, ids in prompts.items():
+    row, tokens = torch_generate.measure(run, ids, arguments.new, min(arguments.repeats, 3))
+    for (mode, batch), (ours, theirs) in results.items():
+      if batch == count:
+        ours["times_peer"] = ours["wall_tokens_per_second"] / row["wall_tokens_per_second"]
+        # In float32 all of them in ar and exact; in bfloat16 rounding parts them.
+        if mode in ("ar", "exact"):
+          ours["same_as_peer"] = float(np.mean(np.equal(theirs, tokens)))
+    rows.append(row)
+  return rows
+
+
+if __name__ == "__main__":
+  timing.run(main)
