@@ -148,7 +148,14 @@ def test_head(run):
   for row in result["rows"]:
     assert row["tokens_per_second"] == pytest.approx(TOKENS / row["ms"] * 1e3)
     assert row["share_of_ceiling"] == pytest.approx(result["floor_ms"] / row["ms"])
-    assert row["temp_bytes"] > 0 and row["compile_seconds"] > 0 and "peak_gib" in row
+    assert row["compile_seconds"] > 0 and "peak_gib" in row
+  # A chunk's logits exist, the arguments are the same for all.
+  memory = {(r["chunk"], r["gradient"]): r["temp_bytes"] for r in result["rows"]}
+  for gradient in ("forward", "recompute"):
+    logits = 4 * (256 - 64) * c.vocab_size
+    assert memory[256, gradient] - memory[64, gradient] >= logits
+  inputs = 4 * (TOKENS * c.width + c.vocab_size * c.width + 2 * TOKENS)
+  assert {row["argument_bytes"] for row in result["rows"]} == {inputs}
 
 
 def test_attention(run):
