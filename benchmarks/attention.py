@@ -14,10 +14,10 @@ from refine_jax import attention
 
 def main(argv=None) -> dict:
   parser = timing.parser(__doc__)
-  parser.add_argument("--engines", help="default: xla; on a GPU also cudnn_packed and cudnn")
+  parser.add_argument("--engines", help="default: all of the platform")
   arguments = parser.parse_args(argv)
-  on_gpu = jax.default_backend() == "gpu"
-  engines = arguments.engines or ("xla,cudnn_packed,cudnn" if on_gpu else "xla")
+  by_platform = {"gpu": "xla,cudnn_packed,cudnn", "tpu": "xla,splash"}
+  engines = arguments.engines or by_platform.get(jax.default_backend(), "xla")
   shape = timing.SHAPES[arguments.shape]
   ceiling = timing.ceiling(arguments.shape, arguments.repeats)
   rows = [_measure(shape, engine, ceiling, arguments.repeats) for engine in engines.split(",")]

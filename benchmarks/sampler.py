@@ -13,6 +13,7 @@ Three times tell the device's part of a pass from the host's:
 host_share is 1 - pass_ms / loop_ms, stream_host_share 1 - pass_ms / call_ms.
 """
 
+import functools
 import statistics
 import tempfile
 import time
@@ -27,7 +28,8 @@ from refine_jax import compute, executables, generation, hf_export, loading, sam
 from refine_jax import model as model_lib
 
 _PASSES = 32
-_FIXED_BLOCK = 8  # the document's add_eos_length of 7
+# The document's add_eos_length of 7.
+_FIXED_BLOCK, _FIXED_PASSES = 8, 2
 
 
 def main(argv=None) -> dict:
@@ -37,7 +39,7 @@ def main(argv=None) -> dict:
   parser.add_argument("--modes", default="ar,exact,fixed")
   parser.add_argument("--prompt", type=int, default=128, help="tokens")
   parser.add_argument("--new", type=int, help="tokens to decode; default: 256, tiny: 32")
-  parser.add_argument("--peer", action="store_true", help="run transformers' generate as well")
+  parser.add_argument("--peer", action="store_true", help="run PyTorch on the same weights")
   parser.add_argument("--torch_model", help="weights for both, not random ones; sets --peer")
   arguments = parser.parse_args(argv)
   arguments.new = arguments.new or (32 if arguments.shape == "tiny" else 256)
@@ -59,7 +61,7 @@ def main(argv=None) -> dict:
   }  # fmt: skip
   rows = [row for row, _ in results.values()]
   if arguments.peer or arguments.torch_model:
-    rows += _measure_peer(model, prompts, results, arguments, dtype)
+    rows += _measure_peers(model, prompts, results, arguments, dtype)
   summary = {
     "shape": arguments.torch_model or arguments.shape,
     "device": jax.local_devices()[0].device_kind,
@@ -202,7 +204,7 @@ def _measure_mode(model, prompts, mode, arguments) -> tuple:
     start = time.perf_counter()
     out = generation.generate(
       model, prompts, mode=mode, block_size=block, max_new_tokens=arguments.new,
-      eos_token_id=(), noise_token=model.config.vocab_size - 1, refine_iter=2,
+      eos_token_id=(), noise_token=model.config.vocab_size - 1, refine_iter=_FIXED_PASSES,
     )  # fmt: skip
     return time.perf_counter() - start, out
 
@@ -228,8 +230,8 @@ def _measure_mode(model, prompts, mode, arguments) -> tuple:
   return row, out.tokens
 
 
-def _measure_peer(model, prompts, results, arguments, dtype) -> list[dict]:
-  """transformers' greedy generate with its KV cache, on the same weights and prompts."""
+def _measure_peers(model, prompts, results, arguments, dtype) -> list[dict]:
+  """PyTorch on the same weights and prompts: greedy generate, and the refinement of `fixed`."""
   try:
     from benchmarks import torch_generate
   except ImportError:
@@ -241,18 +243,28 @@ def _measure_peer(model, prompts, results, arguments, dtype) -> list[dict]:
       place = Path(directory) / "model"
       files = torch_generate.write_config(model.config, Path(directory) / "files")
       hf_export.export(model.params, files, place, dtype=dtype)
-    run = torch_generate.load(place, dtype)
-  rows = []
-  for count, ids in prompts.items():
-    row, tokens = torch_generate.measure(run, ids, arguments.new, min(arguments.repeats, 3))
-    for (mode, batch), (ours, theirs) in results.items():
-      if batch == count:
-        ours["times_peer"] = ours["wall_tokens_per_second"] / row["wall_tokens_per_second"]
-        # In float32 all of them in ar and exact; in bfloat16 rounding parts them.
-        if mode in ("ar", "exact"):
-          ours["same_as_peer"] = float(np.mean(np.equal(theirs, tokens)))
-    rows.append(row)
-  return rows
+    net = torch_generate.load(place, dtype)
+  greedy = functools.partial(torch_generate.greedy, net, new=arguments.new)
+  refine = functools.partial(
+    torch_generate.refine, net, new=arguments.new, block=_FIXED_BLOCK, passes=_FIXED_PASSES,
+    noise_token=model.config.vocab_size - 1,
+  )  # fmt: skip
+  peers = {"ar": ("torch generate", greedy), "exact": ("torch generate", greedy)}
+  peers |= {"fixed": ("torch refinement", refine)}
+  measured = {}
+  for (mode, count), (ours, tokens) in results.items():
+    if mode not in peers:
+      continue
+    name, function = peers[mode]
+    if (name, count) not in measured:
+      measured[name, count] = torch_generate.measure(
+        name, function, prompts[count], min(arguments.repeats, 3), net.device
+      )
+    row, theirs = measured[name, count]
+    ours["times_peer"] = ours["wall_tokens_per_second"] / row["wall_tokens_per_second"]
+    # All of them in float32; in bfloat16 rounding parts the two.
+    ours["same_as_peer"] = float(np.mean(np.equal(tokens, theirs)))
+  return [row for row, _ in measured.values()]
 
 
 if __name__ == "__main__":

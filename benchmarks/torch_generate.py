@@ -29,29 +29,52 @@ def load(directory, dtype: str):
 
 
 @torch.no_grad()
-def measure(model, prompts: list[list[int]], new: int, repeats: int) -> tuple:
-  """A row for the sampler's table, and the new tokens of each prompt."""
-  ids = torch.tensor(prompts, device=model.device)
+def greedy(model, ids, new: int):
+  """transformers' generate with its KV cache: [B, new]."""
+  out = model.generate(
+    ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, use_cache=True
+  )
+  return out[:, ids.shape[1] :]
+
+
+@torch.no_grad()
+def refine(model, ids, new: int, *, block: int, passes: int, noise_token: int):
+  """Block refinement without a cache, as the document describes it: [B, new].
+
+  Each block starts as noise, all tokens run through the model in every pass, and what the last
+  pass predicts is committed.
+  """
+  prompt = ids.shape[1]
+  while ids.shape[1] < prompt + new:
+    drafts = torch.full((len(ids), block), noise_token, device=ids.device)
+    for _ in range(passes):
+      tokens = torch.cat([ids, drafts[:, :-1]], dim=1)
+      logits = model(input_ids=tokens, use_cache=False, logits_to_keep=block).logits
+      drafts = logits.argmax(-1)
+    ids = torch.cat([ids, drafts], dim=1)
+  return ids[:, prompt : prompt + new]
+
+
+def measure(name: str, function, prompts: list[list[int]], repeats: int, device) -> tuple:
+  """A row for the sampler's table, and the new tokens of each prompt.
+
+  Args:
+    function: ids [B, P] -> new tokens [B, n].
+  """
+  ids = torch.tensor(prompts, device=device)
 
   def run():
     start = time.perf_counter()
-    out = model.generate(
-      ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
-      use_cache=True,
-    )  # fmt: skip
-    tokens = out[:, ids.shape[1] :].tolist()  # waits for the device
+    tokens = function(ids).tolist()  # waits for the device
     return time.perf_counter() - start, tokens
 
   tokens = run()[1]
   wall = statistics.median(run()[0] for _ in range(repeats))
   count = sum(map(len, tokens))
   row = {
-    "mode": "torch generate",
+    "mode": name,
     "batch": len(prompts),
-    "block": 1,
     "tokens": count,
-    "passes": new,
-    "tokens_per_pass": 1.0,
     "wall_ms": wall * 1e3,
     "wall_tokens_per_second": count / wall,
   }
