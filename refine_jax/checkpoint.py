@@ -234,9 +234,7 @@ def restore_params(workdir, step: int | None = None) -> tuple[dict, int]:
   step = find_step(workdir, step)
   path = checkpoint_directory(workdir) / str(step)
   try:
-    handler = ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler())
-    with ocp.Checkpointer(handler) as checkpointer:
-      tree = checkpointer.metadata(path).item_metadata["state"].tree["params"]
+    tree = ocp.PyTreeCheckpointHandler().metadata(path / "state").tree["params"]
     item = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)}
     arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     args = ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=True)

@@ -141,10 +141,10 @@ def matmul_flops_per_token(config: ModelConfig) -> int:
   return 2 * (config.layers * layer + config.width * config.vocab_size)
 
 
-def attention_flops(config: ModelConfig, length: int) -> int:
+def attention_flops(config: ModelConfig, length: float) -> float:
   """Of one token in a causal sequence of `length`, on average: scores and values, all layers."""
   spans = [min(length, w or length) for w in config.windows]
-  return sum(2 * 2 * config.heads * config.head_dim * span // 2 for span in spans)
+  return sum(2 * 2 * config.heads * config.head_dim * span / 2 for span in spans)
 
 
 def train_flops_per_token(config: ModelConfig, length: float, rounds: int) -> float:
@@ -152,7 +152,7 @@ def train_flops_per_token(config: ModelConfig, length: float, rounds: int) -> fl
 
   Recomputation is not counted, attention's causal half is: the convention of the MFU here.
   """
-  return rounds * 3 * (matmul_flops_per_token(config) + attention_flops(config, int(length)))
+  return rounds * 3 * (matmul_flops_per_token(config) + attention_flops(config, length))
 
 
 # Dense bfloat16 peak of one device, FLOP/s, by a part of its device_kind.

@@ -3,6 +3,8 @@
 Only safetensors: nothing here runs code that comes with a model.
 """
 
+import copy
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -134,7 +136,8 @@ class _TensorFiles:
 
   def __init__(self, directory: Path):
     self.directory = directory
-    paths = sorted(directory.glob("*.safetensors"))
+    # Mistral's releases carry the weights once more, under names of its own library.
+    paths = sorted(p for p in directory.glob("*.safetensors") if p.name[:12] != "consolidated")
     index = directory / "model.safetensors.index.json"
     if index.exists():
       weight_map = read_json(directory, index.name).get("weight_map")
@@ -210,6 +213,8 @@ def load_tokenizer(name, *, trust_remote_code: bool = False):
   """
   import transformers
 
+  if str(name).startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+    raise UserError(f"{name} (the tokenizer) is not a directory.")
   try:
     return transformers.AutoTokenizer.from_pretrained(
       str(name), trust_remote_code=trust_remote_code
@@ -219,10 +224,13 @@ def load_tokenizer(name, *, trust_remote_code: bool = False):
     raise UserError(f"{name} has no tokenizer that can be loaded: {reason}") from error
 
 
-def save_model_files(directory, tokenizer, output: Path):
+def save_model_files(directory, tokenizer, output: Path, *, chat_template: str = ""):
   """What an export needs beside weights: config.json, generation_config.json, the tokenizer.
 
   Written beside `output` and renamed; an `output` that is there already is left as it is.
+
+  Args:
+    chat_template: for a tokenizer that has none: what it was trained with is what it is used with.
   """
   if output.exists():
     return
@@ -233,5 +241,22 @@ def save_model_files(directory, tokenizer, output: Path):
     if (Path(directory) / name).exists():
       shutil.copyfile(Path(directory) / name, temporary / name)
   if tokenizer is not None:
+    if chat_template and not tokenizer.chat_template:
+      tokenizer = copy.deepcopy(tokenizer)
+      tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(temporary)
+    _add_eos(temporary, tokenizer.eos_token_id)
   temporary.rename(output)
+
+
+def _add_eos(directory: Path, eos: int | None):
+  """The tokenizer's EOS ends every response of the training, so it must end generation too."""
+  path = directory / "generation_config.json"
+  config = read_json(directory, path.name) if path.exists() else {}
+  known = config.get("eos_token_id", read_json(directory).get("eos_token_id"))
+  known = [] if known is None else known if isinstance(known, list) else [known]
+  if eos is None or eos in known:
+    return
+  known = [*known, eos]
+  config["eos_token_id"] = known if len(known) > 1 else eos
+  path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

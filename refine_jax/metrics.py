@@ -73,23 +73,37 @@ def gibibytes(count: int) -> str:
 
 
 class Throughput:
-  """Tokens per second and MFU between calls; each is counted from the call before."""
+  """Means of tokens per second, seconds a step and MFU since they were last read.
+
+  Over many steps, because the moment at which the host sees one step end says little: where it
+  looks late, the next step seems short.
+  """
 
   def __init__(self, flops_per_token: float, peak_flops: float | None, devices: int):
     self._flops_per_token, self._devices = flops_per_token, devices
-    self._peak, self._last = peak_flops, None
+    self._peak = peak_flops
+    self.restart()
 
   def restart(self):
     """Forgets the clock: what happened since (validation, saving) was no training step."""
-    self._last = None
+    self._start, self._tokens, self._steps = None, 0.0, 0
 
-  def __call__(self, tokens: float) -> dict:
-    now, last = time.perf_counter(), self._last
-    self._last = now
-    if last is None:
+  def add(self, tokens: float):
+    """A step of `tokens` has just ended. The first after a restart only starts the clock."""
+    self._now = time.perf_counter()
+    if self._start is None:
+      self._start = self._now
+    else:
+      self._tokens, self._steps = self._tokens + tokens, self._steps + 1
+
+  def read(self) -> dict:
+    """The means, empty where no step was timed; the next ones count from here."""
+    if not self._steps:
       return {}
-    rate = tokens / (now - last)
-    result = {"tokens_per_second": rate, "step_seconds": now - last}
+    seconds = self._now - self._start
+    rate = self._tokens / seconds
+    result = {"tokens_per_second": rate, "step_seconds": seconds / self._steps}
+    self._start, self._tokens, self._steps = self._now, 0.0, 0
     if self._peak:
       result["mfu"] = rate * self._flops_per_token / (self._peak * self._devices)
     return result

@@ -184,7 +184,9 @@ def prepare_workdir(workdir: Path, config: Config, source: Source):
   if jax.process_index() != 0:
     return
   workdir.mkdir(parents=True, exist_ok=True)
-  hf.save_model_files(source.directory, source.tokenizer, workdir / "model")
+  hf.save_model_files(
+    source.directory, source.tokenizer, workdir / "model", chat_template=config.data.chat_template
+  )
   temporary = workdir / "config.json.new"
   temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
   temporary.replace(workdir / "config.json")

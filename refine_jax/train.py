@@ -62,7 +62,6 @@ class _Loop:
       source.model, plan.train.mean_length, config.objective.num_iterations
     )
     self.throughput = metrics.Throughput(flops, peak_flops(), self.mesh.size)
-    self.last_metrics = {}
 
   def run(self, state) -> int:
     first = int(state.step)
@@ -143,11 +142,10 @@ class _Loop:
 
   def _report(self, step, step_metrics, writers):
     values = metrics.train_metrics(jax.device_get(step_metrics))
-    values |= self.throughput(values["tokens"])
+    self.throughput.add(values["tokens"])
     writers.advance()
     if self._due(self.config.log.every, step) or step == self.total:
-      writers.write(step, values)
-    self.last_metrics = values
+      writers.write(step, values | self.throughput.read())
     in_row = int(values["skipped_in_row"])
     if in_row >= self.config.optim.max_nonfinite:
       newest = self.checkpointer.latest_step()

@@ -9,6 +9,7 @@ import tokenizers
 import transformers
 
 from refine_jax.config import DataConfig
+from refine_jax.data import load_examples
 
 EOS = "<|end|>"
 START = "<|start|>"
@@ -81,3 +82,13 @@ def write_parquet(path, prompts, targets, **options) -> str:
 
 def message(role: str, content: str) -> dict:
   return {"role": role, "content": content}
+
+
+def load(files, tokenizer=None, **changes):
+  return load_examples(files, data_config(**changes), tokenizer or make_tokenizer(), name="train")
+
+
+def targets(examples, tokenizer=None) -> list[str]:
+  tokenizer = tokenizer or make_tokenizer()
+  spans = zip(map(examples.example, range(len(examples))), examples.prompt_lengths, strict=True)
+  return [tokenizer.decode(ids[start:]) for ids, start in spans]

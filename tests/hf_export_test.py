@@ -121,6 +121,21 @@ def test_model_files_already_there_are_kept(run, tmp_path):
   assert (run[0] / "model" / "config.json").read_bytes() == before
 
 
+def test_an_export_ends_and_talks_as_the_training_did(tmp_path):
+  """The tokenizer's EOS among those that end an answer; the template that the config gave."""
+  directory, _ = tiny_hf_model("llama", tmp_path, eos_token_id=5)
+  tokenizer = _tokenizer()
+  tokenizer.chat_template = None
+  hf.save_model_files(directory, tokenizer, tmp_path / "files", chat_template="{{ messages }}")
+  saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "files")
+  assert saved.chat_template == "{{ messages }}" and tokenizer.chat_template is None
+  ends = json.loads((tmp_path / "files" / "generation_config.json").read_text())["eos_token_id"]
+  assert ends == [5, 1]
+  hf.save_model_files(directory, _tokenizer(), tmp_path / "own", chat_template="{{ messages }}")
+  saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "own")
+  assert saved.chat_template == _tokenizer().chat_template
+
+
 def test_a_name_that_is_no_directory_is_one_line(tmp_path, monkeypatch):
   for name in (str(tmp_path / "absent"), "somebody/absent-model"):
     with pytest.raises(UserError, match="absent"):

@@ -122,6 +122,15 @@ def test_a_missing_shard_and_a_damaged_index_are_named(tmp_path):
       loading.load(output)
 
 
+def test_a_second_copy_under_names_of_another_library_is_not_read(tmp_path):
+  directory, _ = tiny_hf_model("mistral", tmp_path)
+  want = hf.load_params(directory, hf_config.read_model_config(directory))
+  safetensors.numpy.save_file({"tok_embeddings.weight": np.ones(3)},
+                              directory / "consolidated.safetensors")  # fmt: skip
+  jax.tree.map(np.testing.assert_array_equal, want,
+               hf.load_params(directory, hf_config.read_model_config(directory)))  # fmt: skip
+
+
 def test_pickles_are_refused(tmp_path):
   directory, _ = tiny_hf_model("llama", tmp_path)
   (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
