@@ -67,7 +67,16 @@ def get_config() -> ConfigDict:
   # The weight of each round's loss.
   objective.loss_weights = (1.0, 1.0)
 
+  # Beside the rounds, the next-token loss on the clean text, in a pass of its own; 0: none. It
+  # keeps what the model can do one token at a time.
+  objective.clean_weight = 0.0
+
   c.noise = noise = ConfigDict()
+  # uniform: each response token with its example's rate; block: one run of tokens an example, as a
+  # block sampler sees it (noise.py).
+  noise.kind = "uniform"
+  # Tokens in such a run: what the model will be decoded with.
+  noise.block_size = 8
   # The rate of an example is uniform in [noise_min, noise_max].
   noise.noise_min = 0.1
   noise.noise_max = 0.9
@@ -110,7 +119,8 @@ def get_config() -> ConfigDict:
   checkpoint.resume_mode = "auto"
   # For resume_path: a workdir (its newest checkpoint) or WORKDIR/checkpoints/STEP.
   checkpoint.resume_from_path = ""
-  # Also write each as Hugging Face files to WORKDIR/global_step_N/huggingface.
+  # Also write each as Hugging Face files to WORKDIR/global_step_N/huggingface. These are releases:
+  # max_ckpt_to_keep does not delete them.
   checkpoint.save_hf = False
 
   c.eval = evaluation = ConfigDict()

@@ -34,10 +34,20 @@ def round_metrics(sums: dict) -> dict:
   return result
 
 
-def train_metrics(step_metrics: dict) -> dict:
-  """The numbers of one training step, as train_step.train_step returns them."""
+def train_metrics(step_metrics: dict, *, clean: bool = False) -> dict:
+  """The numbers of one training step, as train_step.train_step returns them.
+
+  Args:
+    clean: whether the first pass was on clean text (objective.clean_weight).
+  """
   scalars = {k: v for k, v in step_metrics.items() if np.ndim(v) == 0}
-  result = round_metrics({k: v for k, v in step_metrics.items() if np.ndim(v) == 1})
+  sums = {k: v for k, v in step_metrics.items() if np.ndim(v) == 1}
+  result = {}
+  if clean:
+    result["loss_clean"] = ratio(sums["loss"][0], sums["count"][0])
+    result["accuracy_clean"] = ratio(sums["clean_right"][0], sums["count"][0])
+    sums = {k: v[1:] for k, v in sums.items()}
+  result |= round_metrics(sums)
   return result | {name: float(value) for name, value in scalars.items()}
 
 
@@ -173,7 +183,7 @@ def format_line(step: int, total: int, metrics: dict) -> str:
   """One line: losses by round first, then the rest of the document's metrics."""
   prefix = "eval/" if any(name.startswith("eval/") for name in metrics) else ""
   plain = {n[len(prefix) :]: v for n, v in metrics.items() if n.startswith(prefix)}
-  rounds = sorted(n for n in plain if n.startswith("loss_s"))
+  rounds = ["loss_clean", *sorted(n for n in plain if n.startswith("loss_s"))]
   corrupted = sorted(n for n in plain if n.startswith("accuracy_s") and n.endswith("_corrupted"))
   extra = corrupted if prefix else []
   names = [n for n in (*rounds, *_CONSOLE, *extra) if n in plain]

@@ -1,4 +1,4 @@
-"""The refinement objective: noise, the next-token shift, rounds, and their gradients.
+"""The refinement objective: the next-token shift, rounds, and their gradients.
 
 Round 0 predicts the clean response from a noised one, each further round from the model's own
 greedy prediction of the round before. Pure jnp on arrays; knows no model. A batch is a dict of
@@ -15,58 +15,33 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from refine_jax.config import NoiseConfig
+from refine_jax.noise import Noised
 
 
-def next_token_targets(batch: dict) -> tuple:
-  """The only place where inputs and targets are shifted against each other.
+def next_token_targets(batch: dict, trained_BT=None) -> tuple:
+  """The only place, with next_round_ids, where inputs and targets are shifted.
+
+  Args:
+    trained_BT: bool, tokens to predict; default: all responses.
 
   Returns:
     targets_BT: int32, the clean token after each one.
-    scored_BT: bool, where that token is of the same example's response.
+    scored_BT: bool, where that token is one to predict, of the same example.
   """
+  trained_BT = batch["response_mask"] if trained_BT is None else trained_BT
+
   def after(x):
     return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
 
   same_example = after(batch["segment_ids"]) == batch["segment_ids"]
-  return after(batch["ids"]), after(batch["response_mask"]) & same_example
+  return after(batch["ids"]), after(trained_BT) & same_example
 
 
-def next_round_ids(batch: dict, predictions_BT, scored_BT):
-  """Clean prompts with each response token replaced by what was predicted for its place."""
-  def before(x):
-    return jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
-
-  return jnp.where(before(scored_BT), before(predictions_BT), batch["ids"])
-
-
-def noise_rates(key, batch: dict, noise: NoiseConfig):
-  """Each token's rate t: float32 [B, T], one draw an example, uniform in [min, max]."""
-  return _uniforms(key, batch, noise)[0]
-
-
-def noise_ids(key, batch: dict, noise: NoiseConfig, noise_token: int) -> tuple:
-  """Replaces each response token by the noise token with its example's probability t.
-
-  The draws depend on the key, the example and the position in it, not on the row that the
-  example was packed into.
-
-  Returns:
-    noised ids int32 [B, T]; rates float32 [B, T].
-  """
-  rates_BT, draws_BT = _uniforms(key, batch, noise)
-  noised = batch["response_mask"] & (draws_BT < rates_BT)
-  return jnp.where(noised, noise_token, batch["ids"]), rates_BT
-
-
-def _uniforms(key, batch, noise):
-  def draw(example, position):
-    example_key = jax.random.fold_in(key, example)
-    rate = jax.random.uniform(example_key)
-    return rate, jax.random.uniform(jax.random.fold_in(example_key, position + 1))
-
-  rate, draw_BT = jax.vmap(jax.vmap(draw))(batch["example_ids"], batch["positions"])
-  return noise.noise_min + (noise.noise_max - noise.noise_min) * rate, draw_BT
+def next_round_ids(batch: dict, predictions_BT, refined_BT):
+  """The clean tokens, those of refined_BT replaced by what was predicted for their places."""
+  predicted_BT = jnp.pad(predictions_BT[:, :-1], ((0, 0), (1, 0)))
+  starts = batch["positions"] == 0  # nothing of its own example predicts it
+  return jnp.where(refined_BT & ~starts, predicted_BT, batch["ids"])
 
 
 # The sums that a round's metrics are made of, over scored tokens; "corrupted" and "clean" say
@@ -90,7 +65,7 @@ def round_sums(batch: dict, noised_BT, targets_BT, scored_BT, output) -> dict:
 
 
 def refine(
-  predict: Callable, batch: dict, noised_BT, *, num_rounds: int, collect: Callable
+  predict: Callable, batch: dict, noised: Noised, *, num_rounds: int, collect: Callable
 ):
   """Runs the rounds without gradients.
 
@@ -101,57 +76,69 @@ def refine(
   Returns:
     What `collect` gave, stacked over rounds.
   """
-  _, scored_BT = next_token_targets(batch)
 
   def body(ids_BT, _):
     output = predict(ids_BT)
-    return next_round_ids(batch, output.predictions, scored_BT), collect(ids_BT, output)
+    return next_round_ids(batch, output.predictions, noised.refined), collect(ids_BT, output)
 
-  return jax.lax.scan(body, noised_BT, None, length=num_rounds)[1]
+  return jax.lax.scan(body, noised.ids, None, length=num_rounds)[1]
 
 
 def refinement_gradients(
-  round_loss: Callable, params, batch: dict, noised_ABT, *, loss_weights, total_count
+  round_loss: Callable, params, batch: dict, noised: Noised, *, loss_weights, clean_weight=0.0
 ):
-  """The gradient of sum_i loss_weights[i] * loss_si over all micro-batches.
+  """The gradient of clean_weight * loss_clean + sum_i loss_weights[i] * loss_si.
 
   No gradient passes through the greedy decode between rounds, so the gradient of the sum is the
   sum of the rounds' gradients: each round runs forward and backward before the next one starts,
-  and memory does not grow with their number. Rounds and micro-batches are turns of one scan,
+  and memory does not grow with their number. Passes and micro-batches are turns of one scan,
   because the carry of a nested one, a whole gradient, would be copied at each entry.
 
   Args:
     round_loss: (params, ids_BT, micro-batch, targets_BT, weights_BT) -> (sum of weight *
       cross-entropy, HeadOutput).
-    batch: arrays [A, B, T].
+    batch, noised: arrays [A, B, T]. Each loss is a mean over its scored tokens of all A.
     loss_weights: one a round.
-    total_count: scored tokens in the whole global batch; each loss is a mean over them.
+    clean_weight: of the next-token loss on the clean text, in a pass of its own before the rounds;
+      0: no such pass.
 
   Returns:
-    the gradient, float32, like params; dict of ROUND_SUMS, float32 [rounds].
+    the gradient, float32, like params; dict of ROUND_SUMS, float32 [passes]: the clean pass, if
+    there is one, and the rounds.
   """
-  rounds, micro_batches = len(loss_weights), noised_ABT.shape[0]
-  weights = jnp.asarray(loss_weights, jnp.float32)
+  clean = int(clean_weight > 0)
+  passes, micro_batches = clean + len(loss_weights), noised.ids.shape[0]
+  weights = jnp.asarray((clean_weight,) * clean + tuple(loss_weights), jnp.float32)
+
+  def count(trained):
+    return jnp.sum(jax.vmap(lambda b, t: next_token_targets(b, t)[1])(batch, trained))
+
+  counts = jnp.stack([count(batch["response_mask"]), count(noised.trained)])
 
   def body(carry, turn):
     ids_BT, gradients = carry
-    micro, noised_BT = jax.tree.map(lambda x: jnp.asarray(x)[turn // rounds], (batch, noised_ABT))
-    ids_BT = jnp.where(turn % rounds == 0, noised_BT, ids_BT)
-    targets_BT, scored_BT = next_token_targets(micro)
-    weights_BT = scored_BT.astype(jnp.float32) / jnp.maximum(total_count, 1)
+    micro, noise = jax.tree.map(lambda x: jnp.asarray(x)[turn // passes], (batch, noised))
+    index = turn % passes
+    is_clean = index < clean
+    ids_BT = jnp.where(index == clean, noise.ids, jnp.where(is_clean, micro["ids"], ids_BT))
+    trained_BT = jnp.where(is_clean, micro["response_mask"], noise.trained)
+    targets_BT, scored_BT = next_token_targets(micro, trained_BT)
+    total = jnp.where(is_clean, counts[0], counts[1])
+    weights_BT = scored_BT.astype(jnp.float32) / jnp.maximum(total, 1)
 
     def loss(params):
-      total, output = round_loss(params, ids_BT, micro, targets_BT, weights_BT)
-      return weights[turn % rounds] * total, output
+      value, output = round_loss(params, ids_BT, micro, targets_BT, weights_BT)
+      return weights[index] * value, output
 
     round_gradients, output = jax.grad(loss, has_aux=True)(params)
     gradients = jax.tree.map(lambda a, g: a + g.astype(a.dtype), gradients, round_gradients)
+    noised_BT = jnp.where(is_clean, micro["ids"], noise.ids)
     sums = round_sums(micro, noised_BT, targets_BT, scored_BT, output)
-    ids_BT = next_round_ids(micro, output.predictions, scored_BT)
+    ids_BT = next_round_ids(micro, output.predictions, noise.refined)
     return (ids_BT, gradients), jax.tree.map(jnp.sum, sums)
 
   zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
   (_, gradients), sums = jax.lax.scan(
-    body, (noised_ABT[0], zeros), jnp.arange(micro_batches * rounds)
+    body, (noised.ids[0], zeros), jnp.arange(micro_batches * passes)
   )
-  return gradients, jax.tree.map(lambda x: x.reshape(-1, rounds).sum(axis=0), sums)
+  return gradients, jax.tree.map(lambda x: x.reshape(-1, passes).sum(axis=0), sums)

@@ -58,9 +58,8 @@ class _Loop:
     bound = {"recipe": recipe, "compute": compute}
     self.eval_step = jax.jit(functools.partial(train_step.eval_step, **bound))
     self.debug_rounds = jax.jit(functools.partial(train_step.debug_rounds, **bound))
-    flops = train_flops_per_token(
-      source.model, plan.train.mean_length, config.objective.num_iterations
-    )
+    passes = config.objective.num_iterations + int(config.objective.clean_weight > 0)
+    flops = train_flops_per_token(source.model, plan.train.mean_length, passes)
     self.throughput = metrics.Throughput(flops, peak_flops(), self.mesh.size)
 
   def run(self, state) -> int:
@@ -141,7 +140,9 @@ class _Loop:
       jax.profiler.stop_trace()
 
   def _report(self, step, step_metrics, writers):
-    values = metrics.train_metrics(jax.device_get(step_metrics))
+    values = metrics.train_metrics(
+      jax.device_get(step_metrics), clean=self.config.objective.clean_weight > 0
+    )
     self.throughput.add(values["tokens"])
     writers.advance()
     if self._due(self.config.log.every, step) or step == self.total:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from refine_jax import noise as noise_lib
 from refine_jax import objective, optim
 from refine_jax.compute import Compute
 from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
@@ -70,30 +71,29 @@ def train_step(state: TrainState, batch: dict, *, recipe: Recipe, compute: Compu
 
   Returns:
     the new state; a dict of float32 metrics: scalars loss_total, grad_norm, lr, noise_mean,
-    tokens, response_tokens, skipped, skipped_in_row, and [rounds] of objective.ROUND_SUMS.
+    tokens, response_tokens, skipped, skipped_in_row, and objective.ROUND_SUMS of
+    objective.refinement_gradients.
   """
-  count = sum_over_batch(lambda b: objective.next_token_targets(b)[1], batch)
   key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-  noised, rates = jax.vmap(
-    lambda micro: objective.noise_ids(key, micro, recipe.noise, recipe.noise_token)
+  noised = jax.vmap(
+    lambda micro: noise_lib.add_noise(key, micro, recipe.noise, recipe.noise_token)
   )(batch)
+  weights, clean_weight = recipe.objective.loss_weights, recipe.objective.clean_weight
   gradients, sums = objective.refinement_gradients(
-    compute.loss,
-    compute.cast(state.params),
-    batch,
-    noised,
-    loss_weights=recipe.objective.loss_weights,
-    total_count=count,
-  )
-  losses = sums["loss"] / jnp.maximum(count, 1)
-  loss_total = jnp.sum(losses * jnp.asarray(recipe.objective.loss_weights))
+    compute.loss, compute.cast(state.params), batch, noised,
+    loss_weights=weights, clean_weight=clean_weight,
+  )  # fmt: skip
+  if clean_weight > 0:
+    weights = (clean_weight, *weights)
+  losses = sums["loss"] / jnp.maximum(sums["count"], 1)
+  loss_total = jnp.sum(losses * jnp.asarray(weights))
   new_state, norm, rate = _update(state, gradients, loss_total, recipe)
   response_tokens = sum_over_batch(lambda b: b["response_mask"], batch)
   metrics = sums | {
     "loss_total": loss_total,
     "grad_norm": norm,
     "lr": rate,
-    "noise_mean": jnp.sum(rates * batch["response_mask"]) / jnp.maximum(response_tokens, 1),
+    "noise_mean": jnp.sum(noised.rates * batch["response_mask"]) / jnp.maximum(response_tokens, 1),
     "tokens": sum_over_batch(lambda b: b["segment_ids"] > 0, batch),
     "response_tokens": response_tokens,
     "skipped": new_state.skipped.astype(jnp.float32),
@@ -144,10 +144,11 @@ def eval_step(params: dict, batch: dict, *, recipe: Recipe, compute: Compute) ->
   """
   key = jax.random.key(recipe.seed)
   noise = recipe.noise
-  noised, rates = objective.noise_ids(key, batch, noise, recipe.noise_token)
+  noised = noise_lib.add_noise(key, batch, noise, recipe.noise_token)
   width = max(noise.noise_max - noise.noise_min, 1e-6) / NOISE_BUCKETS
-  bucket = jnp.clip(((rates - noise.noise_min) / width).astype(jnp.int32), 0, NOISE_BUCKETS - 1)
-  targets, scored = objective.next_token_targets(batch)
+  bucket = ((noised.rates - noise.noise_min) / width).astype(jnp.int32)
+  bucket = jnp.clip(bucket, 0, NOISE_BUCKETS - 1)
+  targets, scored = objective.next_token_targets(batch, noised.trained)
   # The rate belongs to the example, and so to all its tokens.
   in_bucket = jax.nn.one_hot(bucket, NOISE_BUCKETS)
   working = compute.cast(params)
@@ -156,7 +157,7 @@ def eval_step(params: dict, batch: dict, *, recipe: Recipe, compute: Compute) ->
     return compute.loss(working, ids, batch, targets, scored.astype(jnp.float32))[1]
 
   def collect(_, output):
-    terms = objective.round_sums(batch, noised, targets, scored, output)
+    terms = objective.round_sums(batch, noised.ids, targets, scored, output)
     return {name: jnp.einsum("bt,btk->k", x, in_bucket) for name, x in terms.items()}
 
   rounds = recipe.objective.num_iterations
@@ -171,7 +172,7 @@ def debug_rounds(params: dict, batch: dict, *, recipe: Recipe, compute: Compute,
     predicts for the place of each token.
   """
   key = jax.random.fold_in(jax.random.key(recipe.seed), step)
-  noised, _ = objective.noise_ids(key, batch, recipe.noise, recipe.noise_token)
+  noised = noise_lib.add_noise(key, batch, recipe.noise, recipe.noise_token)
   targets, scored = objective.next_token_targets(batch)
   working = compute.cast(params)
 
@@ -179,7 +180,7 @@ def debug_rounds(params: dict, batch: dict, *, recipe: Recipe, compute: Compute,
     return compute.loss(working, ids, batch, targets, scored.astype(jnp.float32))[1]
 
   def collect(ids, output):
-    after = objective.next_round_ids(batch, output.predictions, scored)
+    after = objective.next_round_ids(batch, output.predictions, noised.refined)
     return {"inputs": ids[0], "predictions": after[0]}
 
   rounds = recipe.objective.num_iterations

@@ -56,7 +56,7 @@ def test_libraries_stay_behind_their_one_module():
 
 def test_the_objective_knows_no_model_and_data_knows_no_jax():
   edges = graph()
-  assert edges["objective"] == {"config"}
+  assert edges["objective"] == {"noise"} and edges["noise"] == {"config"}
   assert edges["data"] <= {"config", "errors"}
   assert not any(m.split(".")[0] == "jax" for p in (PACKAGE / "data").glob("*.py")
                  for m in imports(p))  # fmt: skip

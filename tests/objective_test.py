@@ -10,14 +10,22 @@ import torch
 import train_fixtures as tiny
 
 from refine_jax import model, objective
+from refine_jax import noise as noise_lib
 from refine_jax.config import NoiseConfig
 from refine_jax.head import cross_entropy
 
-NOISE = NoiseConfig(noise_min=0.2, noise_max=0.8, token=tiny.NOISE_TOKEN)
+NOISE = NoiseConfig(
+  kind="uniform", block_size=4, noise_min=0.2, noise_max=0.8, token=tiny.NOISE_TOKEN
+)
+BLOCK = dataclasses.replace(NOISE, kind="block")
+
+
+def add_noise(batch, key=0, config=NOISE):
+  return noise_lib.add_noise(jax.random.key(key), batch, config, tiny.NOISE_TOKEN)
 
 
 def noise(batch, key=0, config=NOISE):
-  return objective.noise_ids(jax.random.key(key), batch, config, tiny.NOISE_TOKEN)
+  return add_noise(batch, key, config)[:2]
 
 
 def test_the_prompt_and_the_padding_are_never_noised():
@@ -126,29 +134,40 @@ def torch_forward(params, config, ids, segment_ids, positions):
   return x @ model.head_matrix(params).T
 
 
-def torch_oracle(params, config, batch, noised, loss_weights):
-  """Losses of all rounds and the gradient of their weighted sum, with dense logits, in torch."""
+def torch_oracle(params, config, batch, noised, loss_weights, clean_weight=0.0):
+  """Losses of all passes and the gradient of their weighted sum, with dense logits, in torch."""
   leaves = jax.tree.map(
     lambda x: torch.tensor(np.asarray(x, np.float64), requires_grad=True), params
   )
-  ids, mask = np.asarray(batch["ids"]), batch["response_mask"]
-  current, losses = np.asarray(noised), []
-  for _ in loss_weights:
+  ids, losses = np.asarray(batch["ids"]), []
+
+  def one_pass(current, mask):
     logits = torch_forward(leaves, config, current, batch["segment_ids"], batch["positions"])
     log_probs = torch.log_softmax(logits, -1)
-    rows, columns = np.nonzero(mask)  # the response tokens, each predicted by the one before
+    rows, columns = np.nonzero(mask)  # the tokens scored, each predicted by the one before
     losses.append(-log_probs[rows, columns - 1, ids[rows, columns]].mean())
-    predictions = logits.argmax(-1).numpy()
     current = ids.copy()
-    current[rows, columns] = predictions[rows, columns - 1]
-  total = sum(w * loss for w, loss in zip(loss_weights, losses, strict=True))
+    current[rows, columns] = logits.argmax(-1).numpy()[rows, columns - 1]
+    return current
+
+  if clean_weight:
+    one_pass(ids, batch["response_mask"])
+  current = np.asarray(noised.ids)
+  for _ in loss_weights:
+    current = one_pass(current, np.asarray(noised.trained))
+  weights = (clean_weight, *loss_weights) if clean_weight else loss_weights
+  total = sum(w * loss for w, loss in zip(weights, losses, strict=True))
   total.backward()
   return [loss.item() for loss in losses], jax.tree.map(lambda x: x.grad.numpy(), leaves)
 
 
-@pytest.mark.parametrize("rounds", [1, 2, 3])
-@pytest.mark.parametrize("tied", [False, True])
-def test_losses_and_gradients_of_all_rounds_equal_those_of_torch(rounds, tied):
+@pytest.mark.parametrize(
+  "rounds,tied,kind,clean_weight",
+  [(1, True, "uniform", 0.0), (1, False, "uniform", 0.0), (2, True, "uniform", 0.0),
+   (2, False, "uniform", 0.5), (3, False, "uniform", 0.0), (3, True, "uniform", 0.0),
+   (2, True, "block", 0.5), (3, False, "block", 0.0)],
+)  # fmt: skip
+def test_losses_and_gradients_of_all_rounds_equal_those_of_torch(rounds, tied, kind, clean_weight):
   config = tiny.tiny_config(tied_head=tied)
   compute = tiny.compute(config)
   params, batch = tiny.tiny_params(config), tiny.packed_batch()
@@ -157,14 +176,14 @@ def test_losses_and_gradients_of_all_rounds_equal_those_of_torch(rounds, tied):
     lambda path, x: x + 0.1 if path[-1].key == "bias" else x, params["layers"]
   )
   weights = (1.0, 0.5, 0.25)[:rounds]
-  noised, _ = noise(batch)
+  noised = add_noise(batch, config=dataclasses.replace(NOISE, kind=kind))
   gradients, sums = jax.jit(
     lambda p: objective.refinement_gradients(
-      compute.loss, p, {k: x[None] for k, x in batch.items()}, noised[None],
-      loss_weights=weights, total_count=batch["response_mask"].sum(),
+      compute.loss, p, *jax.tree.map(lambda x: x[None], (batch, noised)),
+      loss_weights=weights, clean_weight=clean_weight,
     )
   )(params)  # fmt: skip
-  want_losses, want = torch_oracle(params, config, batch, noised, weights)
+  want_losses, want = torch_oracle(params, config, batch, noised, weights, clean_weight)
   np.testing.assert_allclose(sums["loss"] / sums["count"], want_losses, rtol=1e-5)
   jax.tree.map(
     lambda g, w: np.testing.assert_allclose(g, w, atol=2e-6, rtol=1e-3), gradients, want
@@ -174,18 +193,18 @@ def test_losses_and_gradients_of_all_rounds_equal_those_of_torch(rounds, tied):
 def test_no_gradient_passes_through_the_greedy_decode():
   """With the weight on round 1 alone, round 0's logits must not matter beyond their argmax."""
   batch = tiny.unpacked_batch(4)
-  _, scored = objective.next_token_targets(batch)
+  refined = batch["response_mask"]
   vocabulary = 37
 
   def round_one(table):
     # A "model" whose first round reads `table` and whose second does not.
     predictions = jnp.argmax(table, axis=-1)
-    ids = objective.next_round_ids(batch, predictions, scored)
+    ids = objective.next_round_ids(batch, predictions, refined)
     return jnp.sum(jax.nn.one_hot(ids, vocabulary) * table)
 
   table = jax.random.normal(jax.random.key(0), (*batch["ids"].shape, vocabulary))
   gradient = jax.grad(round_one)(table)
-  ids = objective.next_round_ids(batch, jnp.argmax(table, -1), scored)
+  ids = objective.next_round_ids(batch, jnp.argmax(table, -1), refined)
   # Only the direct path: the one-hot of the ids, as if they were constants.
   np.testing.assert_array_equal(gradient, jax.nn.one_hot(ids, vocabulary))
 
@@ -207,8 +226,48 @@ def test_corrupted_and_clean_tokens_are_counted_apart():
 
 def test_a_round_feeds_predictions_into_the_response_only():
   batch = tiny.packed_batch()
-  _, scored = objective.next_token_targets(batch)
   predictions = np.full(batch["ids"].shape, 36, np.int32)
-  ids = np.asarray(objective.next_round_ids(batch, predictions, scored))
+  ids = np.asarray(objective.next_round_ids(batch, predictions, batch["response_mask"]))
   assert (ids[batch["response_mask"]] == 36).all()
   np.testing.assert_array_equal(ids[~batch["response_mask"]], batch["ids"][~batch["response_mask"]])
+
+
+def test_a_block_is_one_run_of_each_response_behind_clean_text():
+  batch = tiny.packed_batch(60, per_row=4, length=80)
+  noised = add_noise(batch, config=BLOCK)
+  np.testing.assert_array_equal(noised.trained, noised.refined)
+  starts = []
+  for example in range(60):
+    where = batch["example_ids"] == example
+    response, block = batch["response_mask"][where], np.asarray(noised.trained)[where]
+    (places,) = np.nonzero(block)
+    first, last = places[0], places[-1]
+    assert response[places].all() and last - first + 1 == len(places)
+    assert len(places) == 4 or last == len(block) - 1  # whole, or cut off by the end
+    want = np.where(block, tiny.NOISE_TOKEN, batch["ids"][where])
+    np.testing.assert_array_equal(np.asarray(noised.ids)[where], want)
+    starts.append((first - np.argmax(response)) / response.sum())
+  # Uniform over the response: 60 draws, mean 1/2 less half a token.
+  assert 0.3 < np.mean(starts) < 0.6 and min(starts) == 0.0
+  assert not np.asarray(noised.trained)[batch["example_ids"] < 0].any()
+
+
+def test_a_block_is_drawn_anew_with_the_key_and_not_with_the_packing():
+  packed, rows = tiny.packed_batch(), tiny.unpacked_batch()
+  got, want = add_noise(packed, config=BLOCK), add_noise(rows, config=BLOCK)
+  for example in range(12):
+    where, there = packed["example_ids"] == example, rows["example_ids"] == example
+    np.testing.assert_array_equal(got.ids[where], want.ids[there])
+  other = add_noise(packed, key=1, config=BLOCK)
+  assert (got.ids != other.ids).any()
+
+
+def test_offsets_count_from_the_first_response_token():
+  batch = tiny.packed_batch()
+  offsets, lengths = noise_lib.response_offsets(batch), noise_lib.response_lengths(batch)
+  for example in range(12):
+    where = batch["example_ids"] == example
+    response = batch["response_mask"][where]
+    want = np.arange(len(response)) - np.argmax(response)
+    np.testing.assert_array_equal(np.asarray(offsets)[where], want)
+    assert (np.asarray(lengths)[where] == response.sum()).all()

@@ -41,7 +41,10 @@ def tiny_params(config=None, seed=0):
   return model.init_params(config or tiny_config(), jax.random.key(seed))
 
 
-def recipe(num_iterations=2, loss_weights=None, noise=(0.2, 0.8), **optim_changes) -> Recipe:
+def recipe(
+  num_iterations=2, loss_weights=None, noise=(0.2, 0.8), kind="uniform", clean_weight=0.0,
+  **optim_changes,
+) -> Recipe:  # fmt: skip
   optim = OptimConfig(
     batch_size=8,
     accumulation=1,
@@ -60,8 +63,11 @@ def recipe(num_iterations=2, loss_weights=None, noise=(0.2, 0.8), **optim_change
     objective=ObjectiveConfig(
       num_iterations=num_iterations,
       loss_weights=tuple(loss_weights or [1.0, 0.7, 0.4, 0.2][:num_iterations]),
+      clean_weight=clean_weight,
     ),
-    noise=NoiseConfig(noise_min=noise[0], noise_max=noise[1], token=NOISE_TOKEN),
+    noise=NoiseConfig(
+      kind=kind, block_size=4, noise_min=noise[0], noise_max=noise[1], token=NOISE_TOKEN
+    ),
     optim=dataclasses.replace(optim, **optim_changes),
     noise_token=NOISE_TOKEN,
     total_steps=10,

@@ -9,7 +9,7 @@ import pytest
 import train_fixtures as tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
-from refine_jax import objective, sharding
+from refine_jax import noise, objective, sharding
 from refine_jax.config import MeshConfig
 from refine_jax.train_step import eval_step, init_state, jit_train_step
 
@@ -28,16 +28,13 @@ def run(batch, recipe, compute, steps=1, params=None):
 def gradient(batch, recipe, compute, params=None):
   """The gradient of one [B, T] batch, and the round sums."""
   params = params or tiny.tiny_params(compute.model)
-  _, scored = objective.next_token_targets(batch)
-  noised, _ = objective.noise_ids(jax.random.key(0), batch, recipe.noise, recipe.noise_token)
+  noised = noise.add_noise(jax.random.key(0), batch, recipe.noise, recipe.noise_token)
   return jax.jit(
     lambda params: objective.refinement_gradients(
       compute.loss,
       params,
-      {name: x[None] for name, x in batch.items()},
-      noised[None],
+      *jax.tree.map(lambda x: x[None], (batch, noised)),
       loss_weights=recipe.objective.loss_weights,
-      total_count=scored.sum(),
     )
   )(params)
 
