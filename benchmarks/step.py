@@ -59,6 +59,7 @@ def make_recipe(shape: timing.Shape, rounds: int) -> train_step.Recipe:
       moment_dtype="float32", max_nonfinite=5,
     ),
     noise_token=shape.model.vocab_size - 1,
+    eos_token=shape.model.vocab_size - 1,
     total_steps=1000,
     seed=0,
   )  # fmt: skip

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from refine_jax.config import LogConfig
+from refine_jax import block_metrics
+from refine_jax.config import LogConfig, NoiseConfig, ObjectiveConfig
 from refine_jax.errors import UserError
 
 # On the console, in this order; the rest goes to the files.
@@ -51,20 +52,31 @@ def train_metrics(step_metrics: dict, *, clean: bool = False) -> dict:
   return result | {name: float(value) for name, value in scalars.items()}
 
 
-def eval_metrics(sums: dict, loss_weights, noise_min: float, noise_max: float) -> dict:
-  """Validation: objective.ROUND_SUMS [rounds, buckets] -> means over all tokens, and by bucket."""
-  result = round_metrics({name: x.sum(axis=1) for name, x in sums.items()})
-  losses = [result[f"loss_s{i}"] for i in range(len(loss_weights))]
-  result["loss_total"] = float(np.dot(losses, loss_weights))
-  buckets = sums["loss"].shape[1]
-  edges = np.linspace(noise_min, noise_max, buckets + 1)
-  for b in range(buckets):
-    part = round_metrics({name: x[:, b] for name, x in sums.items()})
-    if not sums["count"][:, b].any():
-      continue
-    label = f"noise_{edges[b]:.2f}-{edges[b + 1]:.2f}"
-    result |= {f"{label}/{k}": v for k, v in part.items() if k.startswith("loss")}
+def eval_metrics(sums: dict, objective: ObjectiveConfig, noise: NoiseConfig) -> dict:
+  """Validation: sums of train_step.eval_step -> means over all tokens, by rate, by offset."""
+  rounds, clean = sums["rounds"], sums["clean"]
+  result = round_metrics({name: x.sum(axis=1) for name, x in rounds.items()})
+  result["loss_clean"] = ratio(clean["loss"], clean["count"])
+  result["accuracy_clean"] = ratio(clean["clean_right"], clean["count"])
+  losses = [result[f"loss_s{i}"] for i in range(objective.num_iterations)]
+  result["loss_total"] = float(np.dot(losses, objective.loss_weights))
+  result["loss_total"] += objective.clean_weight * result["loss_clean"]
+  result |= block_metrics.named(sums["block"])
+  if noise.kind == "uniform":
+    result |= _by_rate(rounds, noise)
   return {f"eval/{name}": value for name, value in result.items()}
+
+
+def _by_rate(rounds, noise):
+  buckets = rounds["loss"].shape[1]
+  edges = np.linspace(noise.noise_min, noise.noise_max, buckets + 1)
+  result = {}
+  for b in range(buckets):
+    part = round_metrics({name: x[:, b] for name, x in rounds.items()})
+    if rounds["count"][:, b].any():
+      label = f"noise_{edges[b]:.2f}-{edges[b + 1]:.2f}"
+      result |= {f"{label}/{k}": v for k, v in part.items() if k.startswith("loss")}
+  return result
 
 
 class Timer:
@@ -185,7 +197,7 @@ def format_line(step: int, total: int, metrics: dict) -> str:
   plain = {n[len(prefix) :]: v for n, v in metrics.items() if n.startswith(prefix)}
   rounds = ["loss_clean", *sorted(n for n in plain if n.startswith("loss_s"))]
   corrupted = sorted(n for n in plain if n.startswith("accuracy_s") and n.endswith("_corrupted"))
-  extra = corrupted if prefix else []
+  extra = (*corrupted, "accuracy_clean", "block/run_s0") if prefix else []
   names = [n for n in (*rounds, *_CONSOLE, *extra) if n in plain]
   parts = [f"{n} {_short(n, plain[n])}" for n in names]
   if plain.get("skipped"):

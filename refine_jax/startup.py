@@ -160,6 +160,7 @@ def make_recipe(config: Config, source: Source, plan: DataPlan) -> Recipe:
     )
   return Recipe(
     objective=config.objective, noise=config.noise, optim=config.optim, noise_token=token,
+    eos_token=source.tokenizer.eos_token_id,
     total_steps=plan.total_steps, seed=config.seed,
   )  # fmt: skip
 

@@ -172,10 +172,7 @@ class _Loop:
       batch = sharding.put_batch(host_batch, self.mesh, accumulated=False)
       part = self.eval_step(state.params, batch)
       sums = part if sums is None else jax.tree.map(jax.numpy.add, sums, part)
-    noise = self.config.noise
-    values = metrics.eval_metrics(
-      jax.device_get(sums), self.config.objective.loss_weights, noise.noise_min, noise.noise_max
-    )
+    values = metrics.eval_metrics(jax.device_get(sums), self.config.objective, self.config.noise)
     writers.write(step, values)
 
   def _debug(self, state, host_batch, step):

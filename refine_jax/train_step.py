@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from refine_jax import block_metrics, objective, optim
 from refine_jax import noise as noise_lib
-from refine_jax import objective, optim
 from refine_jax.compute import Compute
 from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
 
@@ -46,6 +46,7 @@ class Recipe:
   noise: NoiseConfig
   optim: OptimConfig
   noise_token: int
+  eos_token: int
   total_steps: int
   seed: int
 
@@ -132,7 +133,7 @@ def _update(state, gradients, loss, recipe):
 
 
 def eval_step(params: dict, batch: dict, *, recipe: Recipe, compute: Compute) -> dict:
-  """Sums for validation, each round by noise-rate bucket.
+  """Sums for validation.
 
   The noise is that of step 0, so that every validation sees the same.
 
@@ -140,7 +141,9 @@ def eval_step(params: dict, batch: dict, *, recipe: Recipe, compute: Compute) ->
     batch: arrays [B, T].
 
   Returns:
-    objective.ROUND_SUMS, float32 [rounds, NOISE_BUCKETS].
+    "rounds": objective.ROUND_SUMS, float32 [rounds, NOISE_BUCKETS], by the example's noise rate;
+    "clean": the same of one pass over the clean text, float32 scalars; "block":
+    block_metrics.block_sums, of one pass more than there are rounds.
   """
   key = jax.random.key(recipe.seed)
   noise = recipe.noise
@@ -148,20 +151,33 @@ def eval_step(params: dict, batch: dict, *, recipe: Recipe, compute: Compute) ->
   width = max(noise.noise_max - noise.noise_min, 1e-6) / NOISE_BUCKETS
   bucket = ((noised.rates - noise.noise_min) / width).astype(jnp.int32)
   bucket = jnp.clip(bucket, 0, NOISE_BUCKETS - 1)
-  targets, scored = objective.next_token_targets(batch, noised.trained)
   # The rate belongs to the example, and so to all its tokens.
   in_bucket = jax.nn.one_hot(bucket, NOISE_BUCKETS)
   working = compute.cast(params)
 
-  def predict(ids):
+  def predict(ids, trained=None):
+    targets, scored = objective.next_token_targets(batch, trained)
     return compute.loss(working, ids, batch, targets, scored.astype(jnp.float32))[1]
 
+  def terms(noised_ids, output, trained=None):
+    targets, scored = objective.next_token_targets(batch, trained)
+    return objective.round_sums(batch, noised_ids, targets, scored, output)
+
   def collect(_, output):
-    terms = objective.round_sums(batch, noised.ids, targets, scored, output)
-    return {name: jnp.einsum("bt,btk->k", x, in_bucket) for name, x in terms.items()}
+    sums = terms(noised.ids, output, noised.trained)
+    return {name: jnp.einsum("bt,btk->k", x, in_bucket) for name, x in sums.items()}
 
   rounds = recipe.objective.num_iterations
-  return objective.refine(predict, batch, noised, num_rounds=rounds, collect=collect)
+  blocks = block_metrics.block_noise(key, batch, noise.block_size, recipe.noise_token)
+  return {
+    "rounds": objective.refine(
+      lambda ids: predict(ids, noised.trained), batch, noised, num_rounds=rounds, collect=collect
+    ),
+    "clean": jax.tree.map(jnp.sum, terms(batch["ids"], predict(batch["ids"]))),
+    "block": block_metrics.block_sums(
+      predict, batch, blocks, block_size=noise.block_size, passes=rounds + 1, eos=recipe.eos_token
+    ),
+  }
 
 
 def debug_rounds(params: dict, batch: dict, *, recipe: Recipe, compute: Compute, step) -> dict:

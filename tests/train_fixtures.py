@@ -70,6 +70,7 @@ def recipe(
     ),
     optim=dataclasses.replace(optim, **optim_changes),
     noise_token=NOISE_TOKEN,
+    eos_token=1,
     total_steps=10,
     seed=3,
   )

@@ -156,5 +156,7 @@ def test_evaluation_sums_do_not_depend_on_packing_and_cover_everything():
   unpacked = eval_step(params, tiny.unpacked_batch(), recipe=recipe, compute=compute)
   assert_close(packed, unpacked)
   responses = sum(len(r) for _, r in tiny.examples(12))
-  np.testing.assert_allclose(packed["count"].sum(axis=1), responses)
-  np.testing.assert_allclose(packed["corrupted"] + packed["clean"], packed["count"])
+  rounds, clean, block = packed["rounds"], packed["clean"], packed["block"]
+  np.testing.assert_allclose(rounds["count"].sum(axis=1), responses)
+  np.testing.assert_allclose(rounds["corrupted"] + rounds["clean"], rounds["count"])
+  assert clean["count"] == clean["clean"] == responses and block["blocks"] == 12
