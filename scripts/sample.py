@@ -3,6 +3,9 @@
     python scripts/sample.py --model=DIR --prompt="What is 2+2?" [--mode=exact] [--block_size=8]
     python scripts/sample.py --model=DIR --prompts_file=prompts.txt --jsonl > answers.jsonl
     python scripts/sample.py --model=DIR --chat
+    python scripts/sample.py --model=DIR --prompt="What is 2+2?" --html=passes.html
+
+--html writes how the answers came to be, pass by pass, to be opened in a browser.
 """
 
 import argparse
@@ -10,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from refine_jax import generation, loading, sampler
+from refine_jax import generation, loading, refinement_html, sampler
 from refine_jax.cli import entry_point
 from refine_jax.errors import UserError
 
@@ -63,7 +66,7 @@ def chat(model, options):
       return
     if line.strip():
       messages.append({"role": "user", "content": line})
-      answer = show(generation.stream(model, [messages], **options))
+      answer = show(generation.generate(model, [messages], stream=True, **options))
       messages.append({"role": "assistant", "content": answer})
 
 
@@ -88,25 +91,40 @@ def main():
   parser.add_argument("--top_p", type=float, default=1.0)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--stop", action="append", default=[], help="a string that ends an answer")
+  parser.add_argument("--html", help="a new file for the passes, coloured")
   arguments = parser.parse_args()
   names = (
     "mode", "block_size", "max_new_tokens", "draft", "refine_iter", "tau", "temperature",
     "top_k", "top_p", "seed", "stop",
   )  # fmt: skip
   options = {name: getattr(arguments, name) for name in names}
+  if arguments.html:
+    if arguments.chat:
+      raise UserError("--html goes with prompts, not with --chat.")
+    refinement_html.refuse_existing(arguments.html)
+    options["trace"] = True
   prompts = [] if arguments.chat else read_prompts(arguments)
   model = loading.load(arguments.model, dtype=arguments.dtype, step=arguments.step)
   model.require_tokenizer()
   if arguments.chat:
     chat(model, options)
-  elif len(prompts) == 1 and not arguments.jsonl:
-    show(generation.stream(model, prompts, **options))
+    return
+  if len(prompts) == 1 and not arguments.jsonl:
+    stream = generation.generate(model, prompts, stream=True, **options)
+    show(stream)
+    out = stream.result
   else:
     out = generation.generate(model, prompts, **options)
-    for i, prompt in enumerate(prompts):
-      answer = {"prompt": prompt, "text": out.texts[i], "tokens": len(out.tokens[i]),
-                "passes": out.passes[i], "stopped": out.stopped[i]}  # fmt: skip
-      print(json.dumps(answer, ensure_ascii=False) if arguments.jsonl else f"{out.texts[i]}\n---")
+    print_answers(prompts, out, arguments.jsonl)
+  if arguments.html:
+    refinement_html.write(out, arguments.html)
+
+
+def print_answers(prompts, out, as_json):
+  for i, prompt in enumerate(prompts):
+    answer = {"prompt": prompt, "text": out.texts[i], "tokens": len(out.tokens[i]),
+              "passes": out.passes[i], "stopped": out.stopped[i]}  # fmt: skip
+    print(json.dumps(answer, ensure_ascii=False) if as_json else f"{out.texts[i]}\n---")
 
 
 if __name__ == "__main__":
