@@ -10,6 +10,7 @@ _WHERE = {
   "Model": "loading",
   "Stream": "generation",
   "UserError": "errors",
+  "compare_with_ar": "comparison",
   "generate": "generation",
   "iterative_generate": "generation",
   "load": "loading",

@@ -152,7 +152,7 @@ class Decoder:
   def result(self) -> Generation:
     if self.state is None:
       trace = None if self.trace is None else Trace([], [], {})
-      return Generation([], [], [], [], [], 0.0, 0.0, 0.0, trace)
+      return Generation([], [], [], [], [], [], 0.0, 0.0, 0.0, trace)
     tokens = self._answers()
     passes = np.asarray(self.state.passes)[: len(self.prompts)]
     stopped = [
@@ -161,7 +161,7 @@ class Decoder:
     ]
     accepted = np.asarray(self.state.accepted) / max(passes.sum(), 1)
     return Generation(
-      tokens, self.texts(), passes.tolist(), stopped, accepted.tolist(),
+      self.prompts, tokens, self.texts(), passes.tolist(), stopped, accepted.tolist(),
       self.prefill_seconds, self.decode_seconds, self.compile_seconds, self._finished_trace(),
     )  # fmt: skip
 

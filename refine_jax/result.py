@@ -40,6 +40,7 @@ class Generation:
   """Answers, one a prompt, and what they cost; a notebook shows it as HTML.
 
   Attributes:
+    prompts: token ids.
     tokens: ids without the prompt; the EOS that ended an answer is its last.
     texts: the same decoded, special tokens left out; None without a tokenizer.
     passes: forward passes that each row took part in after its prompt.
@@ -50,6 +51,7 @@ class Generation:
     trace: where it was asked for.
   """
 
+  prompts: list[list[int]]
   tokens: list[list[int]]
   texts: list[str] | None
   passes: list[int]

@@ -116,7 +116,8 @@ def small_generation():
   ]
   trace = Trace([passes], ["<script>alert(1)</script>"], pieces)
   texts = ['<b>\n   " x</b>']
-  return Generation([[1, 2, 4, 5, 6]], texts, [3], [True], [1.0, 0.5, 0.0], 0.1, 0.2, 0.0, trace)
+  numbers = ([3], [True], [1.0, 0.5, 0.0], 0.1, 0.2, 0.0)
+  return Generation([[9]], [[1, 2, 4, 5, 6]], texts, *numbers, trace)
 
 
 def test_each_token_has_its_colour_and_probability():
