@@ -6,13 +6,14 @@ Importing this is cheap: what is named here is loaded when it is first used.
 import importlib
 
 _WHERE = {
-  "Generation": "generation",
+  "Generation": "result",
   "Model": "loading",
+  "Stream": "generation",
   "UserError": "errors",
+  "compare_with_ar": "comparison",
   "generate": "generation",
   "iterative_generate": "generation",
   "load": "loading",
-  "stream": "generation",
 }
 __all__ = list(_WHERE)
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from refine_jax import model as model_lib
+from refine_jax import token_choice
 from refine_jax.model import ModelConfig
 
 MODES = ("exact", "fixed", "threshold", "ar")
@@ -88,6 +89,20 @@ class State(NamedTuple):
   seeds: jax.Array
 
 
+class Seen(NamedTuple):
+  """What one pass saw: the places from State.length on, as they were predicted.
+
+  Attributes:
+    predicted: int32 [B, N].
+    probability: float32 [B, N], of each predicted token.
+    count: int32 [B], how many were committed; 0 in rows that were done.
+  """
+
+  predicted: jax.Array
+  probability: jax.Array
+  count: jax.Array
+
+
 def prefill(params, prompts_BP, lengths, limits, done, seeds, *, config, settings, size) -> State:
   """The state after the prompts, int32 [B, P] padded on the right, in buffers of `size`."""
   rows = prompts_BP.shape[0]
@@ -124,12 +139,15 @@ def decode(params, state: State, max_passes, *, config: ModelConfig, settings: S
 
   def body(carry):
     count, state = carry
-    return count + 1, one_pass(params, state, config, settings)
+    # What the pass saw is dropped here, and XLA leaves out what only it would need.
+    return count + 1, one_pass(params, state, config=config, settings=settings)[0]
 
   return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
 
 
-def one_pass(params, state: State, config: ModelConfig, settings: Settings) -> State:
+def one_pass(
+  params, state: State, *, config: ModelConfig, settings: Settings
+) -> tuple[State, Seen]:
   """One forward pass over each row's window, and what the mode commits of it."""
   block = settings.block
   start = jnp.minimum(state.cached, state.length - 1)
@@ -141,10 +159,13 @@ def one_pass(params, state: State, config: ModelConfig, settings: Settings) -> S
   # Only the rows that predict the block meet the head.
   behind = (state.length - 1 - start)[:, None] + jnp.arange(block)[None, :]
   x_BND = jnp.take_along_axis(x, behind[:, :, None], axis=1)
-  predicted, confident = _predict(params, x_BND, state, settings)
+  head = model_lib.head_matrix(params).astype(x_BND.dtype)
+  logits = jnp.einsum("bnd,vd->bnv", x_BND, head, preferred_element_type=jnp.float32)
+  positions = state.length[:, None] + jnp.arange(block)[None, :]
+  predicted, probability = token_choice.choose(logits, positions, state.seeds, settings)
   drafts = _slice_rows(tokens, state.length, block)
   verified = _leading(predicted[:, :-1] == drafts[:, :-1])
-  count, turn = _commit_count(verified, confident, state.turn, settings)
+  count, turn = _commit_count(verified, probability, state.turn, settings)
 
   # The end of a row: an EOS among the committed, or its limit.
   count = jnp.minimum(count, state.limit - state.length)
@@ -161,23 +182,24 @@ def one_pass(params, state: State, config: ModelConfig, settings: Settings) -> S
     committed = jnp.arange(block)[None, :] < count[:, None]
     keep = jnp.where(committed, predicted, settings.noise_token)
   written = _write_rows(tokens, keep, state.length)
-  return State(
+  new = State(
     tokens=jnp.where(state.done[:, None], state.tokens, written),
     length=length,
     # All that was committed before is cached now, and so are the drafts that were right.
     cached=jnp.where(state.done, state.cached, jnp.minimum(state.length + verified, length - 1)),
     limit=state.limit,
     done=done,
-    turn=turn,
+    turn=jnp.where(state.done, state.turn, turn),
     passes=state.passes + ~state.done,
     accepted=state.accepted
     + jnp.sum(jnp.arange(block)[None, :] < count[:, None], axis=0, dtype=jnp.int32),
     caches=caches,
     seeds=state.seeds,
   )
+  return new, Seen(predicted, probability, count)
 
 
-def _commit_count(verified, confident, turn, settings):
+def _commit_count(verified, probability, turn, settings):
   """How many predictions each row commits, and its next turn."""
   if settings.mode == "fixed":
     turn = turn + 1
@@ -185,7 +207,7 @@ def _commit_count(verified, confident, turn, settings):
     full = (turn >= settings.refine_iter) | (verified == settings.block - 1)
     return jnp.where(full, settings.block, 0), jnp.where(full, 0, turn)
   if settings.mode == "threshold":
-    return jnp.maximum(verified + 1, _leading(confident)), turn
+    return jnp.maximum(verified + 1, _leading(probability >= settings.tau)), turn
   return verified + 1, turn
 
 
@@ -209,42 +231,6 @@ def _run(params, config, ids_BT, start_B, caches):
   return model_lib.hidden_states(
     params, config, ids_BT, positions, attend_with, dtype=dtype, caches=caches
   )
-
-
-def _predict(params, x_BND, state, settings):
-  """The token for each place of the block, and whether its probability is at least tau."""
-  head = model_lib.head_matrix(params).astype(x_BND.dtype)
-  logits = jnp.einsum("bnd,vd->bnv", x_BND, head, preferred_element_type=jnp.float32)
-  if settings.temperature > 0:
-    logits = _filter(logits / settings.temperature, settings)
-    positions = state.length[:, None] + jnp.arange(settings.block)[None, :]
-
-    def gumbel(seed, position):
-      key = jax.random.fold_in(jax.random.key(seed), position)
-      return jax.random.gumbel(key, logits.shape[-1:])
-
-    noise = jax.vmap(jax.vmap(gumbel, in_axes=(None, 0)))(state.seeds, positions)
-    predicted = jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
-  else:
-    predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  if settings.mode != "threshold":
-    return predicted, None
-  chosen = jnp.take_along_axis(logits, predicted[..., None], axis=-1)[..., 0]
-  return predicted, jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1)) >= settings.tau
-
-
-def _filter(logits, settings):
-  """Top-k, then top-p (Holtzman et al. 2020, arXiv:1904.09751): the rest becomes -inf."""
-  if settings.top_k:
-    kth = jax.lax.top_k(logits, min(settings.top_k, logits.shape[-1]))[0][..., -1:]
-    logits = jnp.where(logits < kth, -jnp.inf, logits)
-  if settings.top_p < 1:
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = jnp.where(before < settings.top_p, ordered, jnp.inf)
-    logits = jnp.where(logits < jnp.min(kept, axis=-1, keepdims=True), -jnp.inf, logits)
-  return logits
 
 
 def _continue_ngrams(tokens, length, block):
@@ -285,9 +271,10 @@ def _write_rows(x, values, start_B):
 
 @functools.cache
 def programs(config: ModelConfig, settings: Settings) -> tuple:
-  """The jitted (prefill, decode) of a model's shape; parameters are arguments of both."""
+  """The jitted (prefill, decode, one_pass) of a model's shape; parameters are an argument."""
   bound = {"config": config, "settings": settings}
   return (
     jax.jit(functools.partial(prefill, **bound), static_argnames="size"),
     jax.jit(functools.partial(decode, **bound), donate_argnums=1),
+    jax.jit(functools.partial(one_pass, **bound), donate_argnums=1),
   )

@@ -3,6 +3,10 @@
     python scripts/sample.py --model=DIR --prompt="What is 2+2?" [--mode=exact] [--block_size=8]
     python scripts/sample.py --model=DIR --prompts_file=prompts.txt --jsonl > answers.jsonl
     python scripts/sample.py --model=DIR --chat
+    python scripts/sample.py --model=DIR --prompt="What is 2+2?" --html=passes.html
+
+--html writes how the answers came to be, pass by pass, to be opened in a browser. --check decodes
+once more, one token a pass, and says on standard error where the answers part.
 """
 
 import argparse
@@ -10,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from refine_jax import generation, loading, sampler
+from refine_jax import comparison, generation, loading, refinement_html, sampler
 from refine_jax.cli import entry_point
 from refine_jax.errors import UserError
 
@@ -63,7 +67,7 @@ def chat(model, options):
       return
     if line.strip():
       messages.append({"role": "user", "content": line})
-      answer = show(generation.stream(model, [messages], **options))
+      answer = show(generation.generate(model, [messages], stream=True, **options))
       messages.append({"role": "assistant", "content": answer})
 
 
@@ -88,25 +92,49 @@ def main():
   parser.add_argument("--top_p", type=float, default=1.0)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--stop", action="append", default=[], help="a string that ends an answer")
+  parser.add_argument("--html", help="a new file for the passes, coloured")
+  parser.add_argument("--check", action="store_true", help="compare with one token a pass")
   arguments = parser.parse_args()
   names = (
     "mode", "block_size", "max_new_tokens", "draft", "refine_iter", "tau", "temperature",
     "top_k", "top_p", "seed", "stop",
   )  # fmt: skip
   options = {name: getattr(arguments, name) for name in names}
+  if arguments.chat and (arguments.html or arguments.check):
+    raise UserError("--html and --check go with prompts, not with --chat.")
+  if arguments.html:
+    refinement_html.refuse_existing(arguments.html)
+    options["trace"] = True
   prompts = [] if arguments.chat else read_prompts(arguments)
   model = loading.load(arguments.model, dtype=arguments.dtype, step=arguments.step)
   model.require_tokenizer()
   if arguments.chat:
     chat(model, options)
-  elif len(prompts) == 1 and not arguments.jsonl:
-    show(generation.stream(model, prompts, **options))
+    return
+  compared = None
+  if len(prompts) == 1 and not (arguments.jsonl or arguments.check):
+    stream = generation.generate(model, prompts, stream=True, **options)
+    show(stream)
+    out = stream.result
   else:
-    out = generation.generate(model, prompts, **options)
-    for i, prompt in enumerate(prompts):
-      answer = {"prompt": prompt, "text": out.texts[i], "tokens": len(out.tokens[i]),
-                "passes": out.passes[i], "stopped": out.stopped[i]}  # fmt: skip
-      print(json.dumps(answer, ensure_ascii=False) if arguments.jsonl else f"{out.texts[i]}\n---")
+    if arguments.check:
+      compared = comparison.compare_with_ar(model, prompts, **options)
+    out = compared.answers if compared else generation.generate(model, prompts, **options)
+    print_answers(prompts, out, compared, arguments.jsonl)
+  if arguments.html:
+    refinement_html.write(out, arguments.html)
+
+
+def print_answers(prompts, out, compared, as_json):
+  for i, prompt in enumerate(prompts):
+    answer = {"prompt": prompt, "text": out.texts[i], "tokens": len(out.tokens[i]),
+              "passes": out.passes[i], "stopped": out.stopped[i]}  # fmt: skip
+    if compared:
+      row = compared.rows[i]
+      answer |= {"differs_from_ar_at": row.offset, "margin": row.margin}
+    print(json.dumps(answer, ensure_ascii=False) if as_json else f"{out.texts[i]}\n---")
+  if compared:
+    print(compared, file=sys.stderr)
 
 
 if __name__ == "__main__":
