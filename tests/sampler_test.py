@@ -76,6 +76,34 @@ def test_threshold_one_is_exact_and_zero_takes_whole_blocks(models):
   assert bold.passes == [-(-len(t) // 4) for t in bold.tokens]
 
 
+def threshold_loop(ours, prompt, new, block, tau):
+  """Commits what is verified and one more, or what is likely, for one row and without a cache."""
+  text, draft, passes = list(prompt), [EOS] * (block - 1), 0
+  while True:
+    logits = ours(np.array([text + draft]))[0, len(text) - 1 :]
+    likely = np.asarray(jax.nn.softmax(logits, axis=-1)).max(-1) >= tau
+    predicted = np.asarray(logits).argmax(-1).tolist()
+    passes += 1
+    verified = next((i for i in range(block - 1) if predicted[i] != draft[i]), block - 1)
+    count = max(verified + 1, next((i for i in range(block) if not likely[i]), block))
+    for token in predicted[:count]:
+      text.append(token)
+      if token == EOS or len(text) == len(prompt) + new:
+        return text[len(prompt) :], passes
+    draft = (predicted[count:] + [EOS] * count)[: block - 1]
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.2])
+def test_threshold_is_its_definition(models, tau):
+  theirs, ours = models["qwen3"]
+  batch = unequal_prompts(4, ours.config.vocab_size)
+  out = run(ours, batch, new=14, mode="threshold", block_size=5, tau=tau)
+  want = [threshold_loop(ours, p, 14, 5, tau) for p in batch]
+  assert out.tokens == [tokens for tokens, _ in want]
+  assert out.passes == [passes for _, passes in want]
+  assert out.tokens != [greedy(theirs, p, 14) for p in batch]
+
+
 @pytest.fixture(scope="module")
 def copier():
   return sampler_fixtures.copier_model()
