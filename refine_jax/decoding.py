@@ -65,19 +65,19 @@ class Decoder:
     needed = max(int(limits.max()) + 2 * self.settings.block, width)
     done = np.arange(rows) >= len(self.prompts)
     seeds = np.random.default_rng(self.seed).integers(0, 2**32, rows, dtype=np.uint32)
-    arguments = (self.params, ids, lengths, limits, done, seeds)
-    prefill = sampler.programs(self.model.config, self.settings)[0]
+    arguments = (self.params, ids, lengths, np.int32(self.settings.noise_token))
+    prefill = sampler.prefill_program(self.model.config)
     size = executables.bucket(needed, _SMALLEST_BUCKET)
     run, self.compile_seconds = executables.compiled(prefill, arguments, size=size)
     state, self.prefill_seconds = executables.timed(run, *arguments)
-    return state
+    return sampler.begin(*state, lengths, limits, done, seeds, self.settings)
 
   def step(self, passes: int) -> bool:
     """Runs up to `passes` passes; whether all rows are done."""
     if self.state is None:
       return True
     if self.trace is None:
-      decode = sampler.programs(self.model.config, self.settings)[1]
+      decode = sampler.programs(self.model.config, self.settings)[0]
       self.state = self._timed(decode, self.params, self.state, np.int32(passes))
     else:
       for _ in range(passes):
@@ -96,7 +96,7 @@ class Decoder:
     return result
 
   def _traced_pass(self):
-    one_pass = sampler.programs(self.model.config, self.settings)[2]
+    one_pass = sampler.programs(self.model.config, self.settings)[1]
     # Copies, because the state's own buffers are given away to the program.
     lengths, limits, done = (
       np.array(x) for x in (self.state.length, self.state.limit, self.state.done)

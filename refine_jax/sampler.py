@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from refine_jax import model as model_lib
 from refine_jax import token_choice
@@ -103,31 +104,27 @@ class Seen(NamedTuple):
   count: jax.Array
 
 
-def prefill(params, prompts_BP, lengths, limits, done, seeds, *, config, settings, size) -> State:
-  """The state after the prompts, int32 [B, P] padded on the right, in buffers of `size`."""
+def prefill(params, prompts_BP, lengths, noise_token, *, config, size) -> tuple:
+  """The prompts, int32 [B, P] padded on the right, in buffers of `size`: (tokens, caches)."""
   rows = prompts_BP.shape[0]
   dtype = jax.tree.leaves(params["layers"][0])[0].dtype
   shape = (rows, size, config.kv_heads, config.head_dim)
   caches = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers)]
-  tokens = jnp.full((rows, size), settings.noise_token, jnp.int32)
   inside = jnp.arange(prompts_BP.shape[1])[None, :] < lengths[:, None]
-  tokens = tokens.at[:, : prompts_BP.shape[1]].set(
-    jnp.where(inside, prompts_BP, settings.noise_token)
-  )
-  zero = jnp.zeros(rows, jnp.int32)
-  _, caches = _run(params, config, prompts_BP, zero, caches)
+  tokens = jnp.broadcast_to(noise_token, (rows, size)).astype(jnp.int32)
+  tokens = tokens.at[:, : prompts_BP.shape[1]].set(jnp.where(inside, prompts_BP, noise_token))
+  _, caches = _run(params, config, prompts_BP, jnp.zeros(rows, jnp.int32), caches)
+  return tokens, caches
+
+
+def begin(tokens, caches, lengths, limits, done, seeds, settings: Settings) -> State:
+  """The state after `prefill`, whose program serves all settings."""
+  # An array for each field: `decode` takes their memory over.
   return State(
-    tokens=tokens,
-    length=lengths,
-    cached=lengths,
-    limit=limits,
-    done=done,
-    turn=zero,
-    passes=zero,
-    accepted=jnp.zeros(settings.block, jnp.int32),
-    caches=caches,
-    seeds=seeds,
-  )
+    tokens=tokens, length=np.array(lengths), cached=np.array(lengths), limit=limits, done=done,
+    turn=np.zeros_like(lengths), passes=np.zeros_like(lengths),
+    accepted=np.zeros(settings.block, np.int32), caches=caches, seeds=seeds,
+  )  # fmt: skip
 
 
 def decode(params, state: State, max_passes, *, config: ModelConfig, settings: Settings) -> State:
@@ -271,10 +268,15 @@ def _write_rows(x, values, start_B):
 
 @functools.cache
 def programs(config: ModelConfig, settings: Settings) -> tuple:
-  """The jitted (prefill, decode, one_pass) of a model's shape; parameters are an argument."""
+  """The jitted (decode, one_pass) of a model's shape; parameters are an argument."""
   bound = {"config": config, "settings": settings}
-  return (
-    jax.jit(functools.partial(prefill, **bound), static_argnames="size"),
-    jax.jit(functools.partial(decode, **bound), donate_argnums=1),
-    jax.jit(functools.partial(one_pass, **bound), donate_argnums=1),
+  return tuple(
+    jax.jit(functools.partial(function, **bound), donate_argnums=1)
+    for function in (decode, one_pass)
   )
+
+
+@functools.cache
+def prefill_program(config: ModelConfig):
+  """The jitted `prefill`."""
+  return jax.jit(functools.partial(prefill, config=config), static_argnames="size")

@@ -1,14 +1,17 @@
-"""Models for the tests of decoding: a copier, and one that has a tokenizer."""
+"""Models and prompts for the tests of decoding, and transformers' greedy answers."""
 
 import json
 
 import data_fixtures
 import jax
 import numpy as np
+import torch
 import train_fixtures as tiny
 from hf_fixtures import tiny_hf_model
 
 from refine_jax import loading
+
+EOS = 2
 
 
 def copier_model(tokenizer=None, vocabulary: int = 40):
@@ -32,3 +35,24 @@ def text_model_directory(place, family: str = "llama"):
   tokenizer.save_pretrained(directory)
   assert json.loads((directory / "config.json").read_text())["vocab_size"] == len(tokenizer)
   return directory
+
+
+def unequal_prompts(count, vocabulary, seed=0):
+  """Of unequal lengths, some with EOS inside and one ending in it."""
+  rng = np.random.default_rng(seed)
+  rows = [rng.integers(0, vocabulary, rng.integers(1, 12)).tolist() for _ in range(count)]
+  for row in rows[::2]:
+    row[len(row) // 2] = EOS
+  rows[-1][-1] = EOS
+  return rows
+
+
+def greedy(theirs, prompt, new):
+  """Transformers' greedy continuation of one prompt."""
+  ids = torch.tensor([prompt])
+  with torch.no_grad():
+    out = theirs.generate(
+      ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
+      eos_token_id=EOS, pad_token_id=0,
+    )  # fmt: skip
+  return out[0, len(prompt) :].tolist()

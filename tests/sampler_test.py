@@ -1,18 +1,18 @@
-"""The sampler against transformers' greedy decoding, and against the document's own loop."""
+"""The sampler's modes against their definitions, sampling, and the ends of rows."""
 
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
-import torch
+import sampler_fixtures
 import train_fixtures as tiny
 from hf_fixtures import tiny_hf_model
+from sampler_fixtures import EOS, greedy, unequal_prompts
 
 import refine_jax
 from refine_jax import generation, loading
 
-EOS = 2
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 
 
@@ -26,47 +26,8 @@ def models(tmp_path_factory):
   return result
 
 
-def prompts(count, vocabulary, seed=0):
-  """Of unequal lengths, some with EOS inside and one ending in it."""
-  rng = np.random.default_rng(seed)
-  rows = [rng.integers(0, vocabulary, rng.integers(1, 12)).tolist() for _ in range(count)]
-  for row in rows[::2]:
-    row[len(row) // 2] = EOS
-  rows[-1][-1] = EOS
-  return rows
-
-
-def greedy(theirs, prompt, new):
-  ids = torch.tensor([prompt])
-  with torch.no_grad():
-    out = theirs.generate(
-      ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
-      eos_token_id=EOS, pad_token_id=0,
-    )  # fmt: skip
-  return out[0, len(prompt) :].tolist()
-
-
 def run(ours, rows, new=24, **options):
   return refine_jax.generate(ours, rows, max_new_tokens=new, eos_token_id=EOS, **options)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rows, block", [(1, 1), (1, 8), (3, 4), (5, 32), (8, 7)])
-def test_exact_is_transformers_greedy(models, family, rows, block):
-  theirs, ours = models[family]
-  batch = prompts(rows, ours.config.vocab_size, seed=rows)
-  want = [greedy(theirs, p, 24) for p in batch]
-  out = run(ours, batch, mode="exact", block_size=block)
-  assert out.tokens == want
-
-
-@pytest.mark.parametrize("draft", ["tail", "noise", "ngram"])
-def test_drafts_change_the_passes_and_not_the_text(models, draft):
-  theirs, ours = models["llama"]
-  batch = prompts(4, ours.config.vocab_size)
-  out = run(ours, batch, mode="exact", block_size=6, draft=draft)
-  assert out.tokens == [greedy(theirs, p, 24) for p in batch]
-  assert all(1 <= p <= len(t) for p, t in zip(out.passes, out.tokens, strict=True))
 
 
 def document_loop(ours, prompt, new, block, refine_iter):
@@ -92,7 +53,7 @@ def document_loop(ours, prompt, new, block, refine_iter):
 @pytest.mark.parametrize("refine_iter", [1, 2, 4])
 def test_fixed_is_the_documents_loop(models, refine_iter):
   _, ours = models["qwen2"]
-  batch = prompts(4, ours.config.vocab_size)
+  batch = unequal_prompts(4, ours.config.vocab_size)
   out = run(ours, batch, new=18, mode="fixed", block_size=5, refine_iter=refine_iter)
   want = [document_loop(ours, p, 18, 5, refine_iter) for p in batch]
   assert out.tokens == [tokens for tokens, _ in want]
@@ -101,30 +62,51 @@ def test_fixed_is_the_documents_loop(models, refine_iter):
 
 def test_fixed_with_as_many_passes_as_places_is_greedy(models):
   theirs, ours = models["mistral"]
-  batch = prompts(3, ours.config.vocab_size)
+  batch = unequal_prompts(3, ours.config.vocab_size)
   out = run(ours, batch, mode="fixed", block_size=6, refine_iter=6)
   assert out.tokens == [greedy(theirs, p, 24) for p in batch]
 
 
 def test_threshold_one_is_exact_and_zero_takes_whole_blocks(models):
   theirs, ours = models["llama"]
-  batch = prompts(3, ours.config.vocab_size)
+  batch = unequal_prompts(3, ours.config.vocab_size)
   sure = run(ours, batch, mode="threshold", block_size=4, tau=1.1)
   assert sure.tokens == [greedy(theirs, p, 24) for p in batch]
   bold = run(ours, batch, mode="threshold", block_size=4, tau=0.0)
   assert bold.passes == [-(-len(t) // 4) for t in bold.tokens]
 
 
+def threshold_loop(ours, prompt, new, block, tau):
+  """Commits what is verified and one more, or what is likely, for one row and without a cache."""
+  text, draft, passes = list(prompt), [EOS] * (block - 1), 0
+  while True:
+    logits = ours(np.array([text + draft]))[0, len(text) - 1 :]
+    likely = np.asarray(jax.nn.softmax(logits, axis=-1)).max(-1) >= tau
+    predicted = np.asarray(logits).argmax(-1).tolist()
+    passes += 1
+    verified = next((i for i in range(block - 1) if predicted[i] != draft[i]), block - 1)
+    count = max(verified + 1, next((i for i in range(block) if not likely[i]), block))
+    for token in predicted[:count]:
+      text.append(token)
+      if token == EOS or len(text) == len(prompt) + new:
+        return text[len(prompt) :], passes
+    draft = (predicted[count:] + [EOS] * count)[: block - 1]
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.2])
+def test_threshold_is_its_definition(models, tau):
+  theirs, ours = models["qwen3"]
+  batch = unequal_prompts(4, ours.config.vocab_size)
+  out = run(ours, batch, new=14, mode="threshold", block_size=5, tau=tau)
+  want = [threshold_loop(ours, p, 14, 5, tau) for p in batch]
+  assert out.tokens == [tokens for tokens, _ in want]
+  assert out.passes == [passes for _, passes in want]
+  assert out.tokens != [greedy(theirs, p, 14) for p in batch]
+
+
 @pytest.fixture(scope="module")
 def copier():
-  """A trained-like model: after token i comes i + 1, whatever was before, so drafts verify."""
-  config = tiny.tiny_config(vocab_size=40, tied_head=False, width=64)
-  params = tiny.tiny_params(config)
-  embedding = np.asarray(jax.random.normal(jax.random.key(0), (40, 64)))
-  params["embedding"] = embedding
-  params["head"] = np.roll(embedding, 1, axis=0)  # the logit of i + 1 is i's own embedding
-  params["layers"] = jax.tree.map(lambda x: x * 0, params["layers"])
-  return loading.Model(config, params, None, (39,), None, "copier")
+  return sampler_fixtures.copier_model()
 
 
 def test_right_drafts_are_committed_together(copier):
@@ -157,7 +139,7 @@ def test_the_models_length_is_never_overshot(copier):
 
 def test_a_row_does_not_depend_on_its_company(models):
   _, ours = models["qwen3"]
-  batch = prompts(5, ours.config.vocab_size)
+  batch = unequal_prompts(5, ours.config.vocab_size)
   options = {"mode": "exact", "block_size": 4, "temperature": 1.0, "seed": 7}
   together = run(ours, batch, **options).tokens
   assert together[:2] == run(ours, batch[:2], **options).tokens
@@ -166,7 +148,7 @@ def test_a_row_does_not_depend_on_its_company(models):
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}])
 def test_sampling_in_blocks_is_sampling_one_by_one(models, options):
   _, ours = models["llama"]
-  batch = prompts(4, ours.config.vocab_size)
+  batch = unequal_prompts(4, ours.config.vocab_size)
   sampled = {"temperature": 0.8, "seed": 3, "new": 12} | options
   blocks = run(ours, batch, mode="exact", block_size=5, **sampled)
   one_by_one = run(ours, batch, mode="ar", **sampled)

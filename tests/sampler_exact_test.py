@@ -1,0 +1,76 @@
+"""Exact block decoding against transformers' greedy decoding, in float32."""
+
+import functools
+import itertools
+
+import pytest
+from hf_fixtures import tiny_hf_model
+from sampler_fixtures import EOS, greedy, unequal_prompts
+
+import refine_jax
+
+NEW = 20
+BLOCKS = (1, 2, 3, 5, 8, 16, 32)
+DRAFTS = ("tail", "noise", "ngram")
+# Windows shorter than prompts, than blocks and than both together, on all layers or on one.
+VARIANTS = {
+  "llama": ("llama", {}),
+  "qwen2": ("qwen2", {}),
+  "qwen3": ("qwen3", {}),
+  "mistral window": ("mistral", {"sliding_window": 5}),
+  "qwen2 window": ("qwen2", {"use_sliding_window": True, "sliding_window": 9,
+                             "max_window_layers": 1}),
+}  # fmt: skip
+# Batches that share a program run one after another: it is compiling that takes the time.
+BATCHES = ((1,), (2,), (3, 4), (5, 6, 7, 8))
+
+
+def cases():
+  """(variant, block size, draft, batches): every pair of two factors' values occurs."""
+  for (i, variant), (j, block) in itertools.product(enumerate(VARIANTS), enumerate(BLOCKS)):
+    yield variant, block, DRAFTS[(i + j + i // 3) % 3], BATCHES[(i + j) % 4]
+
+
+def test_the_cases_hold_every_pair():
+  factors = (tuple(VARIANTS), BLOCKS, DRAFTS, BATCHES)
+  for (i, first), (j, second) in itertools.combinations(enumerate(factors), 2):
+    assert {(c[i], c[j]) for c in cases()} == set(itertools.product(first, second))
+
+
+@pytest.fixture(scope="module")
+def variant(tmp_path_factory):
+  @functools.cache
+  def make(name):
+    """Our model, prompts of unequal lengths, and transformers' answers to them."""
+    family, overrides = VARIANTS.get(name, (name, {}))
+    directory, theirs = tiny_hf_model(
+      family, tmp_path_factory.mktemp(family), num_hidden_layers=2, **overrides
+    )
+    batch = unequal_prompts(8, theirs.config.vocab_size)
+    return refine_jax.load(directory), batch, [greedy(theirs, p, NEW) for p in batch]
+
+  return make
+
+
+@pytest.mark.parametrize("name, block, draft, batches", list(cases()))
+def test_exact_is_transformers_greedy(variant, name, block, draft, batches):
+  ours, prompts, want = variant(name)
+  for rows in batches:
+    chosen = [(rows + i) % 8 for i in range(rows)]
+    out = refine_jax.generate(
+      ours, [prompts[i] for i in chosen], block_size=block, draft=draft, max_new_tokens=NEW,
+      eos_token_id=EOS,
+    )  # fmt: skip
+    assert out.tokens == [want[i] for i in chosen]
+    assert all(len(t) / block <= p <= len(t) for p, t in zip(out.passes, out.tokens, strict=True))
+
+
+def test_the_oracle_is_not_trivial(variant):
+  """Answers that end by EOS and by the limit, EOS inside prompts, windows that matter."""
+  answers = {name: variant(name)[2] for name in (*VARIANTS, "mistral")}
+  every = [a for rows in answers.values() for a in rows]
+  assert any(a[-1] == EOS and len(a) < NEW for a in every) and any(len(a) == NEW for a in every)
+  assert any(EOS in p[:-1] for p in variant("llama")[1])
+  assert len({len(p) for p in variant("llama")[1]}) > 4
+  assert answers["mistral window"] != answers["mistral"]
+  assert answers["qwen2 window"] != answers["qwen2"]
