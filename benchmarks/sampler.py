@@ -116,23 +116,27 @@ def _settings(config, block) -> sampler.Settings:
 def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
   config, params = model.config, model.decoding_params
   settings = _settings(config, block)
-  prefill, decode = sampler.programs(config, settings)
+  prefill, decode = sampler.prefill_program(config), sampler.programs(config, settings)[0]
   size = executables.bucket(arguments.prompt + arguments.new + 2 * block, 16)
   ids = np.asarray(_prompts(config, rows, arguments.prompt), np.int32)
   full = np.full(rows, arguments.prompt, np.int32)
   limits = np.full(rows, size - 2 * block, np.int32)
-  inputs = (params, ids, full, limits, np.zeros(rows, bool), np.zeros(rows, np.uint32))
+  inputs = (params, ids, full, np.int32(settings.noise_token))
   run_prefill, prefill_compile = executables.compiled(prefill, inputs, size=size)
   prefill_seconds = timing.median_seconds(lambda: run_prefill(*inputs), arguments.repeats)
 
   def fresh():
-    return jax.block_until_ready(run_prefill(*inputs))  # the programs below are given it for good
+    tokens, caches = run_prefill(*inputs)
+    done, seeds = np.zeros(rows, bool), np.zeros(rows, np.uint32)
+    # On the device, where the programs below are given it for good.
+    state = sampler.begin(tokens, caches, full, limits, done, seeds, settings)
+    return jax.block_until_ready(jax.tree.map(jnp.array, state))
 
   state = fresh()
   run_decode, decode_compile = executables.compiled(decode, (params, state, np.int32(1)))
 
   def fixed_loop(params, state):
-    body = lambda _, s: sampler.one_pass(params, s, config, settings)  # noqa: E731
+    body = lambda _, s: sampler.one_pass(params, s, config=config, settings=settings)[0]  # noqa: E731
     return jax.lax.fori_loop(0, _PASSES, body, state)
 
   program = jax.jit(fixed_loop, donate_argnums=1).lower(params, state).compile()
@@ -167,12 +171,12 @@ def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
 
 
 def _one_by_one(decode, params, state) -> float:
-  """Seconds a pass as `generation.stream` runs them."""
-  passes, done, start = 0, False, time.perf_counter()
+  """Seconds a pass as decoding.Decoder runs them for a stream."""
+  passes, done = 0, False
+  run, _ = executables.compiled(decode, (params, state, np.int32(1)))
+  start = time.perf_counter()
   while not done and passes < _PASSES:
-    arguments = (params, state, np.int32(1))
-    run, _ = executables.compiled(decode, arguments)
-    state = jax.block_until_ready(run(*arguments))
+    state = jax.block_until_ready(run(params, state, np.int32(1)))
     done = bool(np.all(state.done))
     passes += 1
   return (time.perf_counter() - start) / passes

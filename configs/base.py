@@ -128,6 +128,13 @@ def get_config() -> ConfigDict:
   evaluation.eval_every = 200
   # Rows in one validation batch; 0: those of a training micro-batch.
   evaluation.batch_size = 0
+  # Optimizer steps between answering problems (columns data.prompt_key and "answer"), also at the
+  # end, in blocks of noise.block_size, mode exact; 0: never. One host only.
+  evaluation.generate_every = 0
+  evaluation.generate_file = ""
+  # The first so many of them, and new tokens at most.
+  evaluation.generate_rows = 64
+  evaluation.generate_tokens = 256
 
   c.log = log = ConfigDict()
   # Steps between lines of metrics.

@@ -71,17 +71,18 @@ def block_sums(
 
 def named(sums: dict) -> dict:
   """block_sums -> shares: run_s0.., fixed_s1.., accuracy_s0/offset_0.., eos/offset_0.."""
-  blocks, count = max(float(sums["blocks"]), 1.0), sums["count"]
+  blocks = max(float(sums["blocks"]), 1.0)
+  counts = [max(float(n), 1.0) for n in sums["count"]]
   result = {}
   for i, run in enumerate(sums["run"]):
     result[f"block/run_s{i}"] = float(run) / blocks
     if i:  # the first pass gets noise
       result[f"block/fixed_s{i}"] = float(sums["fixed"][i]) / blocks
-    for j, tokens in enumerate(count):
-      result[f"block/accuracy_s{i}/offset_{j}"] = float(sums["right"][i, j]) / max(tokens, 1.0)
-  for j, tokens in enumerate(count):
+    for j, count in enumerate(counts):
+      result[f"block/accuracy_s{i}/offset_{j}"] = float(sums["right"][i, j]) / count
+  for j, count in enumerate(counts):
     # The collapse: a run of EOS as noise makes the next EOS likely.
-    result[f"block/wrong_eos_s0/offset_{j}"] = float(sums["ended"][0, j]) / max(tokens, 1.0)
+    result[f"block/wrong_eos_s0/offset_{j}"] = float(sums["ended"][0, j]) / count
   return result
 
 

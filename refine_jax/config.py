@@ -99,6 +99,10 @@ class CheckpointConfig:
 class EvalConfig:
   eval_every: int
   batch_size: int
+  generate_every: int
+  generate_file: str
+  generate_rows: int
+  generate_tokens: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,9 @@ _AT_LEAST = {
   "checkpoint.max_ckpt_to_keep": 1,
   "eval.eval_every": 0,
   "eval.batch_size": 0,
+  "eval.generate_every": 0,
+  "eval.generate_rows": 1,
+  "eval.generate_tokens": 1,
   "log.every": 1,
   "log.debug_every": 0,
 }
@@ -104,6 +107,11 @@ def check(c):
   _require(
     len(c.log.profile_steps) == 2 and c.log.profile_steps[0] <= c.log.profile_steps[1],
     f"config.log.profile_steps is {c.log.profile_steps}; it must be (first, last).",
+  )
+  _require(
+    bool(c.eval.generate_file) == (c.eval.generate_every > 0),
+    "config.eval.generate_every and config.eval.generate_file go together: how often, and which"
+    " parquet file of problems.",
   )
   _require(bool(c.data.train_files), "config.data.train_files is empty; name a parquet file.")
   _require(

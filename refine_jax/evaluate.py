@@ -13,12 +13,15 @@ import json
 import math
 from pathlib import Path
 
+import jax
 import pyarrow.parquet
 
 from refine_jax import generation, hf_export, loading, sampler, scoring
 from refine_jax.cli import entry_point
+from refine_jax.config import Config
 from refine_jax.data.parquet import expand
 from refine_jax.errors import UserError
+from refine_jax.model import ModelConfig
 
 
 def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -108,6 +111,44 @@ def read_rows(path: str, limit: int) -> list[dict]:
   if not rows:
     raise UserError(f"{path} has no rows.")
   return rows
+
+
+class Problems:
+  """A slice of the problems, answered while a run goes on (config.eval.generate_every).
+
+  Raises:
+    UserError: what `read_rows` and `scoring.choose` raise; several hosts.
+  """
+
+  def __init__(self, config: Config, shape: ModelConfig, model_files: Path, dtype: str):
+    if jax.process_count() > 1:
+      raise UserError("config.eval.generate_every works on one host; set it to 0.")
+    self._rows = read_rows(config.eval.generate_file, config.eval.generate_rows)
+    self._prompt_key = config.data.prompt_key
+    for key in (self._prompt_key, "answer"):
+      if key not in self._rows[0]:
+        raise UserError(
+          f"{config.eval.generate_file} (config.eval.generate_file) has no column {key!r}; it has"
+          f" {', '.join(self._rows[0])}."
+        )
+    self._score = scoring.choose("auto", self._rows[0])
+    self._shape, self._files, self._dtype = shape, model_files, dtype
+    self._options = {
+      "block_size": config.noise.block_size,
+      "max_new_tokens": config.eval.generate_tokens,
+      "chat_template": config.data.chat_template,
+      "noise_token": None if config.noise.token == -1 else config.noise.token,
+    }
+
+  def answer(self, params) -> dict:
+    """Metrics eval/solved, eval/tokens_per_pass and eval/not_stopped of these parameters."""
+    device = jax.local_devices()[0]
+    params = jax.tree.map(lambda x: jax.device_put(x, device).astype(self._dtype), params)
+    numbers, _ = evaluate(
+      loading.around(params, self._shape, self._files), self._rows, self._score,
+      batch_size=len(self._rows), prompt_key=self._prompt_key, **self._options,
+    )  # fmt: skip
+    return {f"eval/{n}": numbers[n] for n in ("solved", "tokens_per_pass", "not_stopped")}
 
 
 def write_answers(directory: Path, name: str, answers: list[dict]):

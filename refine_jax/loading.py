@@ -99,6 +99,11 @@ def load(name, *, dtype=None, step: int | None = None) -> Model:
     config = hf_config.read_model_config(directory)
     params = hf.load_params(directory, config)
   params = jax.tree.map(lambda x: jnp.asarray(x, dtype or x.dtype), params)
+  return around(params, config, directory)
+
+
+def around(params: dict, config: ModelConfig, directory: Path) -> Model:
+  """A Model of these parameters, with the tokenizer and the special ids of a directory."""
   tokenizer = _tokenizer(directory)
   generation = directory / "generation_config.json"
   tokens = hf_config.read_json(directory, generation.name) if generation.exists() else {}

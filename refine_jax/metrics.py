@@ -197,7 +197,8 @@ def format_line(step: int, total: int, metrics: dict) -> str:
   plain = {n[len(prefix) :]: v for n, v in metrics.items() if n.startswith(prefix)}
   rounds = ["loss_clean", *sorted(n for n in plain if n.startswith("loss_s"))]
   corrupted = sorted(n for n in plain if n.startswith("accuracy_s") and n.endswith("_corrupted"))
-  extra = (*corrupted, "accuracy_clean", "block/run_s0") if prefix else []
+  extra = (*corrupted, "accuracy_clean", "block/run_s0", "solved", "tokens_per_pass")
+  extra = extra if prefix else ()
   names = [n for n in (*rounds, *_CONSOLE, *extra) if n in plain]
   parts = [f"{n} {_short(n, plain[n])}" for n in names]
   if plain.get("skipped"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from refine_jax import debug_log, interrupt, metrics, sharding, startup, train_step
+from refine_jax import debug_log, evaluate, interrupt, metrics, sharding, startup, train_step
 from refine_jax.checkpoint import Checkpointer
 from refine_jax.compute import peak_flops, train_flops_per_token
 from refine_jax.config import Config
@@ -60,6 +60,9 @@ class _Loop:
     self.debug_rounds = jax.jit(functools.partial(train_step.debug_rounds, **bound))
     passes = config.objective.num_iterations + int(config.objective.clean_weight > 0)
     flops = train_flops_per_token(source.model, plan.train.mean_length, passes)
+    self.problems = None
+    if config.eval.generate_every:
+      self.problems = evaluate.Problems(config, source.model, workdir / "model", compute.dtype)
     self.throughput = metrics.Throughput(flops, peak_flops(), self.mesh.size)
 
   def run(self, state) -> int:
@@ -91,10 +94,12 @@ class _Loop:
       self.checkpointer.check()
       saves = last or stops or self._due(self.config.checkpoint.save_every, done)
       evaluates = last or self._due(self.config.eval.eval_every, done)
+      generate_every = self.config.eval.generate_every
+      answers = generate_every > 0 and (last or self._due(generate_every, done))
       if pending:
         self._report(*pending, writers)
       pending = (done, step_metrics)
-      if saves or evaluates:
+      if saves or evaluates or answers:
         self._report(*pending, writers)
         pending = None
       if saves:
@@ -106,7 +111,9 @@ class _Loop:
         return requests.status
       if evaluates:
         self._evaluate(state, done, writers)
-      if saves or evaluates:
+      if answers:
+        writers.write(done, self.problems.answer(state.params))
+      if saves or evaluates or answers:
         self.throughput.restart()
       if not last:
         host_batch, batch = self._next_batch()

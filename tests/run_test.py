@@ -193,9 +193,22 @@ def test_export_reload_and_sample(place, finished):
     assert "Traceback" not in result.stderr
 
 
-def test_save_hf_writes_every_checkpoint_for_transformers(place):
+def test_a_run_in_blocks_answers_problems_and_writes_every_checkpoint_for_transformers(place):
   workdir = place / "with_hf"
-  train(place, workdir, "--config.checkpoint.save_hf=True", "--config.optim.total_steps=2")
+  result = train(
+    place, workdir, "--config.checkpoint.save_hf=True", "--config.optim.total_steps=3",
+    "--config.noise.kind=block", "--config.noise.block_size=3",
+    "--config.objective.clean_weight=0.5", "--config.eval.generate_every=2",
+    "--config.eval.generate_file=data/tiny/test.parquet", "--config.eval.generate_rows=3",
+    "--config.eval.generate_tokens=8",
+  )  # fmt: skip
+  assert "loss_clean" in result.stdout
+  answered = [r for r in records(workdir) if "eval/solved" in r]
+  assert [r["step"] for r in answered] == [2, 3]
+  assert all(r["eval/tokens_per_pass"] >= 0 and r["eval/not_stopped"] <= 3 for r in answered)
+  blocks = [r for r in records(workdir) if "eval/block/run_s0" in r]
+  assert blocks and "eval/block/accuracy_s2/offset_2" in blocks[0]
+  assert not any(key.startswith("eval/noise_") for r in blocks for key in r)
   import transformers
 
   transformers.AutoModelForCausalLM.from_pretrained(workdir / "global_step_2" / "huggingface")
@@ -237,6 +250,8 @@ BAD = {
   "no column": (["--config.data.prompt_key=question"], "prompt, target"),
   "not parquet": (["--config.data.train_files=data/tiny/model/config.json"], "config.json"),
   "choice": (["--config.data.truncation=middle"], "error, left, right"),
+  "noise kind": (["--config.noise.kind=blocks"], "'block'"),
+  "problems": (["--config.eval.generate_every=2"], "generate_file go together"),
   "no config file": (["--config=nowhere.py"], "nowhere.py"),
   "no model": (["--config.model.config=nowhere/at/all/"], "nowhere"),
 }
