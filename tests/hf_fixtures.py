@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 
@@ -54,3 +55,14 @@ def torch_logits(model, ids) -> np.ndarray:
   """The torch model's float32 logits [B, T, V]."""
   with torch.no_grad():
     return model(torch.from_numpy(np.asarray(ids)).long()).logits.float().numpy()
+
+
+def words_tokenizer():
+  """For the vocabulary of 61: words w3, w4, .., and three special tokens."""
+  special = {"<unk>": 0, "<eos>": 1, "<pad>": 2}
+  vocabulary = special | {f"w{i}": i for i in range(3, 61)}
+  core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+  core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  return transformers.PreTrainedTokenizerFast(
+    tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+  )

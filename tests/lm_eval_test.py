@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hf_fixtures import tiny_hf_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from hf_fixtures import tiny_hf_model, words_tokenizer
 
 from refine_jax import lm_eval as adapter
 
@@ -33,13 +32,7 @@ metric_list:
 def directory(tmp_path_factory):
   """A random model whose tokens are words w3, w4, .."""
   directory, _ = tiny_hf_model("llama", tmp_path_factory.mktemp("lm_eval"))
-  special = {"<unk>": 0, "<eos>": 1, "<pad>": 2}
-  vocabulary = special | {f"w{i}": i for i in range(3, 61)}
-  core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-  core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-  tokenizer = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-  )
+  tokenizer = words_tokenizer()
   tokenizer.chat_template = "{% for m in messages %}w9 {{ m['content'] }} {% endfor %}"
   tokenizer.save_pretrained(directory)
   return directory
