@@ -6,12 +6,15 @@
     python -m refine_jax.main --config=configs/smollm2_tasks.py --workdir=runs/smollm2_tasks
     python -m refine_jax.evaluate --model=runs/smollm2_tasks --data=data/tasks/test.parquet \
         --modes=ar,exact --block_sizes=4,8,16,32
+
+After the file's name, a recipe of configs/recipes.py: configs/smollm2_tasks.py:ar_sft.
+scripts/experiment_tasks.py runs and compares them all.
 """
 
-from configs import base
+from configs import base, recipes
 
 
-def get_config():
+def get_config(recipe: str = "document"):
   c = base.get_config()
   c.data.train_files = "data/tasks/train.parquet"
   c.data.val_files = "data/tasks/val.parquet"
@@ -24,4 +27,4 @@ def get_config():
   c.checkpoint.save_every = 500
   c.eval.eval_every = 200
   c.log.every = 20
-  return c
+  return recipes.apply(c, recipe)

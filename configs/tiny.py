@@ -4,10 +4,10 @@
     python -m refine_jax.main --config=configs/tiny.py --workdir=runs/tiny
 """
 
-from configs import base
+from configs import base, recipes
 
 
-def get_config():
+def get_config(recipe: str = "document"):
   c = base.get_config()
   c.data.train_files = "data/tiny/train.parquet"
   c.data.val_files = "data/tiny/val.parquet"
@@ -21,4 +21,4 @@ def get_config():
   c.checkpoint.save_every = 150
   c.eval.eval_every = 150
   c.log.every = 25
-  return c
+  return recipes.apply(c, recipe)

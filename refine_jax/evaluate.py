@@ -11,6 +11,7 @@ import argparse
 import collections
 import json
 import math
+import os
 from pathlib import Path
 
 import jax
@@ -211,6 +212,8 @@ def main():
   output = Path(arguments.output) if arguments.output else None
   if output:
     hf_export.refuse_used(output)
+    # Complete or not at all; what a killed evaluation left has another name.
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}.new")
   rows = read_rows(arguments.data, arguments.limit)
   if arguments.prompt_key not in rows[0]:
     raise UserError(f"{arguments.data} has no column {arguments.prompt_key!r} (--prompt_key).")
@@ -232,14 +235,17 @@ def main():
       flush=True,
     )
     if output:
-      write_answers(output, f"{name}-{options['block_size']}".replace(":", "-"), answers)
+      write_answers(unfinished, f"{name}-{options['block_size']}".replace(":", "-"), answers)
   for task in results[-1]["by_task"]:
     shares = "  ".join(f"{r['by_task'][task]:6.1%}" for r in results)
     print(f"  {task:<18} {shares}")
   if output:
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    plot(results, output / "accuracy.png")
+    text = json.dumps(results, indent=2) + "\n"
+    (unfinished / "results.json").write_text(text, encoding="utf-8")
+    plot(results, unfinished / "accuracy.png")
+    if output.exists():
+      output.rmdir()  # empty: checked above
+    unfinished.rename(output)
   last = results[-1]
   print(f"solved={last['solved']:.3f} tokens_per_pass={last['tokens_per_pass']:.2f}")
 

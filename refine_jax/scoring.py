@@ -56,7 +56,22 @@ def _task(name: str):
   return gym.create_dataset(name, seed=_SEED, size=1)
 
 
-SCORERS = {"exact": exact, "numeric": numeric, "reasoning_gym": reasoning_gym}
+def math_verify(text: str, row: dict) -> bool:
+  """The last mathematical expression equals the right one (the package math-verify)."""
+  try:
+    import math_verify as library
+  except ImportError:
+    raise UserError(
+      "The scorer math_verify needs a package: pip install 'refine_jax[eval]'."
+    ) from None
+  # LaTeX without dollar signs is not looked for; numbers are, with and without.
+  right = library.parse(f"${row['answer']}$") or library.parse(str(row["answer"]))
+  return library.verify(right, library.parse(answer_of(text)))
+
+
+SCORERS = {
+  "exact": exact, "numeric": numeric, "reasoning_gym": reasoning_gym, "math_verify": math_verify
+}  # fmt: skip
 
 
 def choose(name: str, row: dict):

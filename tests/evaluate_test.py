@@ -33,6 +33,15 @@ def test_reasoning_gym_gives_no_credit_for_parts():
   assert not scoring.reasoning_gym("cba", row)
 
 
+def test_math_verify_reads_expressions():
+  row = {"answer": "\\frac{1}{2}"}
+  assert scoring.math_verify("So it is \\boxed{0.5}", row)
+  assert scoring.math_verify("Answer: $\\frac{2}{4}$", row)
+  assert not scoring.math_verify("Answer: $\\frac{2}{3}$", row)
+  assert not scoring.math_verify("no idea", row)
+  assert scoring.math_verify("it is 1200", {"answer": "1200"})
+
+
 def test_scorers_are_chosen_by_columns_and_say_what_they_lack():
   assert scoring.choose("auto", {"answer": 1}) is scoring.exact
   full = {"answer": 1, "task": 1, "meta": 1, "prompt": 1}

@@ -1,0 +1,124 @@
+"""Trains and evaluates the recipes with several seeds, and writes what came of it.
+
+    python scripts/make_smollm2.py models/smollm2-135m
+    python scripts/make_tasks.py data/tasks
+    python scripts/experiment_tasks.py --runs=runs/experiment --output=docs/results/tasks.json
+
+Every run has the same data, steps and tokens a step. What is there already is not done again: the
+same command goes on where it stopped. Arguments that it does not know go to every training.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from refine_jax.cli import entry_point
+from refine_jax.errors import UserError
+
+# The modes that each recipe is decoded with, and how many of the seeds it gets.
+_MODES = {
+  "ar_sft": ("ar,exact:ngram", None),
+  "document": ("ar,exact,fixed:2", 1),
+  "blocks": ("ar,exact,fixed:2,threshold:0.9", None),
+}
+_NUMBERS = ("solved", "tokens_per_pass", "seconds_per_problem", "not_stopped")
+
+
+def run_all(arguments, extra: list[str]) -> dict:
+  """recipe -> seed -> the settings of its results.json."""
+  results: dict = {}
+  for recipe in arguments.recipes.split(","):
+    if recipe not in _MODES:
+      raise UserError(f"--recipes: {recipe!r} is not known; known are {', '.join(_MODES)}.")
+    modes, most = _MODES[recipe]
+    for seed in arguments.seeds.split(",")[:most]:
+      workdir = Path(arguments.runs) / f"{recipe}-{seed}"
+      evaluation = workdir / "evaluation"
+      if not (evaluation / "results.json").exists():
+        _command(
+          "refine_jax.main", f"--config={arguments.config}:{recipe}", f"--workdir={workdir}",
+          f"--config.seed={seed}", *extra,
+        )  # fmt: skip
+        _command(
+          "refine_jax.evaluate", f"--model={workdir}", f"--data={arguments.test}",
+          f"--modes={modes}", f"--block_sizes={arguments.block_sizes}", f"--output={evaluation}",
+          f"--scorer={arguments.scorer}", f"--dtype={arguments.dtype}",
+          f"--max_new_tokens={arguments.max_new_tokens}", f"--batch_size={arguments.batch_size}",
+        )  # fmt: skip
+      results.setdefault(recipe, {})[seed] = json.loads((evaluation / "results.json").read_text())
+  return results
+
+
+def _command(module, *options):
+  if subprocess.run([sys.executable, "-m", module, *options]).returncode:
+    raise UserError(f"python -m {module} {' '.join(options)} failed; what it said is above.")
+
+
+def summarise(results: dict, block_size: int) -> dict:
+  """recipe -> mode -> means over the seeds, with the seeds' own values.
+
+  A mode stands under its name ("exact", "threshold") with blocks of block_size, and with others
+  under "exact@16"; what the mode is given (a draft, passes, a probability) is in "setting".
+  """
+  summary: dict = {}
+  for recipe, by_seed in results.items():
+    for i, setting in enumerate(next(iter(by_seed.values()))):
+      mode, block = setting["mode"], setting["block_size"]
+      name = mode.split(":")[0]
+      if name == "exact" and ":" in mode:
+        name = mode.replace(":", "_")
+      if block not in (1, block_size):
+        name += f"@{block}"
+      entry = {"setting": mode, "block_size": block}
+      for number in _NUMBERS:
+        values = [seed_results[i][number] for seed_results in by_seed.values()]
+        entry[number] = statistics.mean(values)
+        entry.setdefault("seeds", {})[number] = dict(zip(by_seed, values, strict=True))
+      summary.setdefault(recipe, {})[name] = entry
+  return summary
+
+
+def table(summary: dict) -> str:
+  lines = ["| recipe | mode | block | solved | tokens a pass | not stopped |",
+           "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+  for recipe, modes in summary.items():
+    for entry in modes.values():
+      seeds = entry["seeds"]["solved"].values()
+      spread = f" ({min(seeds):.1%} to {max(seeds):.1%})" if len(seeds) > 1 else ""
+      lines.append(
+        f"| {recipe} | {entry['setting']} | {entry['block_size']} | {entry['solved']:.1%}{spread}"
+        f" | {entry['tokens_per_pass']:.2f} | {entry['not_stopped']:.1f} |"
+      )
+  return "\n".join(lines)
+
+
+@entry_point
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--runs", required=True, help="a directory for all runs")
+  parser.add_argument("--output", required=True, help="JSON; replaced by each call")
+  parser.add_argument("--config", default="configs/smollm2_tasks.py")
+  parser.add_argument("--test", default="data/tasks/test.parquet")
+  parser.add_argument("--recipes", default=",".join(_MODES))
+  parser.add_argument("--seeds", default="0,1,2", help="document gets the first alone")
+  parser.add_argument("--block_sizes", default="4,8,16")
+  parser.add_argument("--block_size", type=int, default=8, help="whose results have plain names")
+  parser.add_argument("--scorer", default="auto")
+  parser.add_argument("--dtype", default="float32", help="of the parameters while decoding")
+  parser.add_argument("--max_new_tokens", type=int, default=256)
+  parser.add_argument("--batch_size", type=int, default=128)
+  arguments, extra = parser.parse_known_args()
+  summary = summarise(run_all(arguments, extra), arguments.block_size)
+  output = Path(arguments.output)
+  output.parent.mkdir(parents=True, exist_ok=True)
+  temporary = output.with_name(output.name + ".new")
+  temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+  temporary.replace(output)
+  print(table(summary))
+
+
+if __name__ == "__main__":
+  main()
