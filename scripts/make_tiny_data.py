@@ -1,11 +1,13 @@
 """Problems, tokenizer and model shape for the quickstart: all that a run from scratch needs.
 
     python scripts/make_tiny_data.py [data/tiny]
+    python scripts/make_tiny_data.py data/sums --problems=sums
 
-Each problem names an operation on a word of random letters ("reverse hadj" -> "jdah"), so answers
-can be checked, and no held-out problem is among those trained on. Writes train.parquet,
-val.parquet and test.parquet with the columns prompt, target, task, answer; and model/, a Hugging
-Face directory with a character tokenizer and a config.json, but without weights.
+A problem of "words" names an operation on a word of random letters ("reverse hadj" -> "jdah"), one
+of "sums" is worked out in steps ("89+42-78" -> "89+42=131;131-78=53;answer 53"), and is much
+harder. Answers can be checked, and no held-out problem is among those trained on. Writes
+train.parquet, val.parquet and test.parquet with the columns prompt, target, task, answer; and
+model/, a Hugging Face directory with a character tokenizer and a config.json, but without weights.
 """
 
 import argparse
@@ -32,7 +34,13 @@ _TEMPLATE = (
   "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
   "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-_SPLITS = {"train": 40000, "val": 200, "test": 200}
+_SPLITS = {
+  "words": {"train": 40000, "val": 200, "test": 200},
+  "sums": {"train": 60000, "val": 200, "test": 300},
+}
+_VOCABULARIES = {
+  "words": (*sorted(_TASKS), " ", *_LETTERS), "sums": ("answer", *" +-=;", *"0123456789")
+}  # fmt: skip
 _MODEL = {
   "architectures": ["LlamaForCausalLM"],
   "model_type": "llama",
@@ -50,7 +58,30 @@ _MODEL = {
 }
 
 
-def problems(count: int, generator: random.Random, seen: set) -> list[dict]:
+def sums(count: int, generator: random.Random, seen: set) -> list[dict]:
+  """Three or four numbers of two digits, added and subtracted, never below zero."""
+  rows = []
+  while len(rows) < count:
+    numbers = [generator.randint(10, 99) for _ in range(generator.randint(3, 4))]
+    signs = [generator.choice("+-") for _ in numbers[1:]]
+    terms = list(zip(signs, numbers[1:], strict=True))
+    text = str(numbers[0]) + "".join(f"{sign}{number}" for sign, number in terms)
+    total, steps = numbers[0], []
+    for sign, number in terms:
+      value = total + number if sign == "+" else total - number
+      steps.append(f"{total}{sign}{number}={value}")
+      total = value
+      if total < 0:
+        break
+    if total < 0 or text in seen:
+      continue
+    seen.add(text)
+    target = ";".join([*steps, f"answer {total}"])
+    rows.append({"prompt": text, "target": target, "task": "sums", "answer": str(total)})
+  return rows
+
+
+def words(count: int, generator: random.Random, seen: set) -> list[dict]:
   rows = []
   while len(rows) < count:
     word = "".join(generator.choices(_LETTERS, k=generator.randint(4, 8)))
@@ -63,13 +94,13 @@ def problems(count: int, generator: random.Random, seen: set) -> list[dict]:
   return rows
 
 
-def tokenizer() -> transformers.PreTrainedTokenizerFast:
-  """One token a letter and one an operation."""
-  words = [*_SPECIAL, *sorted(_TASKS), " ", *_LETTERS]
+def tokenizer(vocabulary) -> transformers.PreTrainedTokenizerFast:
+  """One token a character and one a word of the vocabulary."""
+  tokens = [*_SPECIAL, *vocabulary]
   core = tokenizers.Tokenizer(
-    tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unknown>")
+    tokenizers.models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unknown>")
   )
-  pattern = tokenizers.Regex("|".join([*sorted(_TASKS), "."]))
+  pattern = tokenizers.Regex("|".join([*(t for t in vocabulary if len(t) > 1), "."]))
   core.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, "isolated")
   core.decoder = tokenizers.decoders.Fuse()
   core.add_special_tokens(list(_SPECIAL))
@@ -84,7 +115,10 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("output", nargs="?", default="data/tiny")
-  output = Path(parser.parse_args().output)
+  parser.add_argument("--problems", choices=_SPLITS, default="words")
+  arguments = parser.parse_args()
+  output, splits = Path(arguments.output), _SPLITS[arguments.problems]
+  make = {"words": words, "sums": sums}[arguments.problems]
   if output.exists():
     print(f"{output} is there already.")
     return
@@ -93,15 +127,15 @@ def main():
   (temporary / "model").mkdir(parents=True)
   generator, seen = random.Random(0), set()
   for split in ("test", "val", "train"):
-    rows = problems(_SPLITS[split], generator, seen)
+    rows = make(splits[split], generator, seen)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary / f"{split}.parquet")
-  tiny = tokenizer()
+  tiny = tokenizer(_VOCABULARIES[arguments.problems])
   tiny.save_pretrained(temporary / "model")
   ids = {"eos_token_id": tiny.eos_token_id, "pad_token_id": tiny.eos_token_id}
   config = _MODEL | ids | {"vocab_size": len(tiny), "bos_token_id": None}
   (temporary / "model" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
   temporary.rename(output)
-  print(f"{output}: " + ", ".join(f"{n} {split}" for split, n in _SPLITS.items()))
+  print(f"{output}: " + ", ".join(f"{n} {split}" for split, n in splits.items()))
 
 
 if __name__ == "__main__":
