@@ -5,6 +5,7 @@ Only safetensors: nothing here runs code that comes with a model.
 
 import copy
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -211,6 +212,8 @@ def load_tokenizer(name, *, trust_remote_code: bool = False):
   Raises:
     UserError: there is none.
   """
+  # It advises to install PyTorch, which nothing here needs.
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   import transformers
 
   if str(name).startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
