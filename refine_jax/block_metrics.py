@@ -16,13 +16,6 @@ from refine_jax import objective
 from refine_jax.noise import Noised
 
 
-def block_noise(key, batch: dict, block_size: int, noise_token: int) -> Noised:
-  """A block an example, whatever noise the training has."""
-  block = noise_lib.draw_blocks(key, batch, block_size)
-  ids = jnp.where(block, noise_token, batch["ids"])
-  return Noised(ids, block.astype(jnp.float32), block, block)
-
-
 def block_sums(
   predict: Callable, batch: dict, noised: Noised, *, block_size: int, passes: int, eos: int
 ) -> dict:
@@ -30,7 +23,7 @@ def block_sums(
 
   Args:
     predict: ids_BT -> HeadOutput.
-    noised: of block_noise; its first pass sees noise.
+    noised: of noise.block_noise; its first pass sees noise.
     eos: the id that ends an answer.
 
   Returns:

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refine_jax import attention, executables
-from refine_jax import model as model_lib
+from refine_jax import executables
 from refine_jax.errors import UserError
 from refine_jax.generation import generate
-from refine_jax.loading import Model
+from refine_jax.loading import Model, hidden_and_head
 from refine_jax.result import Generation
 
 _SMALLEST_BUCKET = 64
@@ -121,10 +120,5 @@ def _difference(model, prompt, tokens, ar_tokens) -> Difference:
 @functools.partial(jax.jit, static_argnames="config")
 def _logits_at(params, ids_1T, index, config):
   """The next token's logits [V] after the token at `index`."""
-  positions = jnp.arange(ids_1T.shape[1])[None]
-  dtype = jax.tree.leaves(params["layers"])[0].dtype
-  x_1TD = model_lib.hidden_states(
-    params, config, ids_1T, positions, attention.attend_with(jnp.ones_like(ids_1T)), dtype=dtype
-  )
-  head = model_lib.head_matrix(params).astype(dtype)
+  x_1TD, head = hidden_and_head(params, config, ids_1T)
   return jnp.einsum("d,vd->v", x_1TD[0, index], head, preferred_element_type=jnp.float32)

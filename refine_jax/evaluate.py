@@ -9,6 +9,7 @@ setting's `solved=.. tokens_per_pass=..`.
 
 import argparse
 import collections
+import dataclasses
 import json
 import math
 import os
@@ -133,7 +134,7 @@ class Problems:
           f" {', '.join(self._rows[0])}."
         )
     self._score = scoring.choose("auto", self._rows[0])
-    self._shape, self._files, self._dtype = shape, model_files, dtype
+    self._model, self._dtype = loading.around({}, shape, model_files), dtype
     self._options = {
       "block_size": config.noise.block_size,
       "max_new_tokens": config.eval.generate_tokens,
@@ -146,7 +147,7 @@ class Problems:
     device = jax.local_devices()[0]
     params = jax.tree.map(lambda x: jax.device_put(x, device).astype(self._dtype), params)
     numbers, _ = evaluate(
-      loading.around(params, self._shape, self._files), self._rows, self._score,
+      dataclasses.replace(self._model, params=params), self._rows, self._score,
       batch_size=len(self._rows), prompt_key=self._prompt_key, **self._options,
     )  # fmt: skip
     return {f"eval/{n}": numbers[n] for n in ("solved", "tokens_per_pass", "not_stopped")}

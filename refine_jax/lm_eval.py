@@ -10,7 +10,6 @@ of the model are those of RefineLM. Needs the package: pip install 'refine_jax[e
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from lm_eval import utils
 from lm_eval.__main__ import cli_evaluate
@@ -18,8 +17,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from refine_jax import attention, executables, generation, head, loading
-from refine_jax import model as model_lib
+from refine_jax import executables, generation, head, loading
 from refine_jax.cli import entry_point
 
 _SMALLEST_BUCKET = 64
@@ -162,12 +160,7 @@ class RefineLM(TemplateLM):
 @functools.partial(jax.jit, static_argnames="config")
 def _token_losses(params, ids_BT, targets_BT, weights_BT, *, config):
   """Weighted cross-entropies, and whether each target is the most likely token: [B, T]."""
-  dtype = jax.tree.leaves(params["layers"])[0].dtype
-  positions = jnp.broadcast_to(jnp.arange(ids_BT.shape[1])[None], ids_BT.shape)
-  x_BTD = model_lib.hidden_states(
-    params, config, ids_BT, positions, attention.attend_with(jnp.ones_like(ids_BT)), dtype=dtype
-  )
-  matrix = model_lib.head_matrix(params).astype(dtype)
+  x_BTD, matrix = loading.hidden_and_head(params, config, ids_BT)
   _, output = head.cross_entropy(x_BTD, matrix, targets_BT, weights_BT)
   return output.losses * weights_BT, output.predictions == targets_BT
 

@@ -64,8 +64,14 @@ class Model:
     return self.tokenizer
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _logits(params, ids_BT, segment_ids_BT, config):
+def hidden_and_head(params, config: ModelConfig, ids_BT, segment_ids_BT=None) -> tuple:
+  """Hidden states [B, T, D] of whole sequences and the output matrix [V, D], in one dtype.
+
+  Args:
+    segment_ids_BT: as in Model.__call__; default: one segment a row.
+  """
+  if segment_ids_BT is None:
+    segment_ids_BT = jnp.ones_like(ids_BT)
   index = jnp.arange(ids_BT.shape[1])[None]
   begins = jnp.diff(segment_ids_BT, axis=1, prepend=-1) != 0
   positions = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
@@ -73,7 +79,12 @@ def _logits(params, ids_BT, segment_ids_BT, config):
   x_BTD = model_lib.hidden_states(
     params, config, ids_BT, positions, attention.attend_with(segment_ids_BT), dtype=dtype
   )
-  head = model_lib.head_matrix(params).astype(dtype)
+  return x_BTD, model_lib.head_matrix(params).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _logits(params, ids_BT, segment_ids_BT, config):
+  x_BTD, head = hidden_and_head(params, config, ids_BT, segment_ids_BT)
   return jnp.einsum("btd,vd->btv", x_BTD, head, preferred_element_type=jnp.float32)
 
 

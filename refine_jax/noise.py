@@ -41,17 +41,15 @@ def add_noise(key, batch: dict, noise: NoiseConfig, noise_token: int) -> Noised:
   text that has seen noise, which no sampler shows.
   """
   if noise.kind == "block":
-    block = draw_blocks(key, batch, noise.block_size)
-    ids = jnp.where(block, noise_token, batch["ids"])
-    return Noised(ids, block.astype(jnp.float32), block, block)
+    return block_noise(key, batch, noise.block_size, noise_token)
   rates_BT, draws_BT = _uniforms(key, batch, noise)
   response = batch["response_mask"]
   ids = jnp.where(response & (draws_BT < rates_BT), noise_token, batch["ids"])
   return Noised(ids, rates_BT, response, response)
 
 
-def draw_blocks(key, batch: dict, block_size: int) -> jax.Array:
-  """One run of block_size response tokens an example (cut off where it ends): bool [B, T]."""
+def block_noise(key, batch: dict, block_size: int, noise_token: int) -> Noised:
+  """One run of block_size response tokens an example, cut off where the response ends."""
   offset = response_offsets(batch)
 
   def draw(example):
@@ -59,7 +57,9 @@ def draw_blocks(key, batch: dict, block_size: int) -> jax.Array:
 
   uniform = jax.vmap(jax.vmap(draw))(batch["example_ids"])
   start = (uniform * response_lengths(batch)).astype(jnp.int32)
-  return batch["response_mask"] & (offset >= start) & (offset < start + block_size)
+  block = batch["response_mask"] & (offset >= start) & (offset < start + block_size)
+  ids = jnp.where(block, noise_token, batch["ids"])
+  return Noised(ids, block.astype(jnp.float32), block, block)
 
 
 def response_lengths(batch: dict) -> jax.Array:

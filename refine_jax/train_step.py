@@ -168,7 +168,7 @@ def eval_step(params: dict, batch: dict, *, recipe: Recipe, compute: Compute) ->
     return {name: jnp.einsum("bt,btk->k", x, in_bucket) for name, x in sums.items()}
 
   rounds = recipe.objective.num_iterations
-  blocks = block_metrics.block_noise(key, batch, noise.block_size, recipe.noise_token)
+  blocks = noise_lib.block_noise(key, batch, noise.block_size, recipe.noise_token)
   return {
     "rounds": objective.refine(
       lambda ids: predict(ids, noised.trained), batch, noised, num_rounds=rounds, collect=collect

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import train_fixtures as tiny
 
-from refine_jax import block_metrics
+from refine_jax import block_metrics, noise
 
 BLOCK, PASSES, EOS = 4, 3, 1
 
@@ -54,7 +54,7 @@ def oracle(batch, noised):
 def test_sums_equal_a_loop_over_examples():
   for packed in (True, False):
     batch = batch_of(packed)
-    noised = block_metrics.block_noise(jax.random.key(5), batch, BLOCK, tiny.NOISE_TOKEN)
+    noised = noise.block_noise(jax.random.key(5), batch, BLOCK, tiny.NOISE_TOKEN)
     noised = jax.tree.map(np.asarray, noised)
     got = block_metrics.block_sums(
       predict, batch, noised, block_size=BLOCK, passes=PASSES, eos=EOS
