@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from refine_jax import attention, head, model
+from refine_jax import attention, head, layout, model
 from refine_jax.model import ModelConfig
 from refine_jax.sharding import BATCH_AXES
 
@@ -23,6 +23,9 @@ class Compute:
   Attributes:
     attention, remat, head_gradient: resolved, never "auto".
     max_segments: most examples in a packed row.
+    unroll: layers in a turn of the scan; all of them: no scan, and a working copy with layers
+      apart.
+    join: whether the working copy has joined projections (layout.py).
     mesh: None on one device.
   """
 
@@ -32,13 +35,21 @@ class Compute:
   max_segments: int = 1
   remat: str = "none"
   unroll: int = 1
+  join: bool = False
   head_chunk: int = 2048
   head_gradient: str = "forward"
   mesh: Mesh | None = None
 
   def cast(self, params: dict) -> dict:
     """The working copy of float32 parameters; made once a step, outside the loops."""
-    return model.cast_for_compute(params, jnp.dtype(self.dtype))
+    params = model.cast_for_compute(params, jnp.dtype(self.dtype))
+    if self.unroll >= self.model.layers:
+      params = layout.unstack_layers(params)
+    return layout.join_projections(params) if self.join else params
+
+  def canonical(self, gradients: dict) -> dict:
+    """Gradients of the working copy in the form of the parameters that it was made of."""
+    return layout.canonical(gradients, self.model)
 
   def hidden_states(self, params: dict, ids_BT, batch: dict):
     """[B, T, D] in `dtype`, of these ids in the rows of `batch`."""

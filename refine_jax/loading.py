@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refine_jax import attention, checkpoint, hf, hf_config
+from refine_jax import attention, checkpoint, hf, hf_config, layout
 from refine_jax import model as model_lib
 from refine_jax.errors import UserError
 from refine_jax.model import ModelConfig
@@ -48,8 +48,10 @@ class Model:
 
   @functools.cached_property
   def decoding_params(self) -> dict:
-    """The parameters with layers apart (model.unstack_layers), made when first needed."""
-    return jax.jit(model_lib.unstack_layers)(self.params)
+    """The parameters with layers apart and joined (layout.py), made when first needed."""
+    return jax.jit(lambda params: layout.join_projections(layout.unstack_layers(params)))(
+      self.params
+    )
 
   def require_tokenizer(self):
     """The tokenizer.

@@ -55,7 +55,8 @@ Attend = Callable[..., tuple]
 
 REMAT_POLICIES = ("none", "mlp", "attention", "full")
 _SAVED_NAMES = {
-  "mlp": ("query", "key", "value", "attention", "gate", "up"),
+  # A joined product of gate and up is saved whole: its halves would be copies.
+  "mlp": ("query", "key", "value", "attention", "gate", "up", "gate_up"),
   "attention": ("query", "key", "value", "attention"),
 }
 
@@ -104,13 +105,17 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x_BTD, rotation, attend: Attend, cache=None):
     c, dtype = self.config, x_BTD.dtype
-    heads = {"query": c.heads, "key": c.kv_heads, "value": c.kv_heads}
 
-    def project(name):
-      y = _dense(c, heads[name] * c.head_dim, c.qkv_bias, dtype, name)(x_BTD)
-      return y.reshape(*y.shape[:-1], heads[name], c.head_dim)
+    def project(name, heads):
+      y = _dense(c, heads * c.head_dim, c.qkv_bias, dtype, name)(x_BTD)
+      return y.reshape(*y.shape[:-1], heads, c.head_dim)
 
-    q, k, v = project("query"), project("key"), project("value")
+    if self.has_variable("params", "qkv"):  # layout.join_projections
+      joined = project("qkv", c.heads + 2 * c.kv_heads)
+      q, k, v = jnp.split(joined, [c.heads, c.heads + c.kv_heads], axis=-2)
+    else:
+      q, k = project("query", c.heads), project("key", c.kv_heads)
+      v = project("value", c.kv_heads)
     if c.qk_norm:
       q, k = RMSNorm(c.norm_eps, name="query_norm")(q), RMSNorm(c.norm_eps, name="key_norm")(k)
     q = checkpoint_name(rope_lib.rotate(q, *rotation), "query")
@@ -130,8 +135,14 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x):
     c, dtype = self.config, x.dtype
-    gate = checkpoint_name(_dense(c, c.feed_forward, c.mlp_bias, dtype, "gate")(x), "gate")
-    up = checkpoint_name(_dense(c, c.feed_forward, c.mlp_bias, dtype, "up")(x), "up")
+
+    def project(name, width):
+      return checkpoint_name(_dense(c, width, c.mlp_bias, dtype, name)(x), name)
+
+    if self.has_variable("params", "gate_up"):  # layout.join_projections
+      gate, up = jnp.split(project("gate_up", 2 * c.feed_forward), 2, axis=-1)
+    else:
+      gate, up = project("gate", c.feed_forward), project("up", c.feed_forward)
     return _dense(c, c.width, c.mlp_bias, dtype, "down")(nn.silu(gate) * up)
 
 
@@ -203,13 +214,6 @@ def cast_for_compute(params: dict, dtype) -> dict:
   return params | {"layers": jax.tree_util.tree_map_with_path(cast, params["layers"])}
 
 
-def unstack_layers(params: dict) -> dict:
-  """The same parameters with "layers" as a list, one dict a layer (for decoding)."""
-  count = jax.tree.leaves(params["layers"])[0].shape[0]
-  layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count)]
-  return params | {"layers": layers}
-
-
 def hidden_states(
   params: dict,
   config: ModelConfig,
@@ -226,13 +230,13 @@ def hidden_states(
   """Runs the decoder up to its final norm.
 
   Args:
-    params: as `init_params` makes them, or with "layers" as a list (`unstack_layers`).
+    params: as `init_params` makes them, or in a form of layout.py.
     ids_BT: token ids, int32.
     positions_BT: the position of each token in its own sequence, int32.
     attend_with: gives the attention engine for a sliding window (None: no window).
     dtype: of the activations.
     remat: one of REMAT_POLICIES.
-    unroll: layers in each turn of the scan.
+    unroll: layers in each turn of the scan; without meaning for a list of layers.
     constrain: applied to the residual stream, to pin its sharding.
     caches: one attention cache a layer; only with a list of layers.
 
@@ -242,36 +246,39 @@ def hidden_states(
   x = constrain(jnp.take(params["embedding"], ids_BT, axis=0).astype(dtype))
   rotation = rope_lib.rotation(config.rope, config.head_dim, positions_BT)
 
-  def layer(x, layer_params, window, cache=None):
-    module = Layer(config)
-    x, cache = module.apply({"params": layer_params}, x, rotation, attend_with(window), cache)
-    return constrain(x), cache
+  def layer(x, layer_params, cache, window, prevent_cse=True):
+    def run(x, layer_params, cache):
+      module = Layer(config)
+      x, cache = module.apply({"params": layer_params}, x, rotation, attend_with(window), cache)
+      return constrain(x), cache
+
+    if remat != "none":
+      run = jax.checkpoint(run, policy=remat_policy(remat), prevent_cse=prevent_cse)
+    return run(x, layer_params, cache)
 
   if isinstance(params["layers"], list):
-    new_caches = []
+    new_caches = caches and list(caches)
     for i, layer_params in enumerate(params["layers"]):
-      x, cache = layer(x, layer_params, config.windows[i], caches[i] if caches else None)
-      new_caches.append(cache)
+      x, cache = layer(x, layer_params, caches and caches[i], config.windows[i])
+      if caches:
+        new_caches[i] = cache
   else:
     assert caches is None, "a cache needs a list of layers"
     new_caches = None
-    x = _scan_layers(layer, x, params["layers"], config.windows, remat, unroll)
+    x = _scan_layers(layer, x, params["layers"], config.windows, unroll)
   x = RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x)
   return x if caches is None else (x, new_caches)
 
 
-def _scan_layers(layer, x, stacked, windows, remat, unroll):
+def _scan_layers(layer, x, stacked, windows, unroll):
   """One scan for each run of layers that share a window, so that windows stay static."""
   start = 0
   for window, run in itertools.groupby(windows):
     stop = start + len(list(run))
 
     def body(x, layer_params, window=window):
-      return layer(x, layer_params, window)[0], None
-
-    if remat != "none":
-      # prevent_cse=False: a scan body cannot be merged with its recomputation anyway.
-      body = jax.checkpoint(body, policy=remat_policy(remat), prevent_cse=False)
+      # A scan's body cannot be merged with its recomputation anyway.
+      return layer(x, layer_params, None, window, prevent_cse=False)
     whole = start == 0 and stop == len(windows)
     part = stacked if whole else jax.tree.map(lambda p, s=start, e=stop: p[s:e], stacked)
     x, _ = jax.lax.scan(body, x, part, unroll=min(unroll, stop - start))

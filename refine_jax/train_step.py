@@ -84,6 +84,7 @@ def train_step(state: TrainState, batch: dict, *, recipe: Recipe, compute: Compu
     compute.loss, compute.cast(state.params), batch, noised,
     loss_weights=weights, clean_weight=clean_weight,
   )  # fmt: skip
+  gradients = compute.canonical(gradients)
   if clean_weight > 0:
     weights = (clean_weight, *weights)
   losses = sums["loss"] / jnp.maximum(sums["count"], 1)

@@ -1,0 +1,121 @@
+"""Forms of the parameters: the same function, and back again without loss."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import train_fixtures as tiny
+
+from refine_jax import attention, layout, model, sharding
+from refine_jax.config import MeshConfig
+from refine_jax.train_step import init_state, jit_train_step
+
+FAMILIES = {
+  "qwen2": {"qkv_bias": True},
+  "qwen3": {"qkv_bias": False, "qk_norm": True},
+  "biases": {"mlp_bias": True, "output_bias": True, "windows": (None, 3)},
+}
+FORMS = {
+  "apart": layout.unstack_layers,
+  "joined": layout.join_projections,
+  "apart and joined": lambda p: layout.join_projections(layout.unstack_layers(p)),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def config(request):
+  return tiny.tiny_config(**FAMILIES[request.param])
+
+
+def random_params(config):
+  """With biases that are not zero and scales that are not one."""
+  params = tiny.tiny_params(config)
+  keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
+  return jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params)
+
+
+def assert_trees(compare, got, want, **tolerance):
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  jax.tree.map(lambda a, b: compare(a, b, **tolerance), got, want)
+
+
+def states_and_gradients(config, params, **options):
+  batch = tiny.packed_batch()
+
+  def run(params):
+    x_BTD = model.hidden_states(
+      params, config, batch["ids"], batch["positions"],
+      attention.attend_with(batch["segment_ids"], max_segments=3), **options,
+    )  # fmt: skip
+    return jnp.sum(jnp.sin(x_BTD)), x_BTD
+
+  (_, x_BTD), gradients = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
+  return x_BTD, gradients
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_back_again_is_exact(config, form):
+  params = random_params(config)
+  assert_trees(
+    np.testing.assert_array_equal, layout.canonical(FORMS[form](params), config), params
+  )
+  assert_trees(np.testing.assert_array_equal, layout.canonical(params, config), params)
+
+
+def assert_near(got, want):
+  assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize(
+  ("form", "remat"), [("joined", "full"), ("apart", "none"), ("apart and joined", "mlp")]
+)
+def test_forms_compute_the_same(config, form, remat):
+  params = random_params(config)
+  want, want_gradients = states_and_gradients(config, params)
+  got, gradients = states_and_gradients(config, FORMS[form](params), remat=remat)
+  assert_near(got, want)
+  assert_trees(assert_near, layout.canonical(gradients, config), want_gradients)
+
+
+def test_joined_layers_take_fewer_products_and_recompute_them():
+  config = tiny.tiny_config()
+  forward = {"apart": 9, "apart and joined": 6}  # attention's two among them
+  for form, count in forward.items():
+    params = FORMS[form](tiny.tiny_params(config))
+    for remat, again in (("none", 0), ("full", count - 1)):  # "down" again has no use
+      run = jax.jit(lambda p, remat=remat: states_and_gradients(config, p, remat=remat)[1])
+      lowered = run.lower(params)
+      assert lowered.compile().as_text().count(" dot(") == config.layers * (3 * count + again)
+      # Without it a GPU's compiler may merge the second pass with the first.
+      barriers = lowered.as_text().count("optimization_barrier")
+      assert barriers == (config.layers if again else 0)
+
+
+def step_on(mesh, batch, recipe, compute):
+  """(new state, metrics) of one step, the state split as the mesh wants it."""
+  state = init_state(tiny.tiny_params(compute.model), recipe.optim)
+  places = sharding.shardings(state, mesh)
+  step = jit_train_step(recipe, dataclasses.replace(compute, mesh=mesh), places)
+  new, metrics = step(
+    jax.device_put(state, places), sharding.put_batch(batch, mesh, accumulated=True)
+  )
+  for x, place in zip(jax.tree.leaves(new), jax.tree.leaves(places), strict=True):
+    assert place.is_equivalent_to(x.sharding, x.ndim)
+  return jax.device_get((new, metrics))
+
+
+# Where matrices are split over devices, startup.choose_compute joins none.
+@pytest.mark.parametrize(
+  ("sizes", "join"), [((1, 1, 1), True), ((4, 1, 1), True), ((2, 2, 1), False), ((1, 2, 2), False)]
+)
+def test_the_step_is_the_same_with_layers_apart(sizes, join):
+  batch, recipe = tiny.split(tiny.packed_batch(24), 2), tiny.recipe()
+  axes = dict(zip(sharding.AXES, sizes, strict=True))
+  mesh = sharding.make_mesh(MeshConfig(**axes), jax.devices()[: int(np.prod(sizes))])
+  want = step_on(mesh, batch, recipe, tiny.compute())
+  apart = tiny.compute(unroll=2, join=join, remat="mlp")
+  assert isinstance(apart.cast(tiny.tiny_params())["layers"], list)
+  got = step_on(mesh, batch, recipe, apart)
+  assert_trees(np.testing.assert_allclose, got, want, atol=1e-5, rtol=1e-4)
