@@ -67,16 +67,19 @@ def get_config() -> ConfigDict:
   # The weight of each round's loss.
   objective.loss_weights = (1.0, 1.0)
 
-  # Beside the rounds, the next-token loss on the clean text, in a pass of its own; 0: none. It
-  # keeps what the model can do one token at a time.
+  # Beside the rounds, the next-token loss on the clean text; 0: none. It keeps what the model can
+  # do one token at a time. A pass of its own with noise.kind "uniform", free with "block".
   objective.clean_weight = 0.0
 
   c.noise = noise = ConfigDict()
-  # uniform: each response token with its example's rate; block: one run of tokens an example, as a
-  # block sampler sees it (noise.py).
+  # uniform: each response token with its example's rate; block: beside the clean text, the whole
+  # response in blocks as a block sampler sees them (noise.py).
   noise.kind = "uniform"
-  # Tokens in such a run: what the model will be decoded with.
+  # Tokens that a pass of the sampler may commit: the blocks of kind "block", of validation, and of
+  # eval.generate_every.
   noise.block_size = 8
+  # How much a draft counts less than the one before it in a block: later ones are harder to guess.
+  noise.offset_decay = 1.0
   # The rate of an example is uniform in [noise_min, noise_max].
   noise.noise_min = 0.1
   noise.noise_max = 0.9

@@ -70,6 +70,54 @@ def attend_with(
   return with_window
 
 
+def beside(
+  batch: dict, *, backend: str = "xla", max_segments: int = 1, mesh=None
+):
+  """The engine for rows whose second half is a copy in blocks (noise.blocks_beside).
+
+  The clean half attends as `attend_with` has it. A token of the copy sees the clean text before
+  its block, and its block up to itself.
+
+  Args:
+    batch: with segment_ids and positions int32 [B, 2 T], and block_starts int32 [B, T].
+    backend, max_segments, mesh: for the clean half, see attend_with. The copy's mask is data, which
+      cuDNN takes as a bias; elsewhere XLA computes it.
+  """
+  length = batch["block_starts"].shape[1]
+  segments, positions = batch["segment_ids"][:, :length], batch["positions"][:, :length]
+  clean_engine = attend_with(segments, backend=backend, max_segments=max_segments, mesh=mesh)
+  starts_q, starts_k = batch["block_starts"][:, :, None], batch["block_starts"][:, None, :]
+  distance = positions[:, :, None] - positions[:, None, :]
+  same = segments[:, :, None] == segments[:, None, :]
+  # A prompt's copy has no block, though it carries the start of the first one.
+  in_block = positions[:, None, :] >= starts_k
+  sees_clean = same & (positions[:, None, :] < starts_q)
+  sees_copy = same & in_block & (starts_q == starts_k) & (distance >= 0)
+  kernel = "cudnn" if backend.startswith("cudnn") else "xla"
+
+  def with_window(window):
+    near = True if window is None else distance < window
+    mask = jnp.concatenate([sees_clean & near, sees_copy & near], axis=2)[:, None]
+
+    def copy(q, k, v, mask):
+      return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=kernel)
+
+    if mesh is not None and mesh.size > 1:
+      heads = PartitionSpec(BATCH_AXES, None, "tensor", None)
+      rows = PartitionSpec(BATCH_AXES, None, None, None)
+      copy = jax.shard_map(
+        copy, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+      )
+
+    def attend(q, k, v, cache):
+      clean, cache = clean_engine(window)(q[:, :length], k[:, :length], v[:, :length], cache)
+      return jnp.concatenate([clean, copy(q[:, length:], k, v, mask)], axis=1), cache
+
+    return attend
+
+  return with_window
+
+
 def mask_BTT(segment_ids_BT, window: int | None):
   """Who sees whom: bool [B, queries, keys]."""
   same = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]

@@ -42,7 +42,7 @@ def block_sums(
   by_offset = jax.nn.one_hot(offset - start, block_size) * block[..., None]
 
   def collect(ids, output):
-    after = objective.next_round_ids(batch, output.predictions, block)
+    after = objective.next_round_ids(batch, output.predictions, noised)
     right = block & (after == batch["ids"])
     ended = block & ~right & (after == eos)
     unbroken = block & (_count_since(first, block & ~right) == 0)

@@ -58,6 +58,7 @@ class ObjectiveConfig:
 class NoiseConfig:
   kind: str
   block_size: int
+  offset_decay: float
   noise_min: float
   noise_max: float
   token: int

@@ -76,6 +76,14 @@ def check(c):
     " they must satisfy 0 <= noise_min <= noise_max <= 1.",
   )
   _require(
+    c.noise.kind != "block" or c.noise.block_size > 1,
+    "config.noise.block_size is 1: such blocks have no drafts to train; make it at least 2.",
+  )
+  _require(
+    0 < c.noise.offset_decay <= 1,
+    f"config.noise.offset_decay is {c.noise.offset_decay}; it must be in (0, 1].",
+  )
+  _require(
     len(c.optim.betas) == 2 and all(0 <= b < 1 for b in c.optim.betas),
     f"config.optim.betas is {c.optim.betas}; it must be two numbers in [0, 1).",
   )

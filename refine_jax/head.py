@@ -18,7 +18,7 @@ from refine_jax.sharding import AXES, BATCH_AXES
 
 
 class HeadOutput(NamedTuple):
-  """Per token, in the shape of the targets; zero where the weight is zero.
+  """Per token, in the shape of the targets; zero where it is not scored.
 
   Attributes:
     predictions: int32, the most likely next token; of equals the lowest id.
@@ -32,8 +32,9 @@ class HeadOutput(NamedTuple):
 
 
 def cross_entropy(
-  x, head_VD, targets, weights, *, chunk: int = 2048, gradient: str = "forward", mesh=None
-):
+  x, head_VD, targets, weights, scored=None, *, chunk: int = 2048, gradient: str = "forward",
+  mesh=None,
+):  # fmt: skip
   """Weighted next-token cross-entropy of hidden states.
 
   Args:
@@ -41,7 +42,8 @@ def cross_entropy(
       float32.
     head_VD: the output matrix [V, D], in any dtype; its gradient comes in the same.
     targets: int32, x's shape without D.
-    weights: float32 likewise; tokens of weight 0 are skipped altogether.
+    weights: float32 likewise.
+    scored: bool likewise; other tokens are skipped altogether. Default: those with a weight.
     chunk: tokens at a time.
     gradient: "forward" or "recompute".
     mesh: splits tokens over all its axes ([B, T, D] only); None: one device.
@@ -50,45 +52,46 @@ def cross_entropy(
     (sum of weight * cross-entropy, float32 scalar; HeadOutput). Gradients flow to x and
     head_VD, through the sum only.
   """
+  scored = weights != 0 if scored is None else scored
   local = functools.partial(_local, chunk=chunk, gradient=gradient)
   if mesh is None or mesh.size == 1:
-    total, output = local(x, head_VD, targets, weights)
+    total, output = local(x, head_VD, targets, weights, scored)
     return total[0], output
   # Each device takes its own tokens against the whole head; the sum of its shards' gradients
   # is one reduction at the end, not one a chunk.
   tokens = PartitionSpec(BATCH_AXES, "tensor")
   total, output = jax.shard_map(
     local, mesh=mesh,
-    in_specs=(PartitionSpec(BATCH_AXES, "tensor", None), PartitionSpec(), tokens, tokens),
+    in_specs=(PartitionSpec(BATCH_AXES, "tensor", None), PartitionSpec(), tokens, tokens, tokens),
     out_specs=(PartitionSpec(AXES), HeadOutput(tokens, tokens, tokens)),
     check_vma=False,
-  )(x, head_VD, targets, weights)  # fmt: skip
+  )(x, head_VD, targets, weights, scored)  # fmt: skip
   return jnp.sum(total), output
 
 
-def _local(x, head_VD, targets, weights, *, chunk, gradient):
+def _local(x, head_VD, targets, weights, scored, *, chunk, gradient):
   shape = targets.shape
   flat = x.reshape(-1, x.shape[-1])
-  targets, weights = targets.reshape(-1), weights.reshape(-1)
   chunk = min(chunk, targets.size)
-  total, output = _chunked(flat, head_VD, targets, weights, chunk, gradient)
+  per_token = (y.reshape(-1) for y in (targets, weights, scored))
+  total, output = _chunked(flat, head_VD, *per_token, chunk, gradient)
   return total[None], jax.tree.map(lambda y: y.reshape(shape), output)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _chunked(x_ND, head_VD, targets_N, weights_N, chunk, gradient):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _chunked(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, gradient):
   del gradient
-  return _run(x_ND, head_VD, targets_N, weights_N, chunk, with_gradients=False)[:2]
+  return _run(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, with_gradients=False)[:2]
 
 
-def _chunked_fwd(x_ND, head_VD, targets_N, weights_N, chunk, gradient):
+def _chunked_fwd(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, gradient):
   if gradient == "forward":
     total, output, dx, dhead = _run(
-      x_ND, head_VD, targets_N, weights_N, chunk, with_gradients=True
+      x_ND, head_VD, targets_N, weights_N, scored_N, chunk, with_gradients=True
     )
     return (total, output), (dx, dhead.astype(head_VD.dtype))
-  total, output = _chunked(x_ND, head_VD, targets_N, weights_N, chunk, gradient)
-  return (total, output), (x_ND, head_VD, targets_N, weights_N)
+  total, output = _chunked(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, gradient)
+  return (total, output), (x_ND, head_VD, targets_N, weights_N, scored_N)
 
 
 def _chunked_bwd(chunk, gradient, residuals, cotangents):
@@ -96,22 +99,22 @@ def _chunked_bwd(chunk, gradient, residuals, cotangents):
   if gradient == "forward":
     dx, dhead = residuals
   else:
-    x_ND, head_VD, targets_N, weights_N = residuals
-    _, _, dx, dhead = _run(x_ND, head_VD, targets_N, weights_N, chunk, with_gradients=True)
+    head_VD = residuals[1]
+    _, _, dx, dhead = _run(*residuals, chunk, with_gradients=True)
     dhead = dhead.astype(head_VD.dtype)
-  return (dx * scale).astype(dx.dtype), (dhead * scale).astype(dhead.dtype), None, None
+  return (dx * scale).astype(dx.dtype), (dhead * scale).astype(dhead.dtype), None, None, None
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
-def _run(x_ND, head_VD, targets_N, weights_N, chunk, *, with_gradients):
+def _run(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, *, with_gradients):
   """The loop over chunks of scored tokens: (total, HeadOutput[, dx_ND, dhead_VD float32])."""
   count = targets_N.size
   head = head_VD.astype(x_ND.dtype)
   # Scored tokens first, then as many turns as they fill: a stable sort keeps their order.
-  order = jnp.argsort(weights_N == 0, stable=True)
-  scored = jnp.sum(weights_N != 0)
+  order = jnp.argsort(~scored_N, stable=True)
+  scored = jnp.sum(scored_N)
   padding = -count % chunk
   order = jnp.concatenate([order, jnp.full((padding,), count, order.dtype)])
 
@@ -120,7 +123,7 @@ def _run(x_ND, head_VD, targets_N, weights_N, chunk, *, with_gradients):
     rows = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
     targets = targets_N.at[rows].get(mode="fill", fill_value=0)
     weights = weights_N.at[rows].get(mode="fill", fill_value=0)
-    used = weights != 0
+    used = scored_N.at[rows].get(mode="fill", fill_value=False)
     # What fills up the last chunk is zeroed: its values may be anything, not numbers included.
     x = jnp.where(used[:, None], x_ND.at[rows].get(mode="fill", fill_value=0), 0)
     logits = jax.lax.dot_general(

@@ -31,7 +31,7 @@ def round_metrics(sums: dict) -> dict:
     for kind in ("corrupted", "clean"):
       result[f"accuracy_s{i}_{kind}"] = ratio(sums[f"{kind}_right"][i], sums[kind][i])
     right = sums["corrupted_right"][i] + sums["clean_right"][i]
-    result[f"accuracy_s{i}"] = ratio(right, sums["count"][i])
+    result[f"accuracy_s{i}"] = ratio(right, sums["corrupted"][i] + sums["clean"][i])
   return result
 
 

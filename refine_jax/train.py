@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from refine_jax import debug_log, evaluate, interrupt, metrics, sharding, startup, train_step
+from refine_jax import debug_log, evaluate, interrupt, metrics, noise, sharding, startup, train_step
 from refine_jax.checkpoint import Checkpointer
 from refine_jax.compute import peak_flops, train_flops_per_token
 from refine_jax.config import Config
@@ -58,7 +58,9 @@ class _Loop:
     bound = {"recipe": recipe, "compute": compute}
     self.eval_step = jax.jit(functools.partial(train_step.eval_step, **bound))
     self.debug_rounds = jax.jit(functools.partial(train_step.debug_rounds, **bound))
-    passes = config.objective.num_iterations + int(config.objective.clean_weight > 0)
+    columns = noise.columns_per_token(config.noise)
+    passes = config.objective.num_iterations * columns
+    passes += int(config.objective.clean_weight > 0 and columns == 1)
     flops = train_flops_per_token(source.model, plan.train.mean_length, passes)
     self.problems = None
     if config.eval.generate_every:

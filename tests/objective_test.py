@@ -7,25 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch_model
 import train_fixtures as tiny
 
-from refine_jax import model, objective
 from refine_jax import noise as noise_lib
+from refine_jax import objective
 from refine_jax.config import NoiseConfig
 from refine_jax.head import cross_entropy
 
 NOISE = NoiseConfig(
-  kind="uniform", block_size=4, noise_min=0.2, noise_max=0.8, token=tiny.NOISE_TOKEN
-)
-BLOCK = dataclasses.replace(NOISE, kind="block")
+  kind="uniform", block_size=4, offset_decay=1.0, noise_min=0.2, noise_max=0.8,
+  token=tiny.NOISE_TOKEN,
+)  # fmt: skip
 
 
 def add_noise(batch, key=0, config=NOISE):
-  return noise_lib.add_noise(jax.random.key(key), batch, config, tiny.NOISE_TOKEN)
+  return noise_lib.add_noise(jax.random.key(key), batch, config, tiny.NOISE_TOKEN)[1]
 
 
 def noise(batch, key=0, config=NOISE):
-  return add_noise(batch, key, config)[:2]
+  noised = add_noise(batch, key, config)
+  return noised.ids, noised.rates
 
 
 def test_the_prompt_and_the_padding_are_never_noised():
@@ -93,56 +95,13 @@ def test_targets_are_the_next_token_of_the_same_example():
   assert scored.sum() == mask.sum()  # every response token has someone to predict it
 
 
-def torch_forward(params, config, ids, segment_ids, positions):
-  """The decoder once more, in torch float64, written from the papers; dense logits [B, T, V]."""
-  head_dim = config.head_dim
-
-  def norm(x, scale):
-    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + config.norm_eps) * scale
-
-  inverse = config.rope.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-  angles = torch.tensor(positions, dtype=torch.float64)[..., None] * inverse
-  cos, sin = torch.cos(angles)[:, :, None], torch.sin(angles)[:, :, None]
-
-  def rotate(x):
-    a, b = x[..., : head_dim // 2], x[..., head_dim // 2 :]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-  segments = torch.tensor(segment_ids)
-  length = segments.shape[1]
-  mask = segments[:, :, None] == segments[:, None, :]
-  mask = mask & torch.ones(length, length).tril().bool()
-  x = params["embedding"][torch.tensor(np.asarray(ids), dtype=torch.long)]
-  for i in range(config.layers):
-    p = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
-    a, m = p["attention"], p["mlp"]
-    y = norm(x, p["attention_norm"]["scale"])
-    split = lambda name, y=y, a=a: (  # noqa: E731
-      (y @ a[name]["kernel"] + a[name]["bias"]).unflatten(-1, (-1, head_dim))
-    )
-    q, k, v = rotate(split("query")), rotate(split("key")), split("value")
-    groups = config.heads // config.kv_heads
-    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
-    scores = torch.einsum("bthd,bshd->bhts", q, k) / head_dim**0.5
-    scores = scores.masked_fill(~mask[:, None], -torch.inf)
-    out = torch.einsum("bhts,bshd->bthd", torch.softmax(scores, -1), v).flatten(-2)
-    x = x + out @ a["output"]["kernel"]
-    y = norm(x, p["mlp_norm"]["scale"])
-    gated = torch.nn.functional.silu(y @ m["gate"]["kernel"]) * (y @ m["up"]["kernel"])
-    x = x + gated @ m["down"]["kernel"]
-  x = norm(x, params["final_norm"]["scale"])
-  return x @ model.head_matrix(params).T
-
-
 def torch_oracle(params, config, batch, noised, loss_weights, clean_weight=0.0):
   """Losses of all passes and the gradient of their weighted sum, with dense logits, in torch."""
-  leaves = jax.tree.map(
-    lambda x: torch.tensor(np.asarray(x, np.float64), requires_grad=True), params
-  )
+  leaves = torch_model.leaves(params)
   ids, losses = np.asarray(batch["ids"]), []
 
   def one_pass(current, mask):
-    logits = torch_forward(leaves, config, current, batch["segment_ids"], batch["positions"])
+    logits = torch_model.forward(leaves, config, current, batch["segment_ids"], batch["positions"])
     log_probs = torch.log_softmax(logits, -1)
     rows, columns = np.nonzero(mask)  # the tokens scored, each predicted by the one before
     losses.append(-log_probs[rows, columns - 1, ids[rows, columns]].mean())
@@ -162,21 +121,15 @@ def torch_oracle(params, config, batch, noised, loss_weights, clean_weight=0.0):
 
 
 @pytest.mark.parametrize(
-  "rounds,tied,kind,clean_weight",
-  [(1, True, "uniform", 0.0), (1, False, "uniform", 0.0), (2, True, "uniform", 0.0),
-   (2, False, "uniform", 0.5), (3, False, "uniform", 0.0), (3, True, "uniform", 0.0),
-   (2, True, "block", 0.5), (3, False, "block", 0.0)],
-)  # fmt: skip
-def test_losses_and_gradients_of_all_rounds_equal_those_of_torch(rounds, tied, kind, clean_weight):
+  "rounds,tied,clean_weight",
+  [(1, True, 0.0), (1, False, 0.0), (2, True, 0.0), (2, False, 0.5), (3, False, 0.0)],
+)
+def test_losses_and_gradients_of_all_rounds_equal_those_of_torch(rounds, tied, clean_weight):
   config = tiny.tiny_config(tied_head=tied)
   compute = tiny.compute(config)
-  params, batch = tiny.tiny_params(config), tiny.packed_batch()
-  # Biases start at zero, where a wrong one would not show.
-  params["layers"] = jax.tree_util.tree_map_with_path(
-    lambda path, x: x + 0.1 if path[-1].key == "bias" else x, params["layers"]
-  )
+  params, batch = tiny.params_with_biases(config), tiny.packed_batch()
   weights = (1.0, 0.5, 0.25)[:rounds]
-  noised = add_noise(batch, config=dataclasses.replace(NOISE, kind=kind))
+  noised = add_noise(batch)
   gradients, sums = jax.jit(
     lambda p: objective.refinement_gradients(
       compute.loss, p, *jax.tree.map(lambda x: x[None], (batch, noised)),
@@ -190,21 +143,31 @@ def test_losses_and_gradients_of_all_rounds_equal_those_of_torch(rounds, tied, k
   )
 
 
+def test_a_round_of_weight_zero_still_makes_the_next_ones_input():
+  batch, compute, params = tiny.packed_batch(), tiny.compute(), tiny.tiny_params()
+  stacked = jax.tree.map(lambda x: x[None], (batch, add_noise(batch)))
+
+  def sums(weights):
+    return objective.refinement_gradients(compute.loss, params, *stacked, loss_weights=weights)[1]
+
+  np.testing.assert_array_equal(sums((0.0, 1.0))["loss"], sums((1.0, 1.0))["loss"])
+
+
 def test_no_gradient_passes_through_the_greedy_decode():
   """With the weight on round 1 alone, round 0's logits must not matter beyond their argmax."""
   batch = tiny.unpacked_batch(4)
-  refined = batch["response_mask"]
+  noised = add_noise(batch)
   vocabulary = 37
 
   def round_one(table):
     # A "model" whose first round reads `table` and whose second does not.
     predictions = jnp.argmax(table, axis=-1)
-    ids = objective.next_round_ids(batch, predictions, refined)
+    ids = objective.next_round_ids(batch, predictions, noised)
     return jnp.sum(jax.nn.one_hot(ids, vocabulary) * table)
 
   table = jax.random.normal(jax.random.key(0), (*batch["ids"].shape, vocabulary))
   gradient = jax.grad(round_one)(table)
-  ids = objective.next_round_ids(batch, jnp.argmax(table, -1), refined)
+  ids = objective.next_round_ids(batch, jnp.argmax(table, -1), noised)
   # Only the direct path: the one-hot of the ids, as if they were constants.
   np.testing.assert_array_equal(gradient, jax.nn.one_hot(ids, vocabulary))
 
@@ -216,7 +179,8 @@ def test_corrupted_and_clean_tokens_are_counted_apart():
   x = jax.random.normal(jax.random.key(0), (*targets.shape, 8))
   head = jax.random.normal(jax.random.key(1), (37, 8))
   _, output = cross_entropy(x, head, targets, scored.astype(jnp.float32))
-  sums = jax.tree.map(np.sum, objective.round_sums(batch, noised, targets, scored, output))
+  weights = scored.astype(jnp.float32)
+  sums = jax.tree.map(np.sum, objective.round_sums(batch, noised, targets, weights, output))
   changed = np.asarray(noised) != batch["ids"]
   assert sums["corrupted"] == changed.sum()
   assert sums["clean"] == (batch["response_mask"] & ~changed).sum()
@@ -227,39 +191,9 @@ def test_corrupted_and_clean_tokens_are_counted_apart():
 def test_a_round_feeds_predictions_into_the_response_only():
   batch = tiny.packed_batch()
   predictions = np.full(batch["ids"].shape, 36, np.int32)
-  ids = np.asarray(objective.next_round_ids(batch, predictions, batch["response_mask"]))
+  ids = np.asarray(objective.next_round_ids(batch, predictions, add_noise(batch)))
   assert (ids[batch["response_mask"]] == 36).all()
   np.testing.assert_array_equal(ids[~batch["response_mask"]], batch["ids"][~batch["response_mask"]])
-
-
-def test_a_block_is_one_run_of_each_response_behind_clean_text():
-  batch = tiny.packed_batch(60, per_row=4, length=80)
-  noised = add_noise(batch, config=BLOCK)
-  np.testing.assert_array_equal(noised.trained, noised.refined)
-  starts = []
-  for example in range(60):
-    where = batch["example_ids"] == example
-    response, block = batch["response_mask"][where], np.asarray(noised.trained)[where]
-    (places,) = np.nonzero(block)
-    first, last = places[0], places[-1]
-    assert response[places].all() and last - first + 1 == len(places)
-    assert len(places) == 4 or last == len(block) - 1  # whole, or cut off by the end
-    want = np.where(block, tiny.NOISE_TOKEN, batch["ids"][where])
-    np.testing.assert_array_equal(np.asarray(noised.ids)[where], want)
-    starts.append((first - np.argmax(response)) / response.sum())
-  # Uniform over the response: 60 draws, mean 1/2 less half a token.
-  assert 0.3 < np.mean(starts) < 0.6 and min(starts) == 0.0
-  assert not np.asarray(noised.trained)[batch["example_ids"] < 0].any()
-
-
-def test_a_block_is_drawn_anew_with_the_key_and_not_with_the_packing():
-  packed, rows = tiny.packed_batch(), tiny.unpacked_batch()
-  got, want = add_noise(packed, config=BLOCK), add_noise(rows, config=BLOCK)
-  for example in range(12):
-    where, there = packed["example_ids"] == example, rows["example_ids"] == example
-    np.testing.assert_array_equal(got.ids[where], want.ids[there])
-  other = add_noise(packed, key=1, config=BLOCK)
-  assert (got.ids != other.ids).any()
 
 
 def test_offsets_count_from_the_first_response_token():

@@ -41,6 +41,15 @@ def tiny_params(config=None, seed=0):
   return model.init_params(config or tiny_config(), jax.random.key(seed))
 
 
+def params_with_biases(config, seed=0):
+  """Biases start at zero, where a wrong one would not show."""
+  params = tiny_params(config, seed)
+  params["layers"] = jax.tree_util.tree_map_with_path(
+    lambda path, x: x + 0.1 if path[-1].key == "bias" else x, params["layers"]
+  )
+  return params
+
+
 def recipe(
   num_iterations=2, loss_weights=None, noise=(0.2, 0.8), kind="uniform", clean_weight=0.0,
   **optim_changes,
@@ -66,8 +75,9 @@ def recipe(
       clean_weight=clean_weight,
     ),
     noise=NoiseConfig(
-      kind=kind, block_size=4, noise_min=noise[0], noise_max=noise[1], token=NOISE_TOKEN
-    ),
+      kind=kind, block_size=4, offset_decay=1.0, noise_min=noise[0], noise_max=noise[1],
+      token=NOISE_TOKEN,
+    ),  # fmt: skip
     optim=dataclasses.replace(optim, **optim_changes),
     noise_token=NOISE_TOKEN,
     eos_token=1,

@@ -28,13 +28,14 @@ def run(batch, recipe, compute, steps=1, params=None):
 def gradient(batch, recipe, compute, params=None):
   """The gradient of one [B, T] batch, and the round sums."""
   params = params or tiny.tiny_params(compute.model)
-  noised = noise.add_noise(jax.random.key(0), batch, recipe.noise, recipe.noise_token)
+  batch, noised = noise.add_noise(jax.random.key(0), batch, recipe.noise, recipe.noise_token)
   return jax.jit(
     lambda params: objective.refinement_gradients(
       compute.loss,
       params,
       *jax.tree.map(lambda x: x[None], (batch, noised)),
       loss_weights=recipe.objective.loss_weights,
+      clean_weight=recipe.objective.clean_weight,
     )
   )(params)
 
@@ -43,9 +44,11 @@ def assert_close(a, b, atol=1e-5, rtol=1e-4):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=rtol), a, b)
 
 
-@pytest.mark.parametrize("head_gradient", ["forward", "recompute"])
-def test_packed_rows_give_the_gradient_of_unpacked_ones(head_gradient):
-  recipe = tiny.recipe()
+@pytest.mark.parametrize(
+  "head_gradient,kind", [("forward", "uniform"), ("recompute", "uniform"), ("forward", "block")]
+)
+def test_packed_rows_give_the_gradient_of_unpacked_ones(head_gradient, kind):
+  recipe = tiny.recipe(kind=kind, clean_weight=0.5 * (kind == "block"))
   compute = tiny.compute(head_gradient=head_gradient)
   packed = gradient(tiny.packed_batch(), recipe, compute)
   unpacked = gradient(tiny.unpacked_batch(), recipe, compute)
@@ -61,9 +64,13 @@ def test_micro_batches_give_the_step_of_one_batch():
   assert_close(one.params, four.params)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)])
-def test_eight_devices_take_the_step_of_one(sizes):
-  batch, recipe, compute = tiny.split(tiny.packed_batch(48), 2), tiny.recipe(), tiny.compute()
+@pytest.mark.parametrize(
+  "sizes,kind",
+  [((8, 1, 1), "uniform"), ((1, 8, 1), "uniform"), ((2, 2, 2), "block"), ((1, 4, 2), "uniform")],
+)
+def test_eight_devices_take_the_step_of_one(sizes, kind):
+  batch, compute = tiny.split(tiny.packed_batch(48), 2), tiny.compute()
+  recipe = tiny.recipe(kind=kind, clean_weight=0.5 * (kind == "block"))
   one, (want,) = run(batch, recipe, compute)
   mesh = sharding.make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
   params = tiny.tiny_params()
