@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 
@@ -139,15 +140,14 @@ def choose_compute(config: Config, shape: ModelConfig, mesh, plan: DataPlan):
     memory=compute_lib.device_memory(),
     moment_itemsize=jnp.dtype(config.optim.moment_dtype).itemsize,
   )
+  whole = mesh.size == mesh.shape["data"]  # each device has all of every matrix
   gradient = source.head_gradient
   if gradient == "auto":
-    gradient = "forward" if mesh.size == mesh.shape["data"] else "recompute"
+    gradient = "forward" if whole else "recompute"
   unroll = source.scan_unroll or (1 if jax.default_backend() == "cpu" else shape.layers)
   return compute_lib.Compute(
     model=shape, dtype=dtype, attention=engine, max_segments=plan.max_segments, remat=remat,
-    unroll=unroll, head_chunk=source.head_chunk, head_gradient=gradient, mesh=mesh,
-    # Matrices that are split over devices would be mixed up by a join.
-    join=mesh.size == mesh.shape["data"],
+    unroll=unroll, head_chunk=source.head_chunk, head_gradient=gradient, join=whole, mesh=mesh,
   )  # fmt: skip
 
 
@@ -261,16 +261,9 @@ def enable_compilation_cache():
 
 def _bytes_per_device(tree, places) -> int:
   sizes = jax.tree.map(
-    lambda x, s: int(jnp.dtype(x.dtype).itemsize) * _product(s.shard_shape(x.shape)), tree, places
+    lambda x, s: jnp.dtype(x.dtype).itemsize * math.prod(s.shard_shape(x.shape)), tree, places
   )
   return sum(jax.tree.leaves(sizes))
-
-
-def _product(shape) -> int:
-  result = 1
-  for size in shape:
-    result *= size
-  return result
 
 
 def describe(config, source, plan, recipe, compute, state, origin) -> list:
