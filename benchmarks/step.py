@@ -82,6 +82,7 @@ def measure(shape: timing.Shape, arguments, *, packed: bool) -> dict:
     model=shape.model, dtype=dtype, attention=engine, max_segments=segments, remat=remat,
     unroll=arguments.unroll or (1 if on_cpu else shape.model.layers),
     head_chunk=arguments.head_chunk, head_gradient=arguments.head_gradient,
+    join=arguments.joined != "no",
   )  # fmt: skip
   recipe = make_recipe(shape, arguments.rounds)
   # Each example attends to itself alone.
@@ -108,6 +109,8 @@ def measure(shape: timing.Shape, arguments, *, packed: bool) -> dict:
     "length": shape.length,
     "attention": engine,
     "remat": remat,
+    "layers": "apart" if compute.unroll >= shape.model.layers else f"scan {compute.unroll}",
+    "joined": compute.join,
     "step_ms": seconds * 1e3,
     "tokens_per_second": tokens / seconds,
     "mfu": mfu(tokens / seconds * flops),
@@ -167,7 +170,13 @@ def main(argv=None) -> dict:
   parser.add_argument("--rows", type=int, help="rows of the batch; default: the shape's")
   parser.add_argument("--remat", choices=("auto", *model.REMAT_POLICIES), default="auto")
   parser.add_argument("--attention", default="auto")
-  parser.add_argument("--unroll", type=int, help="layers a turn; default: all, on a CPU one")
+  parser.add_argument(
+    "--unroll", type=int,
+    help="layers a turn of the scan, all: none and layers apart; default: all, on a CPU one",
+  )
+  parser.add_argument(
+    "--joined", choices=("auto", "yes", "no"), default="auto", help="projections; auto is yes"
+  )
   parser.add_argument("--head_chunk", type=int, default=2048)
   parser.add_argument("--head_gradient", choices=("forward", "recompute"), default="forward")
   parser.add_argument("--variants", default="packed,unpacked")
