@@ -58,19 +58,20 @@ class Compute:
       self.model,
       ids_BT,
       batch["positions"],
-      attention.attend_with(
-        batch["segment_ids"],
-        backend=self.attention,
-        max_segments=self.max_segments,
-        mesh=self.mesh,
-      ),
+      self._attend_with(batch),
       dtype=jnp.dtype(self.dtype),
       remat=self.remat,
       unroll=self.unroll,
       constrain=self._rows_stay_split,
     )
 
-  def loss(self, params: dict, ids_BT, batch: dict, targets_BT, weights_BT):
+  def _attend_with(self, batch: dict):
+    options = {"backend": self.attention, "max_segments": self.max_segments, "mesh": self.mesh}
+    if "block_starts" in batch:
+      return attention.beside(batch, **options)
+    return attention.attend_with(batch["segment_ids"], **options)
+
+  def loss(self, params: dict, ids_BT, batch: dict, targets_BT, weights_BT, scored_BT=None):
     """(sum of weight * cross-entropy, head.HeadOutput): see head.cross_entropy."""
     x_BTD = self.hidden_states(params, ids_BT, batch)
     with jax.named_scope("head"):
@@ -79,6 +80,7 @@ class Compute:
         model.head_matrix(params),
         targets_BT,
         weights_BT,
+        scored_BT,
         chunk=self.head_chunk,
         gradient=self.head_gradient,
         mesh=self.mesh,

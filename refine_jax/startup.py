@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from refine_jax import attention, data, hf, hf_config, model, optim, sharding, train_step
+from refine_jax import attention, data, hf, hf_config, model, noise, optim, sharding, train_step
 from refine_jax import compute as compute_lib
 from refine_jax.config import Config
 from refine_jax.errors import UserError
@@ -134,7 +134,7 @@ def choose_compute(config: Config, shape: ModelConfig, mesh, plan: DataPlan):
     source.remat,
     shape,
     dtype=dtype,
-    tokens=rows_on_device * config.data.max_length,
+    tokens=rows_on_device * config.data.max_length * noise.columns_per_token(config.noise),
     parameters=state_on_device // 4,
     head_chunk=source.head_chunk,
     memory=compute_lib.device_memory(),

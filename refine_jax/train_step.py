@@ -76,7 +76,9 @@ def train_step(state: TrainState, batch: dict, *, recipe: Recipe, compute: Compu
     objective.refinement_gradients.
   """
   key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-  noised = jax.vmap(
+  response_tokens = sum_over_batch(lambda b: b["response_mask"], batch)
+  tokens = sum_over_batch(lambda b: b["segment_ids"] > 0, batch)
+  batch, noised = jax.vmap(
     lambda micro: noise_lib.add_noise(key, micro, recipe.noise, recipe.noise_token)
   )(batch)
   weights, clean_weight = recipe.objective.loss_weights, recipe.objective.clean_weight
@@ -90,13 +92,13 @@ def train_step(state: TrainState, batch: dict, *, recipe: Recipe, compute: Compu
   losses = sums["loss"] / jnp.maximum(sums["count"], 1)
   loss_total = jnp.sum(losses * jnp.asarray(weights))
   new_state, norm, rate = _update(state, gradients, loss_total, recipe)
-  response_tokens = sum_over_batch(lambda b: b["response_mask"], batch)
+  noised_tokens = jnp.sum(noised.rates * batch["response_mask"])
   metrics = sums | {
     "loss_total": loss_total,
     "grad_norm": norm,
     "lr": rate,
-    "noise_mean": jnp.sum(noised.rates * batch["response_mask"]) / jnp.maximum(response_tokens, 1),
-    "tokens": sum_over_batch(lambda b: b["segment_ids"] > 0, batch),
+    "noise_mean": noised_tokens / jnp.maximum(response_tokens, 1),
+    "tokens": tokens,
     "response_tokens": response_tokens,
     "skipped": new_state.skipped.astype(jnp.float32),
     "skipped_in_row": new_state.skipped_in_row.astype(jnp.float32),
@@ -148,7 +150,7 @@ def eval_step(params: dict, batch: dict, *, recipe: Recipe, compute: Compute) ->
   """
   key = jax.random.key(recipe.seed)
   noise = recipe.noise
-  noised = noise_lib.add_noise(key, batch, noise, recipe.noise_token)
+  round_batch, noised = noise_lib.add_noise(key, batch, noise, recipe.noise_token)
   width = max(noise.noise_max - noise.noise_min, 1e-6) / NOISE_BUCKETS
   bucket = ((noised.rates - noise.noise_min) / width).astype(jnp.int32)
   bucket = jnp.clip(bucket, 0, NOISE_BUCKETS - 1)
@@ -156,29 +158,32 @@ def eval_step(params: dict, batch: dict, *, recipe: Recipe, compute: Compute) ->
   in_bucket = jax.nn.one_hot(bucket, NOISE_BUCKETS)
   working = compute.cast(params)
 
-  def predict(ids, trained=None):
+  def predict(ids, batch=batch, trained=None):
     targets, scored = objective.next_token_targets(batch, trained)
     return compute.loss(working, ids, batch, targets, scored.astype(jnp.float32))[1]
 
-  def terms(noised_ids, output, trained=None):
-    targets, scored = objective.next_token_targets(batch, trained)
-    return objective.round_sums(batch, noised_ids, targets, scored, output)
-
   def collect(_, output):
-    sums = terms(noised.ids, output, noised.trained)
+    targets, scored = objective.next_token_targets(round_batch, noised.trained)
+    weights = scored * noised.weights
+    sums = objective.round_sums(round_batch, noised.ids, targets, weights, output)
     return {name: jnp.einsum("bt,btk->k", x, in_bucket) for name, x in sums.items()}
 
   rounds = recipe.objective.num_iterations
   blocks = noise_lib.block_noise(key, batch, noise.block_size, recipe.noise_token)
+  targets, scored = objective.next_token_targets(batch)
+  clean = objective.round_sums(
+    batch, batch["ids"], targets, scored.astype(jnp.float32), predict(batch["ids"])
+  )
   return {
     "rounds": objective.refine(
-      lambda ids: predict(ids, noised.trained), batch, noised, num_rounds=rounds, collect=collect
+      lambda ids: predict(ids, round_batch, noised.trained), round_batch, noised,
+      num_rounds=rounds, collect=collect,
     ),
-    "clean": jax.tree.map(jnp.sum, terms(batch["ids"], predict(batch["ids"]))),
+    "clean": jax.tree.map(jnp.sum, clean),
     "block": block_metrics.block_sums(
       predict, batch, blocks, block_size=noise.block_size, passes=rounds + 1, eos=recipe.eos_token
     ),
-  }
+  }  # fmt: skip
 
 
 def debug_rounds(params: dict, batch: dict, *, recipe: Recipe, compute: Compute, step) -> dict:
@@ -189,7 +194,8 @@ def debug_rounds(params: dict, batch: dict, *, recipe: Recipe, compute: Compute,
     predicts for the place of each token.
   """
   key = jax.random.fold_in(jax.random.key(recipe.seed), step)
-  noised = noise_lib.add_noise(key, batch, recipe.noise, recipe.noise_token)
+  length = batch["ids"].shape[1]
+  batch, noised = noise_lib.add_noise(key, batch, recipe.noise, recipe.noise_token)
   targets, scored = objective.next_token_targets(batch)
   working = compute.cast(params)
 
@@ -197,8 +203,11 @@ def debug_rounds(params: dict, batch: dict, *, recipe: Recipe, compute: Compute,
     return compute.loss(working, ids, batch, targets, scored.astype(jnp.float32))[1]
 
   def collect(ids, output):
-    after = objective.next_round_ids(batch, output.predictions, noised.refined)
-    return {"inputs": ids[0], "predictions": after[0]}
+    # A prediction each for the place of the next token, refined or not.
+    everywhere = noised._replace(refined=batch["response_mask"])
+    after = objective.next_round_ids(batch, output.predictions, everywhere)
+    # Of blocks beside the clean text, the copy.
+    return {"inputs": ids[0, -length:], "predictions": after[0, -length:]}
 
   rounds = recipe.objective.num_iterations
   return objective.refine(predict, batch, noised, num_rounds=rounds, collect=collect)
