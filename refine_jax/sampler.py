@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refine_jax import cache_attention, token_choice
 from refine_jax import model as model_lib
-from refine_jax import token_choice
+from refine_jax.cache_attention import write_rows
 from refine_jax.model import ModelConfig
 
 MODES = ("exact", "fixed", "threshold", "ar")
@@ -43,6 +44,7 @@ class Settings:
       noise that depends on (seed, row, position) alone: a sample of the model's distribution that
       is a function of the tokens before it, so "exact" stays exact and equal to "ar".
     top_k, top_p: 0 and 1: off.
+    attention: an engine of cache_attention.py, that of `prefill` too.
   """
 
   mode: str = "exact"
@@ -55,6 +57,7 @@ class Settings:
   top_p: float = 1.0
   noise_token: int = 0
   eos_ids: tuple[int, ...] = ()
+  attention: str = "xla"
 
   @property
   def window(self) -> int:
@@ -74,7 +77,7 @@ class State(NamedTuple):
     turn: int32 [B], passes over the current block ("fixed").
     passes: int32 [B].
     accepted: int32 [N], how often a pass committed the place at this offset.
-    caches: for each layer keys and values [B, S, K, h].
+    caches: for each layer keys and values (cache_attention.empty_caches).
     seeds: uint32 [B], for sampling.
   """
 
@@ -104,16 +107,18 @@ class Seen(NamedTuple):
   count: jax.Array
 
 
-def prefill(params, prompts_BP, lengths, noise_token, *, config, size) -> tuple:
+def prefill(
+  params, prompts_BP, lengths, noise_token, *, config, size, attention: str = "xla"
+) -> tuple:
   """The prompts, int32 [B, P] padded on the right, in buffers of `size`: (tokens, caches)."""
   rows = prompts_BP.shape[0]
   dtype = jax.tree.leaves(params["layers"][0])[0].dtype
-  shape = (rows, size, config.kv_heads, config.head_dim)
-  caches = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers)]
+  caches = cache_attention.empty_caches(config, rows, size, dtype, attention)
   inside = jnp.arange(prompts_BP.shape[1])[None, :] < lengths[:, None]
   tokens = jnp.broadcast_to(noise_token, (rows, size)).astype(jnp.int32)
   tokens = tokens.at[:, : prompts_BP.shape[1]].set(jnp.where(inside, prompts_BP, noise_token))
-  _, caches = _run(params, config, prompts_BP, jnp.zeros(rows, jnp.int32), caches)
+  start_B = jnp.zeros(rows, jnp.int32)
+  _, caches = _run(params, config, prompts_BP, start_B, caches, attention)
   return tokens, caches
 
 
@@ -152,7 +157,7 @@ def one_pass(
   if settings.draft == "ngram":
     tokens = _continue_ngrams(tokens, state.length, block)
   window = _slice_rows(tokens, start, settings.window)
-  x, caches = _run(params, config, window, start, state.caches)
+  x, caches = _run(params, config, window, start, state.caches, settings.attention)
   # Only the rows that predict the block meet the head.
   behind = (state.length - 1 - start)[:, None] + jnp.arange(block)[None, :]
   x_BND = jnp.take_along_axis(x, behind[:, :, None], axis=1)
@@ -178,7 +183,7 @@ def one_pass(
   if settings.draft == "noise" and settings.mode != "fixed":
     committed = jnp.arange(block)[None, :] < count[:, None]
     keep = jnp.where(committed, predicted, settings.noise_token)
-  written = _write_rows(tokens, keep, state.length)
+  written = write_rows(tokens, keep, state.length)
   new = State(
     tokens=jnp.where(state.done[:, None], state.tokens, written),
     length=length,
@@ -208,25 +213,17 @@ def _commit_count(verified, probability, turn, settings):
   return verified + 1, turn
 
 
-def _run(params, config, ids_BT, start_B, caches):
+def _run(params, config, ids_BT, start_B, caches, engine):
   """Hidden states of ids at positions start, start + 1, .., with the caches up to there."""
-  positions = start_B[:, None] + jnp.arange(ids_BT.shape[1])[None, :]
-  keys = jnp.arange(caches[0][0].shape[1])
-  distance = positions[:, :, None] - keys[None, None, :]
-
-  def attend_with(window):
-    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-
-    def attend(q, k, v, cache):
-      cache = tuple(_write_rows(c, x, start_B) for c, x in zip(cache, (k, v), strict=True))
-      out = jax.nn.dot_product_attention(q, *cache, mask=seen[:, None], implementation="xla")
-      return out, cache
-
-    return attend
-
-  dtype = caches[0][0].dtype
+  count = ids_BT.shape[1]
   return model_lib.hidden_states(
-    params, config, ids_BT, positions, attend_with, dtype=dtype, caches=caches
+    params,
+    config,
+    ids_BT,
+    start_B[:, None] + jnp.arange(count)[None, :],
+    cache_attention.attend_with(start_B, count, cache_attention.size(caches, engine), engine),
+    dtype=caches[0][0].dtype,
+    caches=caches,
   )
 
 
@@ -243,7 +240,7 @@ def _continue_ngrams(tokens, length, block):
   period = length - 2 - place
   offsets = jnp.arange(block)[None, :] % jnp.maximum(period, 1)[:, None]
   found = jnp.take_along_axis(tokens, jnp.maximum(place, 0)[:, None] + 2 + offsets, axis=1)
-  return jnp.where((place >= 0)[:, None], _write_rows(tokens, found, length), tokens)
+  return jnp.where((place >= 0)[:, None], write_rows(tokens, found, length), tokens)
 
 
 def _leading(flags_BN):
@@ -254,16 +251,6 @@ def _leading(flags_BN):
 def _slice_rows(x, start_B, size):
   """[B, size, ...]: from each row, from its own start."""
   return jax.vmap(lambda row, s: jax.lax.dynamic_slice_in_dim(row, s, size))(x, start_B)
-
-
-def _write_rows(x, values, start_B):
-  """x with values [B, n, ...] written into each row at its own start."""
-  values = values.astype(x.dtype)
-  if x.shape[0] == 1:  # a plain slice update, done in place; batched ones become scatters
-    return jax.lax.dynamic_update_slice_in_dim(x, values, start_B[0], axis=1)
-  return jax.vmap(lambda row, v, s: jax.lax.dynamic_update_slice_in_dim(row, v, s, axis=0))(
-    x, values, start_B
-  )
 
 
 @functools.cache
@@ -277,6 +264,7 @@ def programs(config: ModelConfig, settings: Settings) -> tuple:
 
 
 @functools.cache
-def prefill_program(config: ModelConfig):
+def prefill_program(config: ModelConfig, attention: str = "xla"):
   """The jitted `prefill`."""
-  return jax.jit(functools.partial(prefill, config=config), static_argnames="size")
+  bound = functools.partial(prefill, config=config, attention=attention)
+  return jax.jit(bound, static_argnames="size")

@@ -76,7 +76,7 @@ def test_done_rows_change_nothing(model, options):
     for one, other in zip(before, after, strict=True):
       for row in np.flatnonzero(over):
         filled = state.cached[row]
-        np.testing.assert_allclose(other[row, :filled], one[row, :filled], atol=1e-5)
+        np.testing.assert_allclose(other[row, :, :filled], one[row, :, :filled], atol=1e-5)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
