@@ -1,0 +1,90 @@
+"""Attention over a cache, against attention over whole sequences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import train_fixtures as tiny
+
+from refine_jax import cache_attention, layout, sampler
+
+PLACES = 24
+
+
+@pytest.fixture(params=cache_attention.ENGINES)
+def engine(request, monkeypatch):
+  if request.param == "cudnn":  # its layout and mask, by XLA's means, which are there on a CPU
+    original = jax.nn.dot_product_attention
+
+    def by_xla(*args, implementation, **options):
+      assert implementation == "cudnn"
+      return original(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+  return request.param
+
+
+def by_numpy(q_THh, k_SKh, v_SKh, window):
+  groups = q_THh.shape[1] // k_SKh.shape[1]
+  k, v = (np.repeat(x, groups, axis=1) for x in (k_SKh, v_SKh))
+  scores = np.einsum("thd,shd->hts", q_THh, k) / np.sqrt(q_THh.shape[-1])
+  distance = np.arange(len(q_THh))[:, None] - np.arange(len(k))[None, :]
+  seen = (distance >= 0) & (distance < (window or len(k)))
+  weights = np.exp(np.where(seen, scores, -np.inf))
+  weights /= weights.sum(-1, keepdims=True)
+  return np.einsum("hts,shd->thd", weights, v)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("window", [None, 4])
+def test_blocks_over_a_cache_equal_the_whole(engine, rows, window):
+  """Row b begins b places later; drafts are written and overwritten on the way."""
+  config, rng = tiny.tiny_config(heads=6), np.random.default_rng(0)
+  length = 15
+  q, k, v = (
+    rng.normal(size=(rows, length, n, config.head_dim)).astype(np.float32) for n in (6, 2, 2)
+  )
+  cache = cache_attention.empty_caches(config, rows, PLACES, jnp.float32, engine)[0]
+  got = np.zeros_like(q)
+  # A prompt, a block, the same once more with a junk tail before it, a single token.
+  for start, stop, junk in ((0, 7, 0), (7, 11, 4), (7, 14, 0), (14, 15, 0)):
+    at = np.array([min(start, max(start - b, 0)) for b in range(rows)])
+    index = at[:, None] + np.arange(stop - start)[None, :]
+    part = [np.take_along_axis(x, index[:, :, None, None], axis=1) for x in (q, k, v)]
+    if junk:
+      part = [x + 100 for x in part]
+    attend = cache_attention.attend_with(jnp.asarray(at), stop - start, PLACES, engine)(window)
+    out, cache = attend(*map(jnp.asarray, part), cache)
+    np.put_along_axis(got, index[:, :, None, None], np.asarray(out), axis=1)
+  ends = [15 - b for b in range(rows)]
+  for b, end in enumerate(ends):
+    want = by_numpy(q[b, :end], k[b, :end], v[b, :end], window)
+    np.testing.assert_allclose(got[b, :end], want, atol=1e-5)
+
+
+def test_the_choice_on_a_cpu_is_xla():
+  assert cache_attention.choose_engine(tiny.tiny_config(), "bfloat16") == "xla"
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_pass_copies_no_cache(rows):
+  """In the compiled loop of passes: nothing of a cache's size is transposed or copied."""
+  config = tiny.tiny_config()
+  params = layout.join_projections(layout.unstack_layers(tiny.tiny_params(config)))
+  settings, size = sampler.Settings(block=4), 512
+  prompts, full = np.ones((rows, 16), np.int32), np.full(rows, 16, np.int32)
+  tokens, caches = sampler.prefill_program(config)(params, prompts, full, np.int32(1), size=size)
+  state = sampler.begin(
+    tokens, caches, full, full + 40, np.zeros(rows, bool), np.zeros(rows, np.uint32), settings
+  )
+  decode = sampler.programs(config, settings)[0]
+  text = decode.lower(params, state, np.int32(3)).compile().as_text()
+  cache_size = rows * size * config.kv_heads * config.head_dim
+  moved = []
+  for line in text.splitlines():
+    before, _, rest = line.partition(" = ")
+    dims = rest[rest.find("[") + 1 : rest.find("]")]
+    moves = any(f" {name}(" in rest for name in ("copy", "transpose"))
+    if moves and dims and np.prod([int(x) for x in dims.split(",")]) >= cache_size:
+      moved.append(line.strip())
+  assert not moved, "\n".join(moved)
