@@ -197,12 +197,16 @@ def _splash(q, k, v, segment_ids_BT, *, window, interpret):
 
 
 def choose_backend(
-  wanted: str, *, heads: int, kv_heads: int, head_dim: int, dtype, max_segments: int, packed: bool
-) -> str:
+  wanted: str, *, heads: int, kv_heads: int, head_dim: int, dtype, max_segments: int, packed: bool,
+  blocks: bool = False,
+) -> str:  # fmt: skip
   """The engine for this run: what was asked for, or for "auto" the fastest that answers right.
 
   "auto" runs the fast engine of this platform once on a tiny packed problem with grouped heads,
   forward and backward, against the reference, and falls back to "xla" with a warning.
+
+  Args:
+    blocks: whether the rows have blocks beside them (`beside`), which is probed too then.
 
   Raises:
     UserError: an engine was asked for by name and does not run or answers wrongly here.
@@ -219,7 +223,9 @@ def choose_backend(
     fast = wanted
   if fast == "xla":
     return "xla"
-  reason = _refusal(fast, platform, dtype) or _probe(fast, heads, kv_heads, head_dim, max_segments)
+  reason = _refusal(fast, platform, dtype) or _probe(
+    fast, heads, kv_heads, head_dim, max_segments, blocks
+  )
   if reason is None:
     return fast
   if wanted != "auto":
@@ -239,7 +245,14 @@ def _refusal(backend, platform, dtype):
   return None
 
 
-def _probe(backend, heads, kv_heads, head_dim, max_segments):
+def _positions(segment_ids_BT):
+  """Of each token in its own segment (numpy)."""
+  index = np.broadcast_to(np.arange(segment_ids_BT.shape[1]), segment_ids_BT.shape)
+  begins = np.diff(segment_ids_BT, axis=1, prepend=-1) != 0
+  return index - np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+
+
+def _probe(backend, heads, kv_heads, head_dim, max_segments, blocks):
   """None if `backend` agrees with the reference on a tiny packed problem, else why not."""
   length = 256
   cuts = [length] if backend == "cudnn" else [100, 37, 1, 90]  # the rest is padding
@@ -249,19 +262,24 @@ def _probe(backend, heads, kv_heads, head_dim, max_segments):
   row[1, : cuts[0]] = 1
   if backend == "cudnn":
     row[:] = 1
-  segment_ids = jnp.asarray(row)
+  batch = {"segment_ids": jnp.asarray(row)}
+  if blocks:
+    batch["positions"] = jnp.asarray(_positions(row))
+    batch = {name: jnp.tile(x, 2) for name, x in batch.items()}
+    batch["block_starts"] = batch["positions"][:, :length] // 7 * 7
   groups = heads // kv_heads
   small_heads = 2 * groups if kv_heads > 1 else groups
   keys = jax.random.split(jax.random.key(0), 4)
   count = {0: small_heads, 1: small_heads // groups, 2: small_heads // groups, 3: small_heads}
   q, k, v, weight = (
-    jax.random.normal(key, (2, length, count[i], head_dim), jnp.bfloat16)
+    jax.random.normal(key, (*batch["segment_ids"].shape, count[i], head_dim), jnp.bfloat16)
     for i, key in enumerate(keys)
   )
 
   def run(backend, q, k, v):
-    engine = attend_with(segment_ids, backend=backend, max_segments=max_segments)(None)
-    out = engine(q, k, v, None)[0]
+    options = {"backend": backend, "max_segments": max_segments}
+    engine = beside(batch, **options) if blocks else attend_with(batch["segment_ids"], **options)
+    out = engine(None)(q, k, v, None)[0]
     return jnp.sum((out * weight).astype(jnp.float32)), out
 
   def outputs(backend):

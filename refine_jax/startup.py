@@ -125,6 +125,7 @@ def choose_compute(config: Config, shape: ModelConfig, mesh, plan: DataPlan):
     dtype=dtype,
     max_segments=plan.max_segments,
     packed=config.data.pack,
+    blocks=config.noise.kind == "block",
   )
   shapes = model.param_shapes(shape)
   state_on_device = _bytes_per_device(shapes, sharding.shardings(shapes, mesh))

@@ -118,11 +118,12 @@ def test_the_probe_catches_an_engine_that_ignores_segments(monkeypatch):
     return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
   monkeypatch.setattr(attention, "_splash", blind)
-  assert "differs from the reference" in attention._probe("splash", 4, 2, 8, 3)
+  assert "differs from the reference" in attention._probe("splash", 4, 2, 8, 3, False)
 
 
-def test_the_probe_accepts_the_reference():
-  assert attention._probe("xla", 4, 2, 8, 3) is None
+@pytest.mark.parametrize("blocks", [False, True])
+def test_the_probe_accepts_the_reference(blocks):
+  assert attention._probe("xla", 4, 2, 8, 3, blocks) is None
 
 
 def test_auto_falls_back_with_a_warning(monkeypatch, caplog):
