@@ -187,7 +187,7 @@ def main(argv=None) -> dict:
     shape = timing.Shape(shape.model, arguments.rows, shape.length, shape.segments)
   peers = measure_peers(arguments, shape) if arguments.peer else []
   rows = [
-    measure(shape, arguments, packed=variant == "packed")
+    timing.told(measure(shape, arguments, packed=variant == "packed"))
     for variant in arguments.variants.split(",")
   ]
   for peer in peers:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import statistics
+import sys
 import time
 
 import jax
@@ -164,6 +165,13 @@ def table(rows: list) -> str:
               enumerate(zip(line, widths, strict=True)))
     for line in lines
   )  # fmt: skip
+
+
+def told(row: dict) -> dict:
+  """The row, printed at once: what a run had measured is not lost when it is stopped."""
+  print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
+  sys.stdout.flush()
+  return row
 
 
 def report(rows: list, summary: dict, as_json: bool, **tables: list) -> dict:
