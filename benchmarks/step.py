@@ -14,9 +14,14 @@ import jax
 import numpy as np
 
 from benchmarks import timing
-from refine_jax import attention, model, train_step
+from refine_jax import attention, layout, model, train_step
 from refine_jax import compute as compute_lib
 from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
+
+_JOINS = {
+  "auto": layout.MODULES, "yes": layout.MODULES, "no": (), "attention": ("attention",),
+  "mlp": ("mlp",),
+}  # fmt: skip
 
 
 def random_batch(shape: timing.Shape, *, packed: bool, prompt: int) -> dict:
@@ -82,7 +87,7 @@ def measure(shape: timing.Shape, arguments, *, packed: bool) -> dict:
     model=shape.model, dtype=dtype, attention=engine, max_segments=segments, remat=remat,
     unroll=arguments.unroll or (1 if on_cpu else shape.model.layers),
     head_chunk=arguments.head_chunk, head_gradient=arguments.head_gradient,
-    join=arguments.joined != "no",
+    join=_JOINS[arguments.joined],
   )  # fmt: skip
   recipe = make_recipe(shape, arguments.rounds)
   # Each example attends to itself alone.
@@ -110,7 +115,7 @@ def measure(shape: timing.Shape, arguments, *, packed: bool) -> dict:
     "attention": engine,
     "remat": remat,
     "layers": "apart" if compute.unroll >= shape.model.layers else f"scan {compute.unroll}",
-    "joined": compute.join,
+    "joined": ",".join(compute.join),
     "step_ms": seconds * 1e3,
     "tokens_per_second": tokens / seconds,
     "mfu": mfu(tokens / seconds * flops),
@@ -175,7 +180,7 @@ def main(argv=None) -> dict:
     help="layers a turn of the scan, all: none and layers apart; default: all, on a CPU one",
   )
   parser.add_argument(
-    "--joined", choices=("auto", "yes", "no"), default="auto", help="projections; auto is yes"
+    "--joined", choices=_JOINS, default="auto", help="projections, of which modules"
   )
   parser.add_argument("--head_chunk", type=int, default=2048)
   parser.add_argument("--head_gradient", choices=("forward", "recompute"), default="forward")

@@ -25,7 +25,7 @@ class Compute:
     max_segments: most examples in a packed row.
     unroll: layers in a turn of the scan; all of them: no scan, and a working copy with layers
       apart.
-    join: whether the working copy has joined projections (layout.py).
+    join: the modules whose projections are joined in the working copy (layout.MODULES).
     mesh: None on one device.
   """
 
@@ -35,7 +35,7 @@ class Compute:
   max_segments: int = 1
   remat: str = "none"
   unroll: int = 1
-  join: bool = False
+  join: tuple[str, ...] = ()
   head_chunk: int = 2048
   head_gradient: str = "forward"
   mesh: Mesh | None = None
@@ -45,7 +45,7 @@ class Compute:
     params = model.cast_for_compute(params, jnp.dtype(self.dtype))
     if self.unroll >= self.model.layers:
       params = layout.unstack_layers(params)
-    return layout.join_projections(params) if self.join else params
+    return layout.join_projections(params, self.join)
 
   def canonical(self, gradients: dict) -> dict:
     """Gradients of the working copy in the form of the parameters that it was made of."""
@@ -91,6 +91,11 @@ class Compute:
       return x_BTD
     sharding = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES, None, None))
     return jax.lax.with_sharding_constraint(x_BTD, sharding)
+
+
+def choose_join(mesh: Mesh) -> tuple:
+  """Of Compute.join: none where matrices are split, for a join would mix up what devices hold."""
+  return layout.MODULES if mesh.size == mesh.shape["data"] else ()
 
 
 def saved_bytes_per_token(config: ModelConfig, remat: str, itemsize: int) -> int:

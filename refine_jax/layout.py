@@ -19,6 +19,7 @@ from refine_jax.model import ModelConfig
 
 # module -> (joined projection, its parts in order)
 _JOINED = {"attention": ("qkv", ("query", "key", "value")), "mlp": ("gate_up", ("gate", "up"))}
+MODULES = tuple(_JOINED)
 
 
 def unstack_layers(params: dict) -> dict:
@@ -28,9 +29,9 @@ def unstack_layers(params: dict) -> dict:
   return params | {"layers": layers}
 
 
-def join_projections(params: dict) -> dict:
-  """The same parameters, layers stacked or apart, with joined projections."""
-  return _map_layers(_join_layer, params)
+def join_projections(params: dict, modules: tuple[str, ...] = MODULES) -> dict:
+  """The same parameters, layers stacked or apart, with the projections of these modules joined."""
+  return _map_layers(lambda layer: _join_layer(layer, modules), params)
 
 
 def canonical(params: dict, config: ModelConfig) -> dict:
@@ -48,9 +49,10 @@ def _map_layers(function, params: dict) -> dict:
   return params | {"layers": mapped}
 
 
-def _join_layer(layer: dict) -> dict:
+def _join_layer(layer: dict, modules) -> dict:
   result = dict(layer)
-  for module, (joined, parts) in _JOINED.items():
+  for module in modules:
+    joined, parts = _JOINED[module]
     rest = {name: x for name, x in layer[module].items() if name not in parts}
     matrices = [layer[module][name] for name in parts]
     result[module] = rest | {

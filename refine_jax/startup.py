@@ -141,14 +141,14 @@ def choose_compute(config: Config, shape: ModelConfig, mesh, plan: DataPlan):
     memory=compute_lib.device_memory(),
     moment_itemsize=jnp.dtype(config.optim.moment_dtype).itemsize,
   )
-  whole = mesh.size == mesh.shape["data"]  # each device has all of every matrix
   gradient = source.head_gradient
   if gradient == "auto":
-    gradient = "forward" if whole else "recompute"
+    gradient = "forward" if mesh.size == mesh.shape["data"] else "recompute"
   unroll = source.scan_unroll or (1 if jax.default_backend() == "cpu" else shape.layers)
   return compute_lib.Compute(
     model=shape, dtype=dtype, attention=engine, max_segments=plan.max_segments, remat=remat,
-    unroll=unroll, head_chunk=source.head_chunk, head_gradient=gradient, join=whole, mesh=mesh,
+    unroll=unroll, head_chunk=source.head_chunk, head_gradient=gradient, mesh=mesh,
+    join=compute_lib.choose_join(mesh),
   )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ FAMILIES = {
 FORMS = {
   "apart": layout.unstack_layers,
   "joined": layout.join_projections,
+  "joined mlp": lambda p: layout.join_projections(p, ("mlp",)),
   "apart and joined": lambda p: layout.join_projections(layout.unstack_layers(p)),
 }
 
@@ -108,8 +109,11 @@ def step_on(mesh, batch, recipe, compute):
 
 # Where matrices are split over devices, startup.choose_compute joins none.
 @pytest.mark.parametrize(
-  ("sizes", "join"), [((1, 1, 1), True), ((4, 1, 1), True), ((2, 2, 1), False), ((1, 2, 2), False)]
-)
+  ("sizes", "join"),
+  [
+    ((1, 1, 1), layout.MODULES), ((4, 1, 1), ("attention",)), ((2, 2, 1), ()), ((1, 2, 2), ()),
+  ],
+)  # fmt: skip
 def test_the_step_is_the_same_with_layers_apart(sizes, join):
   batch, recipe = tiny.split(tiny.packed_batch(24), 2), tiny.recipe()
   axes = dict(zip(sharding.AXES, sizes, strict=True))
