@@ -1,9 +1,12 @@
 """One call's rows on their way through the sampler's programs."""
 
+import numbers
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 
-from refine_jax import executables, sampler
+from refine_jax import executables, growing_text, sampler
 from refine_jax.data import encode_prompt
 from refine_jax.errors import UserError
 from refine_jax.result import Generation, Pass, Trace, token_texts
@@ -16,43 +19,57 @@ class Decoder:
 
   def __init__(
     self, model, prompts, *, mode, block_size, max_new_tokens, draft, refine_iter, tau, temperature,
-    top_k, top_p, seed, noise_token, eos_token_id, stop, chat_template, trace,
+    top_k, top_p, seed, first_row, noise_token, eos_token_id, stop, chat_template, trace, follow,
   ):  # fmt: skip
-    """Options as in `generation.generate`; the prompts' pass is run here."""
-    _require_one_of("mode", mode, sampler.MODES)
-    _require_one_of("draft", draft or "tail", sampler.DRAFTS)
-    if block_size < 1 or max_new_tokens < 1:
-      raise UserError("block_size and max_new_tokens must be at least 1.")
-    self.model, self.stop = model, (stop,) if isinstance(stop, str) else tuple(stop)
-    if self.stop:
-      model.require_tokenizer()
-    if "" in self.stop:
-      raise UserError("A stop string is empty; it would end every answer at once.")
+    """Options as in `generation.generate`; the prompts' pass is run here.
+
+    Args:
+      follow: keep `answers` after every `step`.
+    """
+    check_options(
+      mode=mode, block_size=block_size, max_new_tokens=max_new_tokens, draft=draft, seed=seed,
+      refine_iter=refine_iter, tau=tau, temperature=temperature, top_k=top_k, top_p=top_p,
+      stop=stop,
+    )  # fmt: skip
+    if isinstance(prompts, str):
+      raise UserError("prompts is one string; give a list of prompts.")
+    self.model = model
     eos = model.eos_token_ids if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
     if noise_token is None:
       noise_token = eos[0] if eos else 0
+    if not 0 <= noise_token < model.config.vocab_size:
+      raise UserError(f"noise_token={noise_token} is outside the vocabulary.")
+    stops, stop_ids = _stops(model, stop)
     self.settings = sampler.Settings(
       mode="exact" if mode == "ar" else mode,
       block=1 if mode == "ar" else block_size,
       draft=draft or ("noise" if mode == "fixed" else "tail"),
       refine_iter=refine_iter, tau=tau, temperature=temperature, top_k=top_k, top_p=top_p,
-      noise_token=int(noise_token), eos_ids=tuple(map(int, eos)),
+      noise_token=int(noise_token), eos_ids=(*map(int, eos), *stop_ids),
     )  # fmt: skip
-    self.prompts = [_ids(model, p, chat_template) for p in prompts]
-    self.max_new_tokens, self.seed = max_new_tokens, seed
+    self.prompts = [
+      _ids(model, prompt, chat_template, number)
+      for number, prompt in enumerate(prompts, first_row + 1)
+    ]
+    self.max_new_tokens, self.seed, self.first_row = max_new_tokens, seed, first_row
     self.compile_seconds = self.decode_seconds = self.prefill_seconds = 0.0
     self._programs = {}
-    self.cut = [None] * len(prompts)  # tokens before a stop string, where one was found
-    self.trace = [[] for _ in prompts] if trace else None
+    # Text as it comes, where something looks at it before the end.
+    self.answers = None
+    if stops or follow:
+      self.answers = [growing_text.GrowingAnswer(model.tokenizer, stops) for _ in self.prompts]
+    self.trace = [[] for _ in self.prompts] if trace else None
     self.params = model.decoding_params
-    self.state = self._prefill() if prompts else None
+    self.state = self._prefill() if self.prompts else None
 
   def _prefill(self) -> sampler.State:
     longest = max(map(len, self.prompts))
     context = self.model.config.max_length
     if longest >= context:
+      row = next(i for i, prompt in enumerate(self.prompts, 1) if len(prompt) >= context)
       raise UserError(
-        f"A prompt of {longest} tokens leaves no room in the model's {context} positions."
+        f"Prompt {self.first_row + row} has {len(self.prompts[row - 1])} tokens, which leaves no"
+        f" room in the model's {context} positions."
       )
     rows = executables.bucket(len(self.prompts), 1)
     width = executables.bucket(longest, _SMALLEST_BUCKET)
@@ -65,7 +82,9 @@ class Decoder:
     # Windows reach beyond the last token; a buffer that ended there would shift them.
     needed = max(int(limits.max()) + 2 * self.settings.block, width)
     done = np.arange(rows) >= len(self.prompts)
-    seeds = np.random.default_rng(self.seed).integers(0, 2**32, rows, dtype=np.uint32)
+    # Leading numbers do not depend on how many are drawn.
+    end = self.first_row + rows
+    seeds = np.random.default_rng(self.seed).integers(0, 2**32, end, dtype=np.uint32)[-rows:]
     arguments = (self.params, ids, lengths, np.int32(self.settings.noise_token))
     prefill = sampler.prefill_program(self.model.config)
     size = executables.bucket(needed, _SMALLEST_BUCKET)
@@ -85,8 +104,8 @@ class Decoder:
         self._traced_pass()
         if np.all(self.state.done):
           break
-    if self.stop:
-      self._look_for_stops()
+    if self.answers is not None:
+      self._follow()
     return bool(np.all(self.state.done))
 
   def _timed(self, function, *arguments):
@@ -116,17 +135,12 @@ class Decoder:
           )
         )  # fmt: skip
 
-  def _look_for_stops(self):
+  def _follow(self):
+    """Lets the answers grow, and ends rows with a stop string."""
     done = np.array(self.state.done)
-    for row, tokens in enumerate(self._new_tokens()):
-      text = self.model.tokenizer.decode(tokens)
-      if self.cut[row] is None and any(s in text for s in self.stop):
-        # The shortest run of tokens whose text holds a stop string.
-        self.cut[row] = next(
-          n for n in range(len(tokens) + 1)
-          if any(s in self.model.tokenizer.decode(tokens[:n]) for s in self.stop)
-        )  # fmt: skip
-        done[row] = True
+    for row, (answer, tokens) in enumerate(zip(self.answers, self._new_tokens(), strict=True)):
+      answer.extend(tokens[len(answer.tokens) :], bool(done[row]))
+      done[row] |= answer.stopped
     self.state = self.state._replace(done=jnp.asarray(done))
 
   def _new_tokens(self) -> list[list[int]]:
@@ -135,36 +149,20 @@ class Decoder:
       tokens[row, len(prompt) : lengths[row]].tolist() for row, prompt in enumerate(self.prompts)
     ]
 
-  def _answers(self) -> list[list[int]]:
-    return [
-      row if cut is None else row[:cut]
-      for row, cut in zip(self._new_tokens(), self.cut, strict=True)
-    ]
-
-  def texts(self) -> list[str] | None:
-    """The answers so far, stop strings and what came after them left out."""
-    if self.state is None:
-      return []
-    if self.model.tokenizer is None:
-      return None
-    texts = self.model.tokenizer.batch_decode(self._answers(), skip_special_tokens=True)
-    for stop in self.stop:
-      texts = [text.split(stop)[0] for text in texts]
-    return texts
-
   def result(self) -> Generation:
     if self.state is None:
       trace = None if self.trace is None else Trace([], [], {})
       return Generation([], [], [], [], [], [], 0.0, 0.0, 0.0, trace)
-    tokens = self._answers()
+    tokens = self._new_tokens()
+    stopped = [bool(row and row[-1] in self.settings.eos_ids) for row in tokens]
+    texts = self.model.tokenizer and [growing_text.decode(self.model.tokenizer, t) for t in tokens]
+    for row, answer in enumerate(self.answers or ()):
+      if answer.stopped:
+        tokens[row], texts[row], stopped[row] = answer.tokens, answer.text, True
     passes = np.asarray(self.state.passes)[: len(self.prompts)]
-    stopped = [
-      cut is not None or bool(row and row[-1] in self.settings.eos_ids)
-      for row, cut in zip(tokens, self.cut, strict=True)
-    ]
     accepted = np.asarray(self.state.accepted) / max(passes.sum(), 1)
     return Generation(
-      self.prompts, tokens, self.texts(), passes.tolist(), stopped, accepted.tolist(),
+      self.prompts, tokens, texts, passes.tolist(), stopped, accepted.tolist(),
       self.prefill_seconds, self.decode_seconds, self.compile_seconds, self._finished_trace(),
     )  # fmt: skip
 
@@ -177,19 +175,57 @@ class Decoder:
     return Trace([list(passes) for passes in self.trace], texts, token_texts(tokenizer, ids))
 
 
-def _ids(model, prompt, chat_template) -> list[int]:
-  text = isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], dict))
-  if text:
-    ids = encode_prompt(model.require_tokenizer(), prompt, chat_template)
-  else:
-    ids = [int(i) for i in prompt]
-    if ids and not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
-      raise UserError(f"A prompt has ids outside the vocabulary of {model.config.vocab_size}.")
-  if not ids:
-    raise UserError("A prompt is empty; give at least one token.")
+def check_options(
+  *, mode, block_size, max_new_tokens, draft, refine_iter, tau, temperature, top_k, top_p, seed,
+  stop,
+):  # fmt: skip
+  """What can be told of options before there is a model.
+
+  Raises:
+    UserError: names the option, its value and what it may be.
+  """
+  _require("mode", mode, mode in sampler.MODES, f"one of {', '.join(sampler.MODES)}")
+  _require("draft", draft, draft in (None, *sampler.DRAFTS), f"one of {', '.join(sampler.DRAFTS)}")
+  for name, value in (
+    ("block_size", block_size), ("max_new_tokens", max_new_tokens), ("refine_iter", refine_iter),
+  ):  # fmt: skip
+    _require(name, value, value >= 1, "at least 1")
+  _require("tau", tau, tau >= 0, "a probability")
+  _require("temperature", temperature, 0 <= temperature < np.inf, "0 or a positive number")
+  _require("top_k", top_k, top_k >= 0, "0 or a positive number")
+  _require("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")
+  _require("seed", seed, seed >= 0, "0 or a positive number")
+  if stop == "" or "" in tuple(stop):
+    raise UserError("A stop string is empty; it would end every answer at once.")
+
+
+def _require(name, value, good, what):
+  if not good:
+    raise UserError(f"{name}={value!r} cannot be; it must be {what}.")
+
+
+def _stops(model, stop) -> tuple[tuple[str, ...], list[int]]:
+  """Strings to look for in the text, and ids of those that are special tokens, which it lacks."""
+  stops = (stop,) if isinstance(stop, str) else tuple(stop)
+  special = growing_text.special_ids(model.require_tokenizer()) if stops else {}
+  return tuple(s for s in stops if s not in special), [special[s] for s in stops if s in special]
+
+
+def _ids(model, prompt, chat_template, number) -> list[int]:
+  """The ids of the prompt with this number, as errors call it."""
+  if isinstance(prompt, np.ndarray):
+    prompt = prompt.tolist()
+  if not isinstance(prompt, str) and not (isinstance(prompt, Sequence) and prompt):
+    raise UserError(f"Prompt {number} is {prompt!r}; give a string, chat messages or token ids.")
+  if isinstance(prompt, str) or isinstance(prompt[0], dict):
+    tokenizer = model.require_tokenizer()
+    try:
+      return encode_prompt(tokenizer, prompt, chat_template)
+    except TypeError:  # lone surrogates: bytes that were no text
+      raise UserError(f"Prompt {number} is not valid Unicode.") from None
+  if not all(isinstance(i, numbers.Integral) for i in prompt):
+    raise UserError(f"Prompt {number} mixes what is no token id into its ids.")
+  ids = [int(i) for i in prompt]
+  if not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
+    raise UserError(f"Prompt {number} has ids outside the vocabulary of {model.config.vocab_size}.")
   return ids
-
-
-def _require_one_of(name, value, known):
-  if value not in known:
-    raise UserError(f"{name}={value!r} is not known; it is one of {', '.join(known)}.")

@@ -9,6 +9,8 @@ from refine_jax.errors import UserError
 from refine_jax.loading import Model
 from refine_jax.result import Generation
 
+_PASSES_BETWEEN_STOPS = 8
+
 
 def generate(
   model: Model,
@@ -24,6 +26,7 @@ def generate(
   top_k: int = 0,
   top_p: float = 1.0,
   seed: int = 0,
+  first_row: int = 0,
   noise_token: int | None = None,
   eos_token_id: int | Sequence[int] | None = None,
   stop: Sequence[str] = (),
@@ -41,9 +44,12 @@ def generate(
     max_new_tokens: for each row, never overshot; EOS counts.
     draft: one of sampler.DRAFTS; default: "tail", for "fixed" "noise".
     seed: a row's sample depends on it and on the row's place among the prompts alone.
+    first_row: the place of the first prompt, where the prompts come in several calls.
     noise_token: default: the first EOS id, as in training.
     eos_token_id: any of these ends a row; default: the model's.
-    stop: strings that end a row where they first appear; they stay out of the text.
+    stop: strings that end a row where they first appear in its text, which they stay out of;
+      a special token ends it as EOS does. Looked for on the host: without a stream, after every
+      8 passes, so that a row may take part in a few more than it needed.
     chat_template: for tokenizers without one.
     trace: keep what each pass predicted, to be shown. A pass then is a call of its own, which
       takes longer; the tokens are the same.
@@ -53,20 +59,19 @@ def generate(
     a Generation; with `stream` a Stream, which is iterated over.
 
   Raises:
-    UserError: an unknown mode or draft, an empty or too long prompt, text without a tokenizer.
+    UserError: an option that cannot be, an empty or too long prompt, text without a tokenizer.
   """
   if stream:
     model.require_tokenizer()
   decoder = Decoder(
     model, prompts, mode=mode, block_size=block_size, max_new_tokens=max_new_tokens, draft=draft,
     refine_iter=refine_iter, tau=tau, temperature=temperature, top_k=top_k, top_p=top_p,
-    seed=seed, noise_token=noise_token, eos_token_id=eos_token_id, stop=stop,
-    chat_template=chat_template, trace=trace,
+    seed=seed, first_row=first_row, noise_token=noise_token, eos_token_id=eos_token_id, stop=stop,
+    chat_template=chat_template, trace=trace, follow=bool(stream),
   )  # fmt: skip
   if stream:
     return Stream(decoder, int(stream))
-  # Stop strings are looked for on the host, every so many passes.
-  chunk = 8 if stop else np.iinfo(np.int32).max
+  chunk = _PASSES_BETWEEN_STOPS if stop else np.iinfo(np.int32).max
   while not decoder.step(chunk):
     pass
   return decoder.result()
@@ -94,29 +99,14 @@ class Stream:
     return self._decoder.result()
 
   def _run(self, passes) -> Iterator[list[str]]:
-    decoder = self._decoder
-    shown = [""] * len(decoder.prompts)
+    answers = self._decoder.answers
+    shown = [0] * len(answers)
     finished = False
     while not finished:
-      finished = decoder.step(passes)
-      texts = decoder.texts()
-      if not finished:
-        texts = [text[: _settled(text, decoder.stop)] for text in texts]
-      yield [text[len(old) :] for text, old in zip(texts, shown, strict=True)]
-      shown = texts
-
-
-def _settled(text: str, stops) -> int:
-  """How much of a text can no longer change.
-
-  Half a character decodes to a replacement sign and waits for its other half; what may be the
-  beginning of a stop string waits too.
-  """
-  size = len(text.rstrip("\ufffd"))
-  for stop in stops:
-    begun = next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
-    size = min(size, len(text) - begun)
-  return size
+      finished = self._decoder.step(passes)
+      texts = [answer.text for answer in answers]
+      yield [text[count:] for text, count in zip(texts, shown, strict=True)]
+      shown = [len(text) for text in texts]
 
 
 def iterative_generate(

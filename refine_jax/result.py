@@ -25,9 +25,9 @@ class Pass:
 @dataclasses.dataclass(frozen=True)
 class Trace:
   """Attributes:
-    rows: for each prompt the passes that its row took part in.
-    prompts: as text.
-    pieces: the text of every token id in `rows`; its number without a tokenizer.
+  rows: for each prompt the passes that its row took part in.
+  prompts: as text.
+  pieces: the text of every token id in `rows`; its number without a tokenizer.
   """
 
   rows: list[list[Pass]]
@@ -70,12 +70,20 @@ class Generation:
   def tokens_per_second(self) -> float:
     return sum(map(len, self.tokens)) / max(self.decode_seconds, 1e-9)
 
+  @property
+  def numbers(self) -> str:
+    """All that was counted, in two lines."""
+    shares = ", ".join(f"{share:.0%}" for share in self.accepted)
+    return (
+      f"{sum(map(len, self.tokens))} tokens, {self.tokens_per_pass:.2f} a pass,"
+      f" {self.tokens_per_second:.0f} a second; prefill {self.prefill_seconds:.3g} s, decode"
+      f" {self.decode_seconds:.3g} s, compilation {self.compile_seconds:.3g} s"
+      f"\npasses that committed each offset of the block: {shares}"
+    )
+
   def __str__(self) -> str:
     answers = self.texts if self.texts is not None else [str(t) for t in self.tokens]
-    return "\n".join(answers) + (
-      f"\n[{sum(map(len, self.tokens))} tokens, {self.tokens_per_pass:.2f} a pass,"
-      f" {self.tokens_per_second:.0f} a second]"
-    )
+    return "\n".join([*answers, f"[{self.numbers}]"])
 
   def _repr_html_(self) -> str:
     return refinement_html.fragment(self)

@@ -200,17 +200,19 @@ def test_what_may_become_a_stop_string_waits():
 class Letters:
   """As much of a tokenizer as decoding uses."""
 
-  def decode(self, ids):
-    return "".join(chr(97 + i) for i in ids)
+  added_tokens_decoder = {}
 
-  def batch_decode(self, rows, skip_special_tokens):
-    return [self.decode(row) for row in rows]
+  def decode(self, ids, **_):
+    return "".join(map(self.convert_ids_to_tokens, ids))
+
+  def convert_ids_to_tokens(self, token):
+    return chr(97 + token)
 
 
 def test_half_a_character_waits_for_the_other(model):
   class Bytes(Letters):
-    def decode(self, ids):
-      return "é世é".encode()[: len(ids)].decode(errors="replace")
+    def decode(self, ids, **_):
+      return bytes("é世é".encode()[i - 1] for i in ids).decode(errors="replace")
 
   model = sampler_fixtures.copier_model(Bytes(), 27)
   stream = refine_jax.generate(model, [[0]], block_size=1, max_new_tokens=7, stream=True)
