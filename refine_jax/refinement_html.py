@@ -9,7 +9,7 @@ from pathlib import Path
 
 from refine_jax.errors import UserError
 
-_CONTEXT = 24  # committed tokens shown before the block
+_CONTEXT = 12  # committed tokens shown before the block
 _STATES = {
   "new": "predicted for the first time",
   "changed": "another token than the pass before",
@@ -43,12 +43,14 @@ _STYLE = (
   padding: 2px 8px 2px 0; vertical-align: top; text-align: left; color: var(--rj-ink);
   border-bottom: 1px solid var(--rj-line);
 }
-.refine-jax th { text-align: right; white-space: nowrap; color: var(--rj-faint); width: 1%; }
+.refine-jax th { text-align: right; white-space: nowrap; color: var(--rj-faint); }
+.refine-jax th:last-child { text-align: left; }
 .refine-jax td {
-  font-family: ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap;
+  width: 100%; font-family: ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap;
   overflow-wrap: anywhere;
 }
 .refine-jax .t { border-radius: 3px; margin-right: 1px; padding: 0 1px; unicode-bidi: isolate; }
+.refine-jax .t:hover { outline: 1px solid var(--rj-ink); }
 .refine-jax .new { background: var(--rj-new); }
 .refine-jax .changed { background: var(--rj-changed); font-style: italic; }
 .refine-jax .kept { background: var(--rj-kept); }
@@ -109,21 +111,20 @@ def write(generation, path, title: str = "Refinement"):
   """Writes `page` as a new file.
 
   Raises:
-    UserError: the file is there already.
+    UserError: the file is there already, or cannot be written.
   """
   path = refuse_existing(path)
   unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-  unfinished.write_text(page(generation, title), encoding="utf-8")
-  unfinished.rename(path)
+  try:
+    unfinished.write_text(page(generation, title), encoding="utf-8")
+    unfinished.rename(path)
+  except OSError as error:
+    raise UserError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def _numbers(generation) -> str:
-  shares = ", ".join(f"{share:.0%}" for share in generation.accepted)
-  return html.escape(
-    f"{sum(map(len, generation.tokens))} tokens, {generation.tokens_per_pass:.2f} a pass,"
-    f" {generation.tokens_per_second:.0f} a second; prefill"
-    f" {1e3 * generation.prefill_seconds:.1f} ms, decode {1e3 * generation.decode_seconds:.1f} ms"
-  ) + f'<br><span class="faint">passes that committed each offset of the block: {shares}</span>'
+  cost, *offsets = html.escape(generation.numbers).split("\n")
+  return f'{cost}<br><span class="faint">{"<br>".join(offsets)}</span>'
 
 
 def _answer(generation, row, opened) -> str:
@@ -133,12 +134,12 @@ def _answer(generation, row, opened) -> str:
   trace = generation.trace
   asked = body = ""
   if trace is not None:
-    asked = f'<div class="text faint">{_escape(trace.prompts[row], lines=True)}</div>'
+    asked = f'<div class="text faint">{_escape_lines(trace.prompts[row])}</div>'
     body = _passes(trace.rows[row], tokens, trace.pieces)
   return (
     f"<details {opened}><summary>answer {row + 1}: {len(tokens)} tokens in {passes} passes,"
     f" {len(tokens) / max(passes, 1):.2f} a pass, {end}</summary>{asked}"
-    f'<div class="text">{_escape(text, lines=True)}</div>{body}</details>'
+    f'<div class="text">{_escape_lines(text)}</div>{body}</details>'
   )
 
 
@@ -149,7 +150,8 @@ def _passes(passes, tokens, pieces) -> str:
     past = ("… " if first else "") + "".join(
       _escape(pieces.get(t, str(t))) for t in tokens[first : seen.start]
     )
-    spans = "".join(
+    # A line may break between tokens, rather than inside one.
+    spans = "<wbr>".join(
       _span(seen, offset, before.get(seen.start + offset), pieces)
       for offset in range(len(seen.tokens))
     )
@@ -158,7 +160,7 @@ def _passes(passes, tokens, pieces) -> str:
       f'<td><span class="faint">{past}</span>{spans}</td></tr>'
     )
     before = dict(enumerate(seen.tokens, seen.start))
-  head = "<tr><th>pass</th><th>commits</th><th style='text-align: left'>tokens</th></tr>"
+  head = "<tr><th>pass</th><th>commits</th><th>tokens</th></tr>"
   return f"<table><thead>{head}</thead><tbody>{''.join(lines)}</tbody></table>"
 
 
@@ -177,11 +179,14 @@ def _span(seen, offset, earlier, pieces) -> str:
   )
 
 
-def _escape(text: str, lines: bool = False) -> str:
-  """HTML of a text with its whitespace and control characters visible."""
-  if lines:
-    return "\n".join(html.escape(_visible(line)) for line in text.split("\n"))
+def _escape(text: str) -> str:
+  """HTML of a token, with its whitespace visible."""
   return html.escape(_visible(text))
+
+
+def _escape_lines(text: str) -> str:
+  """HTML of a whole text, which keeps its lines and tabs."""
+  return html.escape("".join(c if c in "\n\t" else _visible_character(c) for c in text))
 
 
 def _visible(text: str) -> str:

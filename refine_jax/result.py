@@ -96,3 +96,33 @@ def token_texts(tokenizer, ids) -> dict[int, str]:
   anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
   skipped = len(tokenizer.decode(anchor)) if anchor else 0
   return {i: tokenizer.decode([*anchor, i])[skipped:] for i in ids}
+
+
+def joined(parts: list[Generation]) -> Generation:
+  """One Generation of several, their answers in order and their numbers together."""
+  lists = {
+    name: [entry for part in parts for entry in getattr(part, name)]
+    for name in ("prompts", "tokens", "passes", "stopped")
+  }
+  seconds = {
+    f"{what}_seconds": sum(getattr(part, f"{what}_seconds") for part in parts)
+    for what in ("prefill", "decode", "compile")
+  }
+  texts = [part.texts for part in parts]
+  traces = [part.trace for part in parts]
+  trace = None
+  if None not in traces:
+    trace = Trace(
+      [row for t in traces for row in t.rows],
+      [prompt for t in traces for prompt in t.prompts],
+      {token: piece for t in traces for token, piece in t.pieces.items()},
+    )
+  passes = max(sum(lists["passes"]), 1)
+  accepted = [
+    sum(share * sum(part.passes) for share, part in zip(shares, parts, strict=True)) / passes
+    for shares in zip(*(part.accepted for part in parts), strict=True)
+  ]
+  return Generation(
+    texts=None if None in texts else [text for some in texts for text in some],
+    accepted=accepted, trace=trace, **lists, **seconds,
+  )  # fmt: skip

@@ -5,18 +5,76 @@
     python scripts/sample.py --model=DIR --chat
     python scripts/sample.py --model=DIR --prompt="What is 2+2?" --html=passes.html
 
---html writes how the answers came to be, pass by pass, to be opened in a browser. --check decodes
-once more, one token a pass, and says on standard error where the answers part.
+Prompts are lines, of a file or of standard input: text, or JSON {"prompt": ..} with a string, chat
+messages or token ids. Answers go to standard output, each with its batch; a batch of one prompt
+streams. Numbers go to standard error. --html writes how the answers came to be, pass by pass, to
+be opened in a browser. --check decodes once more, one token a pass, and says where answers part.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
-from refine_jax import comparison, generation, loading, refinement_html, sampler
+from refine_jax import comparison, decoding, generation, loading, refinement_html, result, sampler
 from refine_jax.cli import entry_point
 from refine_jax.errors import UserError
+
+_FORGET = "/new"  # a line of a chat
+
+
+def parse() -> tuple[argparse.Namespace, dict]:
+  """The arguments, and those of them that are options of `generate`."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  add("--model", required=True, help="Hugging Face directory, hub name or workdir")
+  add("--step", type=int, help="of a workdir; default: its newest checkpoint")
+  add("--dtype", help="of the parameters; default: as stored")
+  add("--prompt", help="one prompt")
+  add("--prompts_file", help="a prompt a line, text or JSON; default: standard input")
+  add("--batch_size", type=int, default=8, help="prompts decoded together (8)")
+  add("--chat", action="store_true", help=f"turns; {_FORGET} starts over, Ctrl-C cuts an answer")
+  add("--jsonl", action="store_true", help="write a JSON object an answer")
+  add("--html", help="a new file for the passes, coloured")
+  add("--check", action="store_true", help="compare with one token a pass")
+  group = parser.add_argument_group("decoding", "the same for all prompts")
+  add = group.add_argument
+  names = [
+    add("--mode", default="exact", help=f"{', '.join(sampler.MODES)} (exact)"),
+    add("--block_size", type=int, default=8, help="tokens that a pass can commit (8)"),
+    add("--max_new_tokens", type=int, default=256, help="an answer, EOS counted (256)"),
+    add("--draft", help=f"{', '.join(sampler.DRAFTS)} (tail; noise for mode fixed)"),
+    add("--refine_iter", type=int, default=2, help="passes a block, mode fixed (2)"),
+    add("--tau", type=float, default=0.9, help="probability, mode threshold (0.9)"),
+    add("--temperature", type=float, default=0.0, help="0 is greedy (0)"),
+    add("--top_k", type=int, default=0, help="sample from so many best tokens; 0: all (0)"),
+    add("--top_p", type=float, default=1.0, help="sample from so much probability (1)"),
+    add("--seed", type=int, default=0, help="samples depend on it and a prompt's place (0)"),
+    add("--stop", action="append", default=[], help="a string that ends an answer; repeatable"),
+  ]
+  arguments = parser.parse_args()
+  return arguments, {action.dest: getattr(arguments, action.dest) for action in names}
+
+
+def check(arguments, options):
+  """Raises UserError for what would fail after the model is loaded."""
+  decoding.check_options(**options)
+  given = [n for n in ("prompt", "prompts_file", "jsonl", "html", "check")
+           if getattr(arguments, n) not in (None, False)]  # fmt: skip
+  if arguments.chat and given:
+    raise UserError(f"--{given[0]} goes with prompts, not with --chat.")
+  if given[:2] == ["prompt", "prompts_file"]:
+    raise UserError("Give --prompt or --prompts_file, not both.")
+  if arguments.batch_size < 1:
+    raise UserError(f"--batch_size={arguments.batch_size} must be at least 1.")
+  if arguments.check and arguments.temperature:
+    raise UserError("--check compares greedy answers; leave --temperature out.")
+  if arguments.html:
+    refinement_html.refuse_existing(arguments.html)
 
 
 def read_prompts(arguments) -> list:
@@ -27,11 +85,16 @@ def read_prompts(arguments) -> list:
     path = Path(arguments.prompts_file)
     if not path.is_file():
       raise UserError(f"{path} (--prompts_file) is not a file.")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    data = path.read_bytes()
   elif not sys.stdin.isatty():
-    lines = sys.stdin.read().splitlines()
+    data = sys.stdin.buffer.read()
   else:
     raise UserError("No prompt: give --prompt, --prompts_file, --chat, or lines on standard input.")
+  try:
+    # Not splitlines, which also splits at characters that JSON strings may hold.
+    lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+  except UnicodeDecodeError as error:
+    raise UserError(f"The prompts are not UTF-8: {error.reason} at byte {error.start}.") from None
   prompts = [_parse(line, number) for number, line in enumerate(lines, 1) if line.strip()]
   if not prompts:
     raise UserError("There is no prompt in the input.")
@@ -42,99 +105,107 @@ def _parse(line, number):
   if not line.lstrip().startswith("{"):
     return line
   try:
-    return json.loads(line)["prompt"]
-  except (ValueError, KeyError):
-    raise UserError(f'Line {number} of the prompts is not {{"prompt": ...}}.') from None
+    prompt = json.loads(line)["prompt"]
+  except (ValueError, KeyError, RecursionError):
+    prompt = None
+  if not isinstance(prompt, str | list):
+    raise UserError(f'Line {number} of the prompts is not {{"prompt": ...}}.')
+  return prompt
 
 
-def show(pieces) -> str:
+def show(stream, interruptible: bool = False) -> str:
   """Prints the first row's pieces as they come, and returns them joined."""
   text = ""
-  for (piece,) in pieces:
-    print(piece, end="", flush=True)
-    text += piece
-  print()
+  with contextlib.suppress(KeyboardInterrupt) if interruptible else contextlib.nullcontext():
+    for (piece,) in stream:
+      print(piece, end="", flush=True)
+      text += piece
+  print(flush=True)
   return text
 
 
 def chat(model, options):
   """Turns until the input ends."""
+  asks = "> " if sys.stdin.isatty() else ""
+  with contextlib.suppress(ImportError):
+    import readline  # noqa: F401  input() edits its line and knows the lines before
   messages = []
   while True:
     try:
-      line = input("> ")
-    except EOFError:
+      line = input(asks)
+    except (EOFError, KeyboardInterrupt):
       return
-    if line.strip():
-      messages.append({"role": "user", "content": line})
-      answer = show(generation.generate(model, [messages], stream=True, **options))
-      messages.append({"role": "assistant", "content": answer})
+    except UnicodeDecodeError:
+      raise UserError("The input is not UTF-8.") from None
+    if line.strip() == _FORGET:
+      messages = []
+    elif line.strip():
+      turn = [*messages, {"role": "user", "content": line}]
+      try:
+        stream = generation.generate(model, [turn], stream=True, **options)
+      except UserError as error:  # as a rule the conversation has become too long
+        if not asks:
+          raise
+        print(f"error: {error} {_FORGET} starts over.", file=sys.stderr)
+        continue
+      answer = show(stream, interruptible=True)
+      print(f"[{stream.result.numbers.splitlines()[0]}]", file=sys.stderr)
+      messages = [*turn, {"role": "assistant", "content": answer}]
 
 
-@entry_point
-def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--model", required=True, help="Hugging Face directory, hub name or workdir")
-  parser.add_argument("--step", type=int, help="of a workdir; default: its newest checkpoint")
-  parser.add_argument("--dtype", help="of the parameters; default: as stored")
-  parser.add_argument("--prompt")
-  parser.add_argument("--prompts_file", help="a prompt a line, text or JSON")
-  parser.add_argument("--chat", action="store_true", help="turns in the terminal")
-  parser.add_argument("--jsonl", action="store_true", help="write a JSON object an answer")
-  parser.add_argument("--mode", default="exact", help=", ".join(sampler.MODES))
-  parser.add_argument("--block_size", type=int, default=8)
-  parser.add_argument("--max_new_tokens", type=int, default=256)
-  parser.add_argument("--draft", help=", ".join(sampler.DRAFTS))
-  parser.add_argument("--refine_iter", type=int, default=2, help="passes a block, mode fixed")
-  parser.add_argument("--tau", type=float, default=0.9, help="probability, mode threshold")
-  parser.add_argument("--temperature", type=float, default=0.0)
-  parser.add_argument("--top_k", type=int, default=0)
-  parser.add_argument("--top_p", type=float, default=1.0)
-  parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--stop", action="append", default=[], help="a string that ends an answer")
-  parser.add_argument("--html", help="a new file for the passes, coloured")
-  parser.add_argument("--check", action="store_true", help="compare with one token a pass")
-  arguments = parser.parse_args()
-  names = (
-    "mode", "block_size", "max_new_tokens", "draft", "refine_iter", "tau", "temperature",
-    "top_k", "top_p", "seed", "stop",
-  )  # fmt: skip
-  options = {name: getattr(arguments, name) for name in names}
-  if arguments.chat and (arguments.html or arguments.check):
-    raise UserError("--html and --check go with prompts, not with --chat.")
-  if arguments.html:
-    refinement_html.refuse_existing(arguments.html)
-    options["trace"] = True
-  prompts = [] if arguments.chat else read_prompts(arguments)
-  model = loading.load(arguments.model, dtype=arguments.dtype, step=arguments.step)
-  model.require_tokenizer()
-  if arguments.chat:
-    chat(model, options)
-    return
-  compared = None
-  if len(prompts) == 1 and not (arguments.jsonl or arguments.check):
-    stream = generation.generate(model, prompts, stream=True, **options)
-    show(stream)
-    out = stream.result
-  else:
+def answer(model, prompts, arguments, options):
+  """Decodes the prompts batch by batch, and writes all that was asked for."""
+  parts = []
+  for start in range(0, len(prompts), arguments.batch_size):
+    batch = prompts[start : start + arguments.batch_size]
+    options |= {"first_row": start, "trace": bool(arguments.html)}
     if arguments.check:
-      compared = comparison.compare_with_ar(model, prompts, **options)
-    out = compared.answers if compared else generation.generate(model, prompts, **options)
-    print_answers(prompts, out, compared, arguments.jsonl)
+      compared = comparison.compare_with_ar(model, batch, **options)
+      print_answers(batch, compared.answers, arguments.jsonl, compared.rows)
+      for number, row in enumerate(compared.rows, start + 1):
+        print(f"answer {number}: {row}", file=sys.stderr)
+      parts.append(compared.answers)
+    elif len(batch) == 1 and not arguments.jsonl:
+      stream = generation.generate(model, batch, stream=True, **options)
+      show(stream)
+      parts.append(stream.result)
+      if len(prompts) > 1:
+        print("---", flush=True)
+    else:
+      parts.append(generation.generate(model, batch, **options))
+      print_answers(batch, parts[-1], arguments.jsonl)
+  out = result.joined(parts)
+  print(f"[{out.numbers}]", file=sys.stderr)
   if arguments.html:
     refinement_html.write(out, arguments.html)
 
 
-def print_answers(prompts, out, compared, as_json):
+def print_answers(prompts, out, as_json, differences=None):
   for i, prompt in enumerate(prompts):
-    answer = {"prompt": prompt, "text": out.texts[i], "tokens": len(out.tokens[i]),
-              "passes": out.passes[i], "stopped": out.stopped[i]}  # fmt: skip
-    if compared:
-      row = compared.rows[i]
-      answer |= {"differs_from_ar_at": row.offset, "margin": row.margin}
-    print(json.dumps(answer, ensure_ascii=False) if as_json else f"{out.texts[i]}\n---")
-  if compared:
-    print(compared, file=sys.stderr)
+    line = {"prompt": prompt, "text": out.texts[i], "tokens": len(out.tokens[i]),
+            "passes": out.passes[i], "stopped": out.stopped[i]}  # fmt: skip
+    if differences:
+      line |= {"differs_from_ar_at": differences[i].offset, "margin": differences[i].margin}
+    # Flushed, so that a reader sees each batch, and one that has left is noticed here.
+    print(json.dumps(line, ensure_ascii=False) if as_json else f"{line['text']}\n---", flush=True)
+
+
+@entry_point
+def main():
+  arguments, options = parse()
+  try:
+    check(arguments, options)
+    prompts = [] if arguments.chat else read_prompts(arguments)
+    model = loading.load(arguments.model, dtype=arguments.dtype, step=arguments.step)
+    model.require_tokenizer()
+    chat(model, options) if arguments.chat else answer(model, prompts, arguments, options)
+  except KeyboardInterrupt:
+    print(file=sys.stderr)
+    return 130
+  except BrokenPipeError:
+    # Python would flush once more at exit, and complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
 
 
 if __name__ == "__main__":
