@@ -42,7 +42,7 @@ class Compute:
 
   def cast(self, params: dict) -> dict:
     """The working copy of float32 parameters; made once a step, outside the loops."""
-    params = model.cast_for_compute(params, jnp.dtype(self.dtype))
+    params = layout.cast_for_compute(params, jnp.dtype(self.dtype))
     if self.unroll >= self.model.layers:
       params = layout.unstack_layers(params)
     return layout.join_projections(params, self.join)

@@ -91,7 +91,7 @@ def test_joined_layers_take_fewer_products_and_recompute_them():
       assert lowered.compile().as_text().count(" dot(") == config.layers * (3 * count + again)
       # Without it a GPU's compiler may merge the second pass with the first.
       barriers = lowered.as_text().count("optimization_barrier")
-      assert barriers == (config.layers if again else 0)
+      assert barriers == config.layers * (2 if again else 1)  # one is swiglu.py's
 
 
 def step_on(mesh, batch, recipe, compute):
