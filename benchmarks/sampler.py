@@ -136,10 +136,10 @@ def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
   settings = _settings(config, block, engine)
   prefill = sampler.prefill_program(config, engine)
   decode = sampler.programs(config, settings)[0]
-  size = executables.bucket(arguments.prompt + arguments.new + 2 * block, 16)
+  size = executables.bucket(arguments.prompt + arguments.new + settings.reach, 16)
   ids = np.asarray(_prompts(config, rows, arguments.prompt), np.int32)
   full = np.full(rows, arguments.prompt, np.int32)
-  limits = np.full(rows, size - 2 * block, np.int32)
+  limits = np.full(rows, size - settings.reach, np.int32)
   inputs = (params, ids, full, np.int32(settings.noise_token))
   run_prefill, prefill_compile = executables.compiled(prefill, inputs, size=size)
   prefill_seconds = timing.median_seconds(lambda: run_prefill(*inputs), arguments.repeats)

@@ -9,6 +9,7 @@ Dimension letters as in model.py; S is the cache's size.
 
 import functools
 import logging
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,22 +36,45 @@ def size(caches: list, engine: str) -> int:
   return caches[0][0].shape[{"xla": 2, "cudnn": 1}[engine]]
 
 
-def attend_with(start_B, count: int, places: int, engine: str):
+class Reach(NamedTuple):
+  """Which of the tokens of one pass a token sees, by their order in it; all that was cached before
+  the pass is seen anyhow.
+
+  Attributes:
+    upto: int32 [B, T], the first upto + 1 tokens.
+    first, last: int32 [T], and those from first to last; none where last < first.
+  """
+
+  upto: jax.Array
+  first: jax.Array
+  last: jax.Array
+
+
+def causal(rows: int, count: int) -> Reach:
+  """Each token sees those before it and itself."""
+  upto = jnp.broadcast_to(jnp.arange(count), (rows, count))
+  return Reach(upto, jnp.zeros(count, jnp.int32), jnp.full(count, -1))
+
+
+def attend_with(start_B, positions_BT, reach: Reach, places: int, engine: str):
   """For `model.hidden_states`: new tokens at start, start + 1, .. write the cache, then read it.
 
   Args:
-    start_B: int32, the place of each row's first new token.
-    count: new tokens a row.
+    start_B: int32, the place in the cache of each row's first new token.
+    positions_BT: int32, in the text; a sliding window counts by these.
     places: S, of the caches.
   """
   write, read = {"xla": (_write_xla, _read_xla), "cudnn": (_write_cudnn, _read_cudnn)}[engine]
-  own_BT = start_B[:, None] + jnp.arange(count)[None, :]
-  distance_BTS = own_BT[:, :, None] - jnp.arange(places)[None, None, :]
+  places_S = jnp.arange(places)[None, None, :]
+  order_BTS = places_S - start_B[:, None, None]
+  before_BTS = order_BTS <= reach.upto[:, :, None]
+  first, last = reach.first[None, :, None], reach.last[None, :, None]
+  beside_BTS = (order_BTS >= first) & (order_BTS <= last)
+  distance_BTS = positions_BT[:, :, None] - places_S
 
   def with_window(window):
-    seen_BTS = distance_BTS >= 0
-    if window is not None:
-      seen_BTS &= distance_BTS < window
+    near = True if window is None else distance_BTS < window
+    seen_BTS = (before_BTS & near) | beside_BTS
 
     def attend(q, k, v, cache):
       cache = write(cache[0], k, start_B), write(cache[1], v, start_B)
@@ -101,6 +125,11 @@ def _read_cudnn(q_BTHh, k_BSKh, v_BSKh, seen_BTS):
   # As a bias, because cuDNN's causal masks count positions from the first query.
   bias = jnp.where(seen_BTS, 0, -(2.0**40)).astype(q_BTHh.dtype)[:, None]
   return jax.nn.dot_product_attention(q_BTHh, k_BSKh, v_BSKh, bias, implementation="cudnn")
+
+
+def slice_rows(x, start_B, size):
+  """[B, size, ...]: from each row, from its own start."""
+  return jax.vmap(lambda row, s: jax.lax.dynamic_slice_in_dim(row, s, size))(x, start_B)
 
 
 def write_rows(x, values, start_B):
@@ -155,7 +184,8 @@ def _probe(config, dtype, rows, count, engine):
     for part in range(2):
       span = slice(part * count, (part + 1) * count)
       start = jnp.arange(rows) + part * count
-      attend = attend_with(start, count, places, engine)(None)
+      positions = start[:, None] + jnp.arange(count)[None, :]
+      attend = attend_with(start, positions, causal(rows, count), places, engine)(None)
       out, cache = attend(q[:, span], k[:, span], v[:, span], cache)
       outs.append(out)
     return jnp.concatenate(outs, axis=1)

@@ -80,7 +80,7 @@ class Decoder:
       lengths[row] = len(prompt)
     limits = np.minimum(lengths + self.max_new_tokens, context).astype(np.int32)
     # Windows reach beyond the last token; a buffer that ended there would shift them.
-    needed = max(int(limits.max()) + 2 * self.settings.block, width)
+    needed = max(int(limits.max()) + self.settings.reach, width)
     done = np.arange(rows) >= len(self.prompts)
     # Leading numbers do not depend on how many are drawn.
     end = self.first_row + rows

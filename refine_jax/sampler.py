@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refine_jax import cache_attention, token_choice
+from refine_jax import cache_attention, drafts, token_choice
 from refine_jax import model as model_lib
-from refine_jax.cache_attention import write_rows
+from refine_jax.cache_attention import slice_rows, write_rows
 from refine_jax.model import ModelConfig
 
 MODES = ("exact", "fixed", "threshold", "ar")
-DRAFTS = ("tail", "noise", "ngram")
+DRAFTS = ("tail", "noise", "ngram", "branches")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,8 @@ class Settings:
       algorithm); "threshold" (commit while the probability is at least tau); "ar".
     block: tokens that one pass can commit; block - 1 of them are drafted.
     draft: for new places: "tail" keeps the last pass's predictions, "noise" puts the noise token,
-      "ngram" continues as the text did after its last two tokens occurred before.
+      "ngram" continues as the text did after its last two tokens occurred before; "branches" runs
+      over a run of noise for every place where the verified text may end (drafts.py).
     refine_iter, tau: for "fixed" and "threshold".
     temperature: 0 for greedy. Otherwise a token is the argmax of logits / temperature plus Gumbel
       noise that depends on (seed, row, position) alone: a sample of the model's distribution that
@@ -64,6 +65,21 @@ class Settings:
     """Tokens a pass runs over: modes that commit unverified tokens run over those once more."""
     return 2 * self.block - 1 if self.mode in ("fixed", "threshold") else self.block
 
+  @property
+  def branched(self) -> bool:
+    """Whether passes carry branches; a block of one token has nothing to draft."""
+    return self.draft == "branches" and self.block > 1
+
+  @property
+  def width(self) -> int:
+    """Places that a pass predicts; those that it does not commit are drafts."""
+    return 2 * self.block - 1 if self.branched else self.block
+
+  @property
+  def reach(self) -> int:
+    """Places of the cache behind the committed tokens that a pass may write."""
+    return self.window + (drafts.branch_tokens(self.block) if self.branched else self.block)
+
 
 class State(NamedTuple):
   """One entry a row.
@@ -76,7 +92,7 @@ class State(NamedTuple):
     done: bool [B].
     turn: int32 [B], passes over the current block ("fixed").
     passes: int32 [B].
-    accepted: int32 [N], how often a pass committed the place at this offset.
+    accepted: int32 [Settings.width], how often a pass committed the place at this offset.
     caches: for each layer keys and values (cache_attention.empty_caches).
     seeds: uint32 [B], for sampling.
   """
@@ -97,8 +113,8 @@ class Seen(NamedTuple):
   """What one pass saw: the places from State.length on, as they were predicted.
 
   Attributes:
-    predicted: int32 [B, N].
-    probability: float32 [B, N], of each predicted token.
+    predicted: int32 [B, Settings.width].
+    probability: float32 likewise, of each predicted token.
     count: int32 [B], how many were committed; 0 in rows that were done.
   """
 
@@ -118,7 +134,8 @@ def prefill(
   tokens = jnp.broadcast_to(noise_token, (rows, size)).astype(jnp.int32)
   tokens = tokens.at[:, : prompts_BP.shape[1]].set(jnp.where(inside, prompts_BP, noise_token))
   start_B = jnp.zeros(rows, jnp.int32)
-  _, caches = _run(params, config, prompts_BP, start_B, caches, attention)
+  window = _causal_window(start_B, prompts_BP.shape[1])
+  _, caches = _run(params, config, prompts_BP, start_B, window, caches, attention)
   return tokens, caches
 
 
@@ -128,7 +145,7 @@ def begin(tokens, caches, lengths, limits, done, seeds, settings: Settings) -> S
   return State(
     tokens=tokens, length=np.array(lengths), cached=np.array(lengths), limit=limits, done=done,
     turn=np.zeros_like(lengths), passes=np.zeros_like(lengths),
-    accepted=np.zeros(settings.block, np.int32), caches=caches, seeds=seeds,
+    accepted=np.zeros(settings.width, np.int32), caches=caches, seeds=seeds,
   )  # fmt: skip
 
 
@@ -151,22 +168,13 @@ def one_pass(
   params, state: State, *, config: ModelConfig, settings: Settings
 ) -> tuple[State, Seen]:
   """One forward pass over each row's window, and what the mode commits of it."""
-  block = settings.block
   start = jnp.minimum(state.cached, state.length - 1)
   tokens = state.tokens
   if settings.draft == "ngram":
-    tokens = _continue_ngrams(tokens, state.length, block)
-  window = _slice_rows(tokens, start, settings.window)
-  x, caches = _run(params, config, window, start, state.caches, settings.attention)
-  # Only the rows that predict the block meet the head.
-  behind = (state.length - 1 - start)[:, None] + jnp.arange(block)[None, :]
-  x_BND = jnp.take_along_axis(x, behind[:, :, None], axis=1)
-  head = model_lib.head_matrix(params).astype(x_BND.dtype)
-  logits = jnp.einsum("bnd,vd->bnv", x_BND, head, preferred_element_type=jnp.float32)
-  positions = state.length[:, None] + jnp.arange(block)[None, :]
-  predicted, probability = token_choice.choose(logits, positions, state.seeds, settings)
-  drafts = _slice_rows(tokens, state.length, block)
-  verified = _leading(predicted[:, :-1] == drafts[:, :-1])
+    tokens = drafts.continue_ngrams(tokens, state.length, settings.block)
+  predicted, probability, verified, caches = _predict(
+    params, state, tokens, start, config, settings
+  )
   count, turn = _commit_count(verified, probability, state.turn, settings)
 
   # The end of a row: an EOS among the committed, or its limit.
@@ -181,7 +189,7 @@ def one_pass(
 
   keep = predicted
   if settings.draft == "noise" and settings.mode != "fixed":
-    committed = jnp.arange(block)[None, :] < count[:, None]
+    committed = jnp.arange(settings.width)[None, :] < count[:, None]
     keep = jnp.where(committed, predicted, settings.noise_token)
   written = write_rows(tokens, keep, state.length)
   new = State(
@@ -194,11 +202,48 @@ def one_pass(
     turn=jnp.where(state.done, state.turn, turn),
     passes=state.passes + ~state.done,
     accepted=state.accepted
-    + jnp.sum(jnp.arange(block)[None, :] < count[:, None], axis=0, dtype=jnp.int32),
+    + jnp.sum(jnp.arange(settings.width)[None, :] < count[:, None], axis=0, dtype=jnp.int32),
     caches=caches,
     seeds=state.seeds,
   )
   return new, Seen(predicted, probability, count)
+
+
+def _predict(params, state, tokens, start, config, settings):
+  """What one forward pass says: predicted, probability [B, width], verified drafts [B], caches."""
+  block = settings.block
+  ids = slice_rows(tokens, start, settings.window)
+  base = state.length - 1 - start
+  places, reach = _causal_window(start, settings.window)
+  if settings.branched:
+    noise = jnp.full((len(ids), drafts.branch_tokens(block)), settings.noise_token, ids.dtype)
+    ids = jnp.concatenate([ids, noise], axis=1)
+    offsets, reach = drafts.lay_out(base, settings.window, block)
+    places = start[:, None] + offsets
+  window = places, reach
+  x, caches = _run(params, config, ids, start, window, state.caches, settings.attention)
+  head = model_lib.head_matrix(params).astype(x.dtype)
+
+  def choose(x_BND, first_B):
+    logits = jnp.einsum("bnd,vd->bnv", x_BND, head, preferred_element_type=jnp.float32)
+    positions = first_B[:, None] + jnp.arange(x_BND.shape[1])[None, :]
+    return token_choice.choose(logits, positions, state.seeds, settings)
+
+  # Only the rows that predict the block meet the head.
+  behind = base[:, None] + jnp.arange(block)[None, :]
+  predicted, probability = choose(
+    jnp.take_along_axis(x, behind[:, :, None], axis=1), state.length
+  )
+  drafted = slice_rows(tokens, state.length, block)
+  verified = _leading(predicted[:, :-1] == drafted[:, :-1])
+  if settings.branched:
+    x_ahead = drafts.chosen(x, verified, settings.window, block)
+    ahead = choose(x_ahead, state.length + verified + 1)
+    predicted, probability = (
+      drafts.continued(own, new, verified)
+      for own, new in zip((predicted, probability), ahead, strict=True)
+    )
+  return predicted, probability, verified, caches
 
 
 def _commit_count(verified, probability, turn, settings):
@@ -209,48 +254,33 @@ def _commit_count(verified, probability, turn, settings):
     full = (turn >= settings.refine_iter) | (verified == settings.block - 1)
     return jnp.where(full, settings.block, 0), jnp.where(full, 0, turn)
   if settings.mode == "threshold":
-    return jnp.maximum(verified + 1, _leading(probability >= settings.tau)), turn
+    sure = probability >= settings.tau
+    if settings.branched:  # made behind the verified run, not beside it
+      sure |= jnp.arange(settings.width)[None, :] <= verified[:, None]
+    return jnp.maximum(verified + 1, _leading(sure)), turn
   return verified + 1, turn
 
 
-def _run(params, config, ids_BT, start_B, caches, engine):
-  """Hidden states of ids at positions start, start + 1, .., with the caches up to there."""
-  count = ids_BT.shape[1]
+def _causal_window(start_B, count):
+  """Positions and Reach of tokens that follow one another."""
+  positions = start_B[:, None] + jnp.arange(count)[None, :]
+  return positions, cache_attention.causal(len(start_B), count)
+
+
+def _run(params, config, ids_BT, start_B, window, caches, engine):
+  """Hidden states of ids behind the first `start` places of the caches, and these with them."""
+  positions_BT, reach = window
+  places = cache_attention.size(caches, engine)
   return model_lib.hidden_states(
-    params,
-    config,
-    ids_BT,
-    start_B[:, None] + jnp.arange(count)[None, :],
-    cache_attention.attend_with(start_B, count, cache_attention.size(caches, engine), engine),
-    dtype=caches[0][0].dtype,
-    caches=caches,
-  )
-
-
-def _continue_ngrams(tokens, length, block):
-  """Drafts as the text went on after the last earlier place with its last two tokens.
-
-  Where there is none, the drafts stay as they are (prompt lookup, Saxena 2023).
-  """
-  index = jnp.arange(tokens.shape[1] - 1)[None, :]
-  last = _slice_rows(tokens, jnp.maximum(length - 2, 0), 2)
-  same = (tokens[:, :-1] == last[:, :1]) & (tokens[:, 1:] == last[:, 1:])
-  place = jnp.max(jnp.where(same & (index < length[:, None] - 2), index, -1), axis=1)
-  # Read one by one, because a short period runs into its own continuation.
-  period = length - 2 - place
-  offsets = jnp.arange(block)[None, :] % jnp.maximum(period, 1)[:, None]
-  found = jnp.take_along_axis(tokens, jnp.maximum(place, 0)[:, None] + 2 + offsets, axis=1)
-  return jnp.where((place >= 0)[:, None], write_rows(tokens, found, length), tokens)
+    params, config, ids_BT, positions_BT,
+    cache_attention.attend_with(start_B, positions_BT, reach, places, engine),
+    dtype=caches[0][0].dtype, caches=caches,
+  )  # fmt: skip
 
 
 def _leading(flags_BN):
   """How many flags are true before the first that is not: int32 [B]."""
   return jnp.sum(jnp.cumprod(flags_BN.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
-
-
-def _slice_rows(x, start_B, size):
-  """[B, size, ...]: from each row, from its own start."""
-  return jax.vmap(lambda row, s: jax.lax.dynamic_slice_in_dim(row, s, size))(x, start_B)
 
 
 @functools.cache

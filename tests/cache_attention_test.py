@@ -53,7 +53,10 @@ def test_blocks_over_a_cache_equal_the_whole(engine, rows, window):
     part = [np.take_along_axis(x, index[:, :, None, None], axis=1) for x in (q, k, v)]
     if junk:
       part = [x + 100 for x in part]
-    attend = cache_attention.attend_with(jnp.asarray(at), stop - start, PLACES, engine)(window)
+    at = jnp.asarray(at)
+    positions = at[:, None] + jnp.arange(stop - start)[None, :]
+    reach = cache_attention.causal(len(at), stop - start)
+    attend = cache_attention.attend_with(at, positions, reach, PLACES, engine)(window)
     out, cache = attend(*map(jnp.asarray, part), cache)
     np.put_along_axis(got, index[:, :, None, None], np.asarray(out), axis=1)
   ends = [15 - b for b in range(rows)]

@@ -11,7 +11,7 @@ import refine_jax
 
 NEW = 20
 BLOCKS = (1, 2, 3, 5, 8, 16, 32)
-DRAFTS = ("tail", "noise", "ngram")
+DRAFTS = ("tail", "noise", "ngram", "branches")
 # Windows shorter than prompts, than blocks and than both together, on all layers or on one.
 VARIANTS = {
   "llama": ("llama", {}),
@@ -28,7 +28,7 @@ BATCHES = ((1,), (2,), (3, 4), (5, 6, 7, 8))
 def cases():
   """(variant, block size, draft, batches): every pair of two factors' values occurs."""
   for (i, variant), (j, block) in itertools.product(enumerate(VARIANTS), enumerate(BLOCKS)):
-    yield variant, block, DRAFTS[(i + j + i // 3) % 3], BATCHES[(i + j) % 4]
+    yield variant, block, DRAFTS[(i - j + j // 2) % 4], BATCHES[(i + j) % 4]
 
 
 def test_the_cases_hold_every_pair():
