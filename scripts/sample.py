@@ -18,7 +18,16 @@ import os
 import sys
 from pathlib import Path
 
-from refine_jax import comparison, decoding, generation, loading, refinement_html, result, sampler
+from refine_jax import (
+  comparison,
+  decoding,
+  generation,
+  hf_export,
+  loading,
+  refinement_html,
+  result,
+  sampler,
+)
 from refine_jax.cli import entry_point
 from refine_jax.errors import UserError
 
@@ -33,7 +42,7 @@ def parse() -> tuple[argparse.Namespace, dict]:
   add = parser.add_argument
   add("--model", required=True, help="Hugging Face directory, hub name or workdir")
   add("--step", type=int, help="of a workdir; default: its newest checkpoint")
-  add("--dtype", help="of the parameters; default: as stored")
+  add("--dtype", help=f"{', '.join(hf_export.DTYPES)}; default: as stored")
   add("--prompt", help="one prompt")
   add("--prompts_file", help="a prompt a line, text or JSON; default: standard input")
   add("--batch_size", type=int, default=8, help="prompts decoded together (8)")
@@ -71,6 +80,8 @@ def check(arguments, options):
     raise UserError("Give --prompt or --prompts_file, not both.")
   if arguments.batch_size < 1:
     raise UserError(f"--batch_size={arguments.batch_size} must be at least 1.")
+  if arguments.dtype not in (None, *hf_export.DTYPES):
+    raise UserError(f"--dtype={arguments.dtype} must be one of {', '.join(hf_export.DTYPES)}.")
   if arguments.check and arguments.temperature:
     raise UserError("--check compares greedy answers; leave --temperature out.")
   if arguments.html:
@@ -147,6 +158,9 @@ def chat(model, options):
         if not asks:
           raise
         print(f"error: {error} {_FORGET} starts over.", file=sys.stderr)
+        continue
+      except KeyboardInterrupt:
+        print()
         continue
       answer = show(stream, interruptible=True)
       print(f"[{stream.result.numbers.splitlines()[0]}]", file=sys.stderr)
