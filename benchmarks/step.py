@@ -57,7 +57,9 @@ def make_recipe(shape: timing.Shape, rounds: int) -> train_step.Recipe:
     objective=ObjectiveConfig(
       num_iterations=rounds, loss_weights=(1.0,) * rounds, clean_weight=0.0
     ),
-    noise=NoiseConfig(kind="uniform", block_size=8, noise_min=0.1, noise_max=0.9, token=-1),
+    noise=NoiseConfig(
+      kind="uniform", block_size=8, offset_decay=1.0, noise_min=0.1, noise_max=0.9, token=-1
+    ),
     optim=OptimConfig(
       batch_size=shape.rows, accumulation=1, total_epochs=1, total_steps=-1, lr=1e-5,
       warmup_ratio=0.05, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01, clip_grad=1.0,

@@ -27,4 +27,7 @@ def get_config(recipe: str = "document"):
   c.checkpoint.save_every = 500
   c.eval.eval_every = 200
   c.log.every = 20
+  if recipe == "blocks":
+    # <reponame>, which no text here has: EOS would have to mean noise and the end at once.
+    c.noise.token = 4
   return recipes.apply(c, recipe)

@@ -12,6 +12,10 @@ from refine_jax.errors import UserError
 from refine_jax.result import Generation, Pass, Trace, token_texts
 
 _SMALLEST_BUCKET = 16
+_BLOCK_SIZE = 8
+# Tokens that a pass takes in for about the price of one, being bound by memory: branches are the
+# default while they keep to that.
+_ROOM = 512
 
 
 class Decoder:
@@ -35,15 +39,18 @@ class Decoder:
       raise UserError("prompts is one string; give a list of prompts.")
     self.model = model
     eos = model.eos_token_ids if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
+    trained = model.refinement
     if noise_token is None:
-      noise_token = eos[0] if eos else 0
+      noise_token = trained.noise_token if trained else eos[0] if eos else 0
+    if block_size is None:
+      block_size = trained.block_size if trained and trained.block_size else _BLOCK_SIZE
     if not 0 <= noise_token < model.config.vocab_size:
       raise UserError(f"noise_token={noise_token} is outside the vocabulary.")
     stops, stop_ids = _stops(model, stop)
     self.settings = sampler.Settings(
       mode="exact" if mode == "ar" else mode,
       block=1 if mode == "ar" else block_size,
-      draft=draft or ("noise" if mode == "fixed" else "tail"),
+      draft=draft or _draft(trained, mode, len(prompts), block_size),
       refine_iter=refine_iter, tau=tau, temperature=temperature, top_k=top_k, top_p=top_p,
       noise_token=int(noise_token), eos_ids=(*map(int, eos), *stop_ids),
     )  # fmt: skip
@@ -175,6 +182,14 @@ class Decoder:
     return Trace([list(passes) for passes in self.trace], texts, token_texts(tokenizer, ids))
 
 
+def _draft(trained, mode, rows, block_size) -> str:
+  """The default: what suits the mode, and what the model was trained for."""
+  if mode == "fixed":
+    return "noise"
+  branched = trained and trained.block_size and rows * block_size**2 <= _ROOM
+  return "branches" if branched else "tail"
+
+
 def check_options(
   *, mode, block_size, max_new_tokens, draft, refine_iter, tau, temperature, top_k, top_p, seed,
   stop,
@@ -186,6 +201,9 @@ def check_options(
   """
   _require("mode", mode, mode in sampler.MODES, f"one of {', '.join(sampler.MODES)}")
   _require("draft", draft, draft in (None, *sampler.DRAFTS), f"one of {', '.join(sampler.DRAFTS)}")
+  if (mode, draft) == ("fixed", "branches"):
+    raise UserError("draft='branches' needs a mode that verifies, and mode='fixed' does not.")
+  block_size = _BLOCK_SIZE if block_size is None else block_size
   for name, value in (
     ("block_size", block_size), ("max_new_tokens", max_new_tokens), ("refine_iter", refine_iter),
   ):  # fmt: skip

@@ -6,8 +6,8 @@ Branches: drafts for every place where the verified run may end, in the pass tha
 verifies N - 1 drafts and so learns where its text ends only when it is over; what it predicted
 behind a wrong draft was made from that draft. So each pass also carries N branches: branch j stands
 for "j drafts are right", sees the text up to the j-th of them, and holds N - 1 noise tokens in the
-places after it, as training shows them (noise.blocks_beside). Whatever the pass verifies, one branch
-has drafts for what comes next. This is the quadratic decoding of Samragh et al. 2025
+places after it, as training shows them (noise.blocks_beside). Whatever the pass verifies, one
+branch has drafts for what comes next. This is the quadratic decoding of Samragh et al. 2025
 (arXiv:2507.11851), with a run of noise for their mask tokens.
 
 The branches' keys and values lie in the cache behind those of the window, where the next pass

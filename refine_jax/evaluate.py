@@ -38,20 +38,23 @@ def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 def parse_mode(text: str) -> dict:
   """"exact", "ar", "fixed:2" (passes), "threshold:0.9" (probability), "exact:ngram" (draft)."""
-  mode, _, value = text.partition(":")
+  mode, *values = text.split(":")
+  result = {"mode": mode}
+  if values and values[-1] in sampler.DRAFTS:
+    result["draft"] = values.pop()
+  number = {"fixed": ("refine_iter", int, 2), "threshold": ("tau", float, 0.9)}.get(mode)
   try:
-    if mode == "fixed":
-      return {"mode": mode, "refine_iter": int(value or 2)}
-    if mode == "threshold":
-      return {"mode": mode, "tau": float(value or 0.9)}
+    if number:
+      key, kind, default = number
+      result[key] = kind(values.pop()) if values else default
   except ValueError:
     raise UserError(f"--modes: {text!r} should be like fixed:2 or threshold:0.9.") from None
-  if mode not in sampler.MODES or (value and value not in sampler.DRAFTS):
+  if mode not in sampler.MODES or values:
     raise UserError(
-      f"--modes: {text!r} is not known; modes are {', '.join(sampler.MODES)}, with passes,"
-      f" probability or a draft ({', '.join(sampler.DRAFTS)}) after a colon."
+      f"--modes: {text!r} is not known; modes are {', '.join(sampler.MODES)}, with passes or a"
+      f" probability, and a draft ({', '.join(sampler.DRAFTS)}), each after a colon."
     )
-  return {"mode": mode} | ({"draft": value} if value else {})
+  return result
 
 
 def evaluate(

@@ -17,7 +17,7 @@ def generate(
   prompts: Sequence,
   *,
   mode: str = "exact",
-  block_size: int = 8,
+  block_size: int | None = None,
   max_new_tokens: int = 256,
   draft: str | None = None,
   refine_iter: int = 2,
@@ -40,12 +40,14 @@ def generate(
     prompts: strings or chats (lists of {"role", "content"}), through the chat template; or lists
       of token ids, as they are.
     mode: one of sampler.MODES; sampler.Settings says what they and the next keys do.
-    block_size: tokens that a pass can commit; 1 is autoregressive decoding.
+    block_size: tokens that a pass can commit; 1 is autoregressive decoding. Default: what the model
+      was trained with (noise.kind "block"), else 8.
     max_new_tokens: for each row, never overshot; EOS counts.
-    draft: one of sampler.DRAFTS; default: "tail", for "fixed" "noise".
+    draft: one of sampler.DRAFTS; default: for "fixed" "noise"; for a model trained with blocks
+      "branches", while few enough rows leave room for them; else "tail".
     seed: a row's sample depends on it and on the row's place among the prompts alone.
     first_row: the place of the first prompt, where the prompts come in several calls.
-    noise_token: default: the first EOS id, as in training.
+    noise_token: default: that of the training, or the first EOS id.
     eos_token_id: any of these ends a row; default: the model's.
     stop: strings that end a row where they first appear in its text, which they stay out of;
       a special token ends it as EOS does. Looked for on the host: without a stream, after every

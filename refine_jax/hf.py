@@ -227,13 +227,17 @@ def load_tokenizer(name, *, trust_remote_code: bool = False):
     raise UserError(f"{name} has no tokenizer that can be loaded: {reason}") from error
 
 
-def save_model_files(directory, tokenizer, output: Path, *, chat_template: str = ""):
+def save_model_files(
+  directory, tokenizer, output: Path, *, chat_template: str = "", refinement: dict | None = None
+):
   """What an export needs beside weights: config.json, generation_config.json, the tokenizer.
 
   Written beside `output` and renamed; an `output` that is there already is left as it is.
 
   Args:
     chat_template: for a tokenizer that has none: what it was trained with is what it is used with.
+    refinement: what the sampler should know of the training (loading.Refinement), under this name
+      in generation_config.json.
   """
   if output.exists():
     return
@@ -248,18 +252,21 @@ def save_model_files(directory, tokenizer, output: Path, *, chat_template: str =
       tokenizer = copy.deepcopy(tokenizer)
       tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(temporary)
-    _add_eos(temporary, tokenizer.eos_token_id)
+    _describe_generation(temporary, tokenizer.eos_token_id, refinement)
   temporary.rename(output)
 
 
-def _add_eos(directory: Path, eos: int | None):
+def _describe_generation(directory: Path, eos: int | None, refinement: dict | None):
   """The tokenizer's EOS ends every response of the training, so it must end generation too."""
   path = directory / "generation_config.json"
   config = read_json(directory, path.name) if path.exists() else {}
+  before = dict(config)
   known = config.get("eos_token_id", read_json(directory).get("eos_token_id"))
   known = [] if known is None else known if isinstance(known, list) else [known]
-  if eos is None or eos in known:
-    return
-  known = [*known, eos]
-  config["eos_token_id"] = known if len(known) > 1 else eos
-  path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+  if eos is not None and eos not in known:
+    known = [*known, eos]
+    config["eos_token_id"] = known if len(known) > 1 else eos
+  if refinement:
+    config["refinement"] = refinement
+  if config != before:
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -14,6 +14,19 @@ from refine_jax.errors import UserError
 from refine_jax.model import ModelConfig
 
 
+@dataclasses.dataclass(frozen=True)
+class Refinement:
+  """What a training run leaves in generation_config.json for the sampler.
+
+  Attributes:
+    noise_token: what the rounds saw instead of tokens to be drafted.
+    block_size: of noise.kind "block"; None: it was trained without blocks.
+  """
+
+  noise_token: int
+  block_size: int | None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
   """Parameters with what it takes to use them.
@@ -24,6 +37,7 @@ class Model:
     tokenizer: None where the directory has none; then prompts are token ids.
     eos_token_ids: any of them ends an answer; may be empty.
     pad_token_id: or None.
+    refinement: what it was trained with; None where that is not known.
     directory: where it was loaded from.
   """
 
@@ -33,6 +47,7 @@ class Model:
   eos_token_ids: tuple[int, ...]
   pad_token_id: int | None
   directory: Path
+  refinement: Refinement | None = None
 
   def __call__(self, ids, segment_ids=None):
     """Logits of whole sequences: float32 [B, T, V].
@@ -125,7 +140,11 @@ def around(params: dict, config: ModelConfig, directory: Path) -> Model:
   if eos is None and tokenizer is not None:
     eos = tokenizer.eos_token_id
   eos_ids = () if eos is None else tuple(np.atleast_1d(eos).tolist())
-  return Model(config, params, tokenizer, eos_ids, tokens.get("pad_token_id"), directory)
+  refinement = tokens.get("refinement")
+  return Model(
+    config, params, tokenizer, eos_ids, tokens.get("pad_token_id"), directory,
+    Refinement(**refinement) if refinement else None,
+  )  # fmt: skip
 
 
 def _tokenizer(directory: Path):

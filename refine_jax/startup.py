@@ -183,14 +183,17 @@ def check_workdir(workdir: Path, config: Config):
     )
 
 
-def prepare_workdir(workdir: Path, config: Config, source: Source):
+def prepare_workdir(workdir: Path, config: Config, source: Source, noise_token: int):
   """Writes the run's config and the model's files, which exports need."""
   if jax.process_index() != 0:
     return
   workdir.mkdir(parents=True, exist_ok=True)
+  block_size = config.noise.block_size if config.noise.kind == "block" else None
   hf.save_model_files(
-    source.directory, source.tokenizer, workdir / "model", chat_template=config.data.chat_template
-  )
+    source.directory, source.tokenizer, workdir / "model",
+    chat_template=config.data.chat_template,
+    refinement={"noise_token": noise_token, "block_size": block_size},
+  )  # fmt: skip
   temporary = workdir / "config.json.new"
   temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
   temporary.replace(workdir / "config.json")

@@ -38,7 +38,7 @@ def run(config: Config, workdir: str) -> int:
   try:
     state, origin = startup.start(config, source, recipe, mesh, checkpointer, iterator)
     # After the start: a workdir of another model has been refused by now, and is left as it was.
-    startup.prepare_workdir(workdir, config, source)
+    startup.prepare_workdir(workdir, config, source, recipe.noise_token)
     for line in startup.describe(config, source, plan, recipe, compute, state, origin):
       print(line)
     loop = _Loop(config, workdir, source, plan, recipe, compute, checkpointer, iterator)

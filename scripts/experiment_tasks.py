@@ -22,8 +22,10 @@ from refine_jax.errors import UserError
 _MODES = {
   "ar_sft": ("ar,exact:ngram", None),
   "document": ("ar,exact,fixed:2", 1),
-  "blocks": ("ar,exact,fixed:2,threshold:0.9", None),
+  "blocks": ("ar,exact:branches,exact:tail,threshold:0.99:branches", None),
 }
+# What tells from the others where results are read.
+_RESULT_NAMES = {"blocks": "best"}
 _NUMBERS = ("solved", "tokens_per_pass", "seconds_per_problem", "not_stopped")
 
 
@@ -60,24 +62,23 @@ def _command(module, *options):
 def summarise(results: dict, block_size: int) -> dict:
   """recipe -> mode -> means over the seeds, with the seeds' own values.
 
-  A mode stands under its name ("exact", "threshold") with blocks of block_size, and with others
-  under "exact@16"; what the mode is given (a draft, passes, a probability) is in "setting".
+  The first setting of a mode with blocks of block_size stands under the mode's name ("exact"), the
+  others under their own ("exact_tail", "exact_branches@8"); recipe "blocks" stands under "best".
   """
   summary: dict = {}
   for recipe, by_seed in results.items():
+    entries = summary.setdefault(_RESULT_NAMES.get(recipe, recipe), {})
     for i, setting in enumerate(next(iter(by_seed.values()))):
       mode, block = setting["mode"], setting["block_size"]
-      name = mode.split(":")[0]
-      if name == "exact" and ":" in mode:
-        name = mode.replace(":", "_")
-      if block not in (1, block_size):
-        name += f"@{block}"
+      name, others = mode.split(":")[0], block not in (1, block_size)
+      if others or name in entries:
+        name = mode.replace(":", "_") + (f"@{block}" if others else "")
       entry = {"setting": mode, "block_size": block}
       for number in _NUMBERS:
         values = [seed_results[i][number] for seed_results in by_seed.values()]
         entry[number] = statistics.mean(values)
         entry.setdefault("seeds", {})[number] = dict(zip(by_seed, values, strict=True))
-      summary.setdefault(recipe, {})[name] = entry
+      entries[name] = entry
   return summary
 
 

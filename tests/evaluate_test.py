@@ -68,13 +68,15 @@ def test_wilson_solves_its_equation():
     ("fixed:3", {"mode": "fixed", "refine_iter": 3}),
     ("threshold:0.5", {"mode": "threshold", "tau": 0.5}),
     ("exact:ngram", {"mode": "exact", "draft": "ngram"}),
+    ("threshold:0.5:branches", {"mode": "threshold", "tau": 0.5, "draft": "branches"}),
+    ("threshold:branches", {"mode": "threshold", "tau": 0.9, "draft": "branches"}),
   ],
 )
 def test_modes_are_read(text, want):
   assert evaluate.parse_mode(text) == want
 
 
-@pytest.mark.parametrize("text", ["fast", "fixed:two", "exact:none"])
+@pytest.mark.parametrize("text", ["fast", "fixed:two", "exact:none", "exact:tail:2"])
 def test_unknown_modes_are_refused(text):
   with pytest.raises(UserError, match="--modes"):
     evaluate.parse_mode(text)

@@ -23,7 +23,7 @@ def test_means_over_seeds_keep_the_seeds_values():
                                setting("exact", 16, solved), setting("exact:ngram", 8, solved),
                                setting("threshold:0.9", 8, solved)]
                         for seed, solved in (("0", 0.5), ("1", 0.7))}}  # fmt: skip
-  summary = experiment_tasks.summarise(results, 8)["blocks"]
+  summary = experiment_tasks.summarise(results, 8)["best"]
   assert list(summary) == ["ar", "exact", "exact@16", "exact_ngram", "threshold"]
   assert summary["exact"]["solved"] == pytest.approx(0.6)
   assert summary["exact"]["seeds"]["solved"] == {"0": 0.5, "1": 0.7}
@@ -54,13 +54,13 @@ def test_the_script_trains_evaluates_and_goes_on(tmp_path):
   first = script(*command)
   assert first.returncode == 0, first.stderr
   summary = json.loads((tmp_path / "out" / "tasks.json").read_text())
-  assert list(summary) == ["ar_sft", "blocks"] and list(summary["blocks"]) == [
-    "ar", "exact", "fixed", "threshold"
+  assert list(summary) == ["ar_sft", "best"] and list(summary["best"]) == [
+    "ar", "exact", "exact_tail", "threshold"
   ]  # fmt: skip
   config = json.loads((tmp_path / "runs" / "blocks-0" / "config.json").read_text())
   assert config["noise"]["kind"] == "block" and config["objective"]["clean_weight"] > 0
   again = script(*command)
-  assert "done: step" not in again.stdout and "| blocks | exact | 4 |" in again.stdout
+  assert "done: step" not in again.stdout and "| best | exact:branches | 4 |" in again.stdout
   bad = script(*command, "--recipes=best")
   assert bad.returncode == 1 and "ar_sft, document, blocks" in bad.stderr
   assert "Traceback" not in bad.stderr
