@@ -37,7 +37,7 @@ _STYLE = (
 .refine-jax summary { cursor: pointer; font-weight: 600; }
 .refine-jax .text { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0.4em 0; }
 .refine-jax .faint, .refine-jax th { color: var(--rj-faint); font-weight: normal; }
-.refine-jax table { border-collapse: collapse; width: 100%; }
+.refine-jax table { border-collapse: collapse; width: 100%; font: inherit; }
 .refine-jax tr { background: none; }
 .refine-jax th, .refine-jax td {
   padding: 2px 8px 2px 0; vertical-align: top; text-align: left; color: var(--rj-ink);

@@ -30,6 +30,7 @@ from refine_jax import (
 )
 from refine_jax.cli import entry_point
 from refine_jax.errors import UserError
+from refine_jax.interrupt import Interrupt
 
 _FORGET = "/new"  # a line of a chat
 
@@ -54,9 +55,9 @@ def parse() -> tuple[argparse.Namespace, dict]:
   add = group.add_argument
   names = [
     add("--mode", default="exact", help=f"{', '.join(sampler.MODES)} (exact)"),
-    add("--block_size", type=int, default=8, help="tokens that a pass can commit (8)"),
+    add("--block_size", type=int, help="tokens that a pass can commit (as trained, or 8)"),
     add("--max_new_tokens", type=int, default=256, help="an answer, EOS counted (256)"),
-    add("--draft", help=f"{', '.join(sampler.DRAFTS)} (tail; noise for mode fixed)"),
+    add("--draft", help=f"{', '.join(sampler.DRAFTS)} (by mode and training)"),
     add("--refine_iter", type=int, default=2, help="passes a block, mode fixed (2)"),
     add("--tau", type=float, default=0.9, help="probability, mode threshold (0.9)"),
     add("--temperature", type=float, default=0.0, help="0 is greedy (0)"),
@@ -124,13 +125,19 @@ def _parse(line, number):
   return prompt
 
 
-def show(stream, interruptible: bool = False) -> str:
-  """Prints the first row's pieces as they come, and returns them joined."""
+def show(stream, asked=None) -> str:
+  """Prints the first row's pieces as they come, and returns them joined.
+
+  Args:
+    asked: an Interrupt, which ends the answer after the pass that is under way: its memory is
+      that of the answer so far.
+  """
   text = ""
-  with contextlib.suppress(KeyboardInterrupt) if interruptible else contextlib.nullcontext():
-    for (piece,) in stream:
-      print(piece, end="", flush=True)
-      text += piece
+  for (piece,) in stream:
+    print(piece, end="", flush=True)
+    text += piece
+    if asked and asked.requested(0):
+      break
   print(flush=True)
   return text
 
@@ -162,7 +169,8 @@ def chat(model, options):
       except KeyboardInterrupt:
         print()
         continue
-      answer = show(stream, interruptible=True)
+      with Interrupt() as asked:
+        answer = show(stream, asked)
       print(f"[{stream.result.numbers.splitlines()[0]}]", file=sys.stderr)
       messages = [*turn, {"role": "assistant", "content": answer}]
 

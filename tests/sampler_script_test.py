@@ -128,6 +128,27 @@ def test_a_chat_keeps_its_turns_until_told_to_forget(run, model):
   assert code == 0 and printed == f"{first}\n{second}\n{third}\n"
 
 
+def test_an_interrupt_cuts_an_answer_of_a_chat_and_not_the_chat(run, model, monkeypatch):
+  """What was said of it stays a turn."""
+  pieces = [p for (p,) in refine_jax.generate(model, ["the fox"], stream=True, **GREEDY)]
+  interrupted = []
+
+  def show(text="", **options):
+    written.append(str(text) + options.get("end", "\n"))
+    if len(written) == 2:
+      interrupted.append(signal.raise_signal(signal.SIGINT))
+
+  written = []
+  monkeypatch.setattr("builtins.print", show)
+  code, _, _ = run("--chat", *flags(GREEDY), given=b"the fox\na b\n")
+  said = "".join(pieces[:2])
+  assert interrupted and len(pieces) > 2
+  turns = [("user", "the fox"), ("assistant", said), ("user", "a b")]
+  after = refine_jax.generate(model, [[{"role": r, "content": c} for r, c in turns]], **GREEDY)
+  lines = [line for line in "".join(written).split("\n") if "a pass" not in line]
+  assert code == 0 and lines[0] == said and after.texts[0] in "".join(written)
+
+
 @pytest.mark.parametrize(
   "arguments, given, words",
   [
