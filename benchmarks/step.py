@@ -19,7 +19,7 @@ from refine_jax import compute as compute_lib
 from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
 
 _JOINS = {
-  "auto": layout.MODULES, "yes": layout.MODULES, "no": (), "attention": ("attention",),
+  "auto": ("attention",), "yes": layout.MODULES, "no": (), "attention": ("attention",),
   "mlp": ("mlp",),
 }  # fmt: skip
 
@@ -74,7 +74,7 @@ def make_recipe(shape: timing.Shape, rounds: int) -> train_step.Recipe:
 
 def measure(shape: timing.Shape, arguments, *, packed: bool) -> dict:
   """One variant: compiles, runs, and reads what it cost."""
-  on_cpu, dtype = jax.default_backend() == "cpu", timing.default_dtype()
+  dtype = timing.default_dtype()
   segments = shape.segments if packed else 1
   engine = attention.choose_backend(
     arguments.attention, heads=shape.model.heads, kv_heads=shape.model.kv_heads,
@@ -87,7 +87,7 @@ def measure(shape: timing.Shape, arguments, *, packed: bool) -> dict:
   )  # fmt: skip
   compute = compute_lib.Compute(
     model=shape.model, dtype=dtype, attention=engine, max_segments=segments, remat=remat,
-    unroll=arguments.unroll or (1 if on_cpu else shape.model.layers),
+    unroll=compute_lib.choose_unroll(arguments.unroll, remat, shape.model.layers),
     head_chunk=arguments.head_chunk, head_gradient=arguments.head_gradient,
     join=_JOINS[arguments.joined],
   )  # fmt: skip
@@ -178,8 +178,8 @@ def main(argv=None) -> dict:
   parser.add_argument("--remat", choices=("auto", *model.REMAT_POLICIES), default="auto")
   parser.add_argument("--attention", default="auto")
   parser.add_argument(
-    "--unroll", type=int,
-    help="layers a turn of the scan, all: none and layers apart; default: all, on a CPU one",
+    "--unroll", type=int, default=0,
+    help="layers a turn of the scan; all of them: no scan; default: as for a run",
   )
   parser.add_argument(
     "--joined", choices=_JOINS, default="auto", help="projections, of which modules"

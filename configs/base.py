@@ -53,8 +53,8 @@ def get_config() -> ConfigDict:
   model.attention = "auto"
   # What a layer keeps for its backward pass: auto | none | mlp | attention | full (model.py).
   model.remat = "auto"
-  # Layers unrolled in each turn of the scan over layers; 0: all on an accelerator, where it
-  # saves copies, and one on a CPU, where it only costs compilation.
+  # Layers in each turn of the scan over layers, all of them: no scan. 0: no scan on an accelerator,
+  # where that saves copies, but for remat "attention" and "full", which need it to save memory.
   model.scan_unroll = 0
   # Tokens the output head works on at a time.
   model.head_chunk = 2048

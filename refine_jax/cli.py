@@ -1,13 +1,18 @@
 """What command-line programs do with errors."""
 
 import functools
+import os
+import signal
 import sys
 
 from refine_jax.errors import UserError
 
 
 def entry_point(main):
-  """Runs `main`; a UserError becomes one line on stderr and exit status 1."""
+  """Runs `main`; a UserError becomes one line on stderr and exit status 1.
+
+  An interrupt and a closed pipe end it with the status that a shell gives them.
+  """
 
   @functools.wraps(main)
   def run():
@@ -16,5 +21,12 @@ def entry_point(main):
     except UserError as error:
       print(f"error: {error}", file=sys.stderr)
       sys.exit(1)
+    except KeyboardInterrupt:
+      print(file=sys.stderr)
+      sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+      # Or Python would try to write what is left in the buffer, and fail again.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      sys.exit(128 + signal.SIGPIPE)
 
   return run

@@ -42,7 +42,7 @@ class Compute:
 
   def cast(self, params: dict) -> dict:
     """The working copy of float32 parameters; made once a step, outside the loops."""
-    params = layout.cast_for_compute(params, jnp.dtype(self.dtype))
+    params = model.cast_for_compute(params, jnp.dtype(self.dtype))
     if self.unroll >= self.model.layers:
       params = layout.unstack_layers(params)
     return layout.join_projections(params, self.join)
@@ -94,8 +94,24 @@ class Compute:
 
 
 def choose_join(mesh: Mesh) -> tuple:
-  """Of Compute.join: none where matrices are split, for a join would mix up what devices hold."""
-  return layout.MODULES if mesh.size == mesh.shape["data"] else ()
+  """Of Compute.join, for training: attention, which pays; gate and up do not (docs/performance.md).
+
+  None where matrices are split, for a join would mix up what devices hold.
+  """
+  return ("attention",) if mesh.size == mesh.shape["data"] else ()
+
+
+def choose_unroll(wanted: int, remat: str, layers: int) -> int:
+  """Of Compute.unroll: what was asked for, or, for 0, what is fastest here.
+
+  Layers apart, without a scan, save copies on an accelerator. But there the compiler may recompute
+  early, and then keeps what it was to recompute: where memory is short enough for "attention" or
+  "full", the scan holds it to the order.
+  """
+  if wanted:
+    return wanted
+  scans = jax.default_backend() == "cpu" or remat in ("attention", "full")
+  return 1 if scans else layers
 
 
 def saved_bytes_per_token(config: ModelConfig, remat: str, itemsize: int) -> int:

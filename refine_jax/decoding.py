@@ -1,5 +1,6 @@
 """One call's rows on their way through the sampler's programs."""
 
+import math
 import numbers
 from collections.abc import Sequence
 
@@ -13,9 +14,9 @@ from refine_jax.result import Generation, Pass, Trace, token_texts
 
 _SMALLEST_BUCKET = 16
 _BLOCK_SIZE = 8
-# Tokens that a pass takes in for about the price of one, being bound by memory: branches are the
-# default while they keep to that.
-_ROOM = 512
+# Most tokens that a pass takes in by default. Branches of N tokens come to N^2 a row, so with many
+# rows blocks become smaller, and never smaller than the least.
+_ROOM, _LEAST_BLOCK = 2048, 4
 
 
 class Decoder:
@@ -43,14 +44,14 @@ class Decoder:
     if noise_token is None:
       noise_token = trained.noise_token if trained else eos[0] if eos else 0
     if block_size is None:
-      block_size = trained.block_size if trained and trained.block_size else _BLOCK_SIZE
+      block_size = _block_size(trained, mode, draft, len(prompts))
     if not 0 <= noise_token < model.config.vocab_size:
       raise UserError(f"noise_token={noise_token} is outside the vocabulary.")
     stops, stop_ids = _stops(model, stop)
     self.settings = sampler.Settings(
       mode="exact" if mode == "ar" else mode,
       block=1 if mode == "ar" else block_size,
-      draft=draft or _draft(trained, mode, len(prompts), block_size),
+      draft=draft or _draft(trained, mode),
       refine_iter=refine_iter, tau=tau, temperature=temperature, top_k=top_k, top_p=top_p,
       noise_token=int(noise_token), eos_ids=(*map(int, eos), *stop_ids),
     )  # fmt: skip
@@ -182,12 +183,21 @@ class Decoder:
     return Trace([list(passes) for passes in self.trace], texts, token_texts(tokenizer, ids))
 
 
-def _draft(trained, mode, rows, block_size) -> str:
+def _draft(trained, mode) -> str:
   """The default: what suits the mode, and what the model was trained for."""
   if mode == "fixed":
     return "noise"
-  branched = trained and trained.block_size and rows * block_size**2 <= _ROOM
-  return "branches" if branched else "tail"
+  return "branches" if trained and trained.block_size else "tail"
+
+
+def _block_size(trained, mode, draft, rows) -> int:
+  """The default: that of the training; in exact, whose text it does not change, what has room."""
+  if not (trained and trained.block_size):
+    return _BLOCK_SIZE
+  size = trained.block_size
+  if mode == "exact" and draft in (None, "branches"):
+    size = min(size, max(math.isqrt(_ROOM // max(rows, 1)), _LEAST_BLOCK))
+  return size
 
 
 def check_options(

@@ -72,7 +72,7 @@ def evaluate(
     batch = rows[start : start + batch_size]
     # The last batch is filled up, so that it needs no program of its own.
     prompts = [row[prompt_key] for row in batch + batch[:1] * (batch_size - len(batch))]
-    out = generation.generate(model, prompts, **options)
+    out = generation.generate(model, prompts, first_row=start, **options)
     seconds += out.prefill_seconds + out.decode_seconds
     for i, row in enumerate(batch):
       outcomes.append(

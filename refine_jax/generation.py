@@ -41,10 +41,10 @@ def generate(
       of token ids, as they are.
     mode: one of sampler.MODES; sampler.Settings says what they and the next keys do.
     block_size: tokens that a pass can commit; 1 is autoregressive decoding. Default: what the model
-      was trained with (noise.kind "block"), else 8.
+      was trained with (noise.kind "block"; fewer for many rows in "exact"), else 8.
     max_new_tokens: for each row, never overshot; EOS counts.
-    draft: one of sampler.DRAFTS; default: for "fixed" "noise"; for a model trained with blocks
-      "branches", while few enough rows leave room for them; else "tail".
+    draft: one of sampler.DRAFTS; default: for "fixed" "noise", for a model trained with blocks
+      "branches", else "tail".
     seed: a row's sample depends on it and on the row's place among the prompts alone.
     first_row: the place of the first prompt, where the prompts come in several calls.
     noise_token: default: that of the training, or the first EOS id.

@@ -22,19 +22,6 @@ _JOINED = {"attention": ("qkv", ("query", "key", "value")), "mlp": ("gate_up", (
 MODULES = tuple(_JOINED)
 
 
-def cast_for_compute(params: dict, dtype) -> dict:
-  """The working copy: the layers' kernels and biases in `dtype`, the rest as it is.
-
-  The embedding and the head stay in float32, so that their gradients, sums over many tokens, are
-  float32 too: a bfloat16 scatter-add is slow on GPU (openxla/xla#26371) and rounds each term.
-  Norm scales are used in float32.
-  """
-  def cast(path, x):
-    return x if path[-1].key == "scale" else x.astype(dtype)
-
-  return params | {"layers": jax.tree_util.tree_map_with_path(cast, params["layers"])}
-
-
 def unstack_layers(params: dict) -> dict:
   """The same parameters with "layers" as a list, one dict a layer."""
   count = jax.tree.leaves(params["layers"])[0].shape[0]

@@ -113,8 +113,14 @@ def load(name, *, dtype=None, step: int | None = None) -> Model:
     step: of a workdir; default: its newest checkpoint.
 
   Raises:
-    UserError: there is nothing to load, or it does not fit its config.json.
+    UserError: there is nothing to load, it does not fit its config.json, or dtype is no float.
   """
+  try:
+    floating = dtype is None or jnp.issubdtype(dtype, jnp.floating)
+  except TypeError:
+    floating = False
+  if not floating:
+    raise UserError(f"dtype={dtype!r} is none of float32, bfloat16 and float16.")
   place = Path(str(name)).expanduser()
   if (place / "checkpoints").is_dir() and (place / "model").is_dir():
     params, _ = checkpoint.restore_params(place, step)

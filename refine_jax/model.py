@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from refine_jax import rope as rope_lib
-from refine_jax import swiglu
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,22 +127,6 @@ class Attention(nn.Module):
     return _dense(c, c.width, c.output_bias, dtype, "output")(out), cache
 
 
-class GatedDown(nn.Module):
-  """The projection of silu(gate) * up: an nn.Dense, but for its gradient (swiglu.py)."""
-
-  config: ModelConfig
-
-  @nn.compact
-  def __call__(self, gate, up):
-    c, init = self.config, nn.initializers.normal(self.config.initializer_range)
-    kernel = self.param("kernel", init, (c.feed_forward, c.width))
-    y = swiglu.gated_product(gate, up, kernel.astype(gate.dtype))
-    if c.mlp_bias:
-      bias = self.param("bias", nn.initializers.zeros, (c.width,)).astype(y.dtype)
-      y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
-    return y
-
-
 class MLP(nn.Module):
   """SwiGLU (arXiv:2002.05202)."""
 
@@ -160,7 +143,7 @@ class MLP(nn.Module):
       gate, up = jnp.split(project("gate_up", 2 * c.feed_forward), 2, axis=-1)
     else:
       gate, up = project("gate", c.feed_forward), project("up", c.feed_forward)
-    return GatedDown(c, name="down")(gate, up)
+    return _dense(c, c.width, c.mlp_bias, dtype, "down")(nn.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -216,6 +199,19 @@ def param_shapes(config: ModelConfig) -> dict:
 def head_matrix(params: dict):
   """The output head [V, D]: its own, or the embedding where they are tied."""
   return params.get("head", params["embedding"])
+
+
+def cast_for_compute(params: dict, dtype) -> dict:
+  """The working copy: the layers' kernels and biases in `dtype`, the rest as it is.
+
+  The embedding and the head stay in float32, so that their gradients, sums over many tokens, are
+  float32 too: a bfloat16 scatter-add is slow on GPU (openxla/xla#26371) and rounds each term.
+  Norm scales are used in float32.
+  """
+  def cast(path, x):
+    return x if path[-1].key == "scale" else x.astype(dtype)
+
+  return params | {"layers": jax.tree_util.tree_map_with_path(cast, params["layers"])}
 
 
 def hidden_states(

@@ -144,7 +144,7 @@ def choose_compute(config: Config, shape: ModelConfig, mesh, plan: DataPlan):
   gradient = source.head_gradient
   if gradient == "auto":
     gradient = "forward" if mesh.size == mesh.shape["data"] else "recompute"
-  unroll = source.scan_unroll or (1 if jax.default_backend() == "cpu" else shape.layers)
+  unroll = compute_lib.choose_unroll(source.scan_unroll, remat, shape.layers)
   return compute_lib.Compute(
     model=shape, dtype=dtype, attention=engine, max_segments=plan.max_segments, remat=remat,
     unroll=unroll, head_chunk=source.head_chunk, head_gradient=gradient, mesh=mesh,

@@ -14,7 +14,6 @@ be opened in a browser. --check decodes once more, one token a pass, and says wh
 import argparse
 import contextlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -215,19 +214,11 @@ def print_answers(prompts, out, as_json, differences=None):
 @entry_point
 def main():
   arguments, options = parse()
-  try:
-    check(arguments, options)
-    prompts = [] if arguments.chat else read_prompts(arguments)
-    model = loading.load(arguments.model, dtype=arguments.dtype, step=arguments.step)
-    model.require_tokenizer()
-    chat(model, options) if arguments.chat else answer(model, prompts, arguments, options)
-  except KeyboardInterrupt:
-    print(file=sys.stderr)
-    return 130
-  except BrokenPipeError:
-    # Python would flush once more at exit, and complain.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141
+  check(arguments, options)
+  prompts = [] if arguments.chat else read_prompts(arguments)
+  model = loading.load(arguments.model, dtype=arguments.dtype, step=arguments.step)
+  model.require_tokenizer()
+  chat(model, options) if arguments.chat else answer(model, prompts, arguments, options)
 
 
 if __name__ == "__main__":

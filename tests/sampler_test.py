@@ -10,7 +10,7 @@ from hf_fixtures import tiny_hf_model
 from sampler_fixtures import EOS, greedy, unequal_prompts
 
 import refine_jax
-from refine_jax import generation
+from refine_jax import decoding, generation, loading
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 
@@ -204,3 +204,46 @@ def test_wrong_options_say_what_is_possible(copier, options, message):
 def test_no_prompts_give_no_answers(copier):
   assert refine_jax.generate(copier, []).tokens == []
   assert generation.generate(copier, []).tokens_per_pass == 0
+
+
+def test_what_a_model_was_trained_with_is_the_default(monkeypatch):
+  """Its noise and its blocks; in exact smaller ones for many rows, whose text does not change."""
+  copier = sampler_fixtures.copier_model()
+  trained = dataclasses.replace(copier, refinement=loading.Refinement(noise_token=2, block_size=16))
+  seen = []
+
+  def decoder(*arguments, **options):
+    seen.append(decoding.Decoder(*arguments, **options))
+    return seen[-1]
+
+  monkeypatch.setattr(generation, "Decoder", decoder)
+
+  def settings(model, rows=1, mode="exact"):
+    refine_jax.generate(model, [[3, 5, 7]] * rows, mode=mode, max_new_tokens=2)
+    return seen[-1].settings
+
+  plain, alone = settings(copier), settings(trained)
+  assert (plain.block, plain.draft, plain.noise_token) == (8, "tail", copier.eos_token_ids[0])
+  assert (alone.block, alone.draft, alone.noise_token) == (16, "branches", 2)
+  many = {mode: settings(trained, 32, mode) for mode in ("exact", "threshold", "fixed")}
+  assert {mode: (s.block, s.draft) for mode, s in many.items()} == {
+    "exact": (8, "branches"), "threshold": (16, "branches"), "fixed": (16, "noise"),
+  }  # fmt: skip
+
+
+def test_threshold_goes_on_in_the_branch_of_what_was_verified():
+  """A copier is sure of everything: it commits the branch too, 2 N - 1 tokens a pass."""
+  copier, prompt = sampler_fixtures.copier_model(), [3]
+  # After noise too comes its successor, so drafts behind it are wrong, and their tokens' count says
+  # which pass they were committed in.
+  exact = refine_jax.generate(copier, [prompt], draft="branches", block_size=4, max_new_tokens=12)
+  sure = refine_jax.generate(
+    copier, [prompt], mode="threshold", tau=0.0, draft="branches", block_size=4, max_new_tokens=12
+  )
+  ar = refine_jax.generate(copier, [prompt], mode="ar", max_new_tokens=12)
+  assert exact.tokens == ar.tokens
+  # The first pass verifies nothing, and commits its token and the branch of 3 behind it.
+  noise = copier.eos_token_ids[0]
+  assert sure.tokens[0][0] == ar.tokens[0][0]
+  assert sure.tokens[0][1:4] == [(noise + 1) % 40] * 3
+  assert sure.passes[0] <= 3
