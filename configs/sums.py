@@ -6,6 +6,8 @@
     python -m refine_jax.main --config=configs/sums.py:blocks --workdir=runs/sums_blocks \
         --config.model.config= --config.model.pretrained=models/sums_ar \
         --config.optim.total_steps=600 --config.optim.lr=1e-3
+    python -m refine_jax.evaluate --model=runs/sums_blocks --data=data/sums/test.parquet \
+        --scorer=numeric --modes=exact:branches,exact:tail --block_sizes=4,8
 """
 
 from configs import recipes, tiny

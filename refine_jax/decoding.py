@@ -2,8 +2,10 @@
 
 import math
 import numbers
+import time
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -106,7 +108,7 @@ class Decoder:
       return True
     if self.trace is None:
       decode = sampler.programs(self.model.config, self.settings)[0]
-      self.state = self._timed(decode, self.params, self.state, np.int32(passes))
+      self._run(decode, np.int32(passes))
     else:
       for _ in range(passes):
         self._traced_pass()
@@ -116,13 +118,19 @@ class Decoder:
       self._follow()
     return bool(np.all(self.state.done))
 
-  def _timed(self, function, *arguments):
+  def _run(self, function, *more):
+    """What the program gives; the state in it becomes ours."""
+    arguments = (self.params, self.state, *more)
     # Shapes stay as they are, and looking up those of all parameters takes as long as a pass.
     if function not in self._programs:
       self._programs[function], seconds = executables.compiled(function, arguments)
       self.compile_seconds += seconds
-    result, seconds = executables.timed(self._programs[function], *arguments)
-    self.decode_seconds += seconds
+    start = time.perf_counter()
+    result = self._programs[function](*arguments)
+    # Before the wait, which an interrupt may end: the old state's memory is given away by now.
+    self.state = result if isinstance(result, sampler.State) else result[0]
+    jax.block_until_ready(result)
+    self.decode_seconds += time.perf_counter() - start
     return result
 
   def _traced_pass(self):
@@ -131,7 +139,7 @@ class Decoder:
     lengths, limits, done = (
       np.array(x) for x in (self.state.length, self.state.limit, self.state.done)
     )
-    self.state, seen = self._timed(one_pass, self.params, self.state)
+    _, seen = self._run(one_pass)
     predicted, probabilities, counts = map(np.asarray, seen)
     for row, prompt in enumerate(self.prompts):
       if not done[row]:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from refine_jax import evaluate
 from refine_jax.cli import entry_point
 from refine_jax.errors import UserError
 
@@ -44,14 +45,34 @@ def run_all(arguments, extra: list[str]) -> dict:
           "refine_jax.main", f"--config={arguments.config}:{recipe}", f"--workdir={workdir}",
           f"--config.seed={seed}", *extra,
         )  # fmt: skip
-        _command(
-          "refine_jax.evaluate", f"--model={workdir}", f"--data={arguments.test}",
-          f"--modes={modes}", f"--block_sizes={arguments.block_sizes}", f"--output={evaluation}",
-          f"--scorer={arguments.scorer}", f"--dtype={arguments.dtype}",
-          f"--max_new_tokens={arguments.max_new_tokens}", f"--batch_size={arguments.batch_size}",
+        _evaluate(
+          arguments, workdir, evaluation, modes, arguments.block_sizes, arguments.dtype,
+          f"--batch_size={arguments.batch_size}",
         )  # fmt: skip
       results.setdefault(recipe, {})[seed] = json.loads((evaluation / "results.json").read_text())
   return results
+
+
+def wall_clock(arguments) -> dict:
+  """Seconds a problem, one at a time in bfloat16, of the first seed's best: ar beside exact."""
+  workdir = Path(arguments.runs) / f"blocks-{arguments.seeds.split(',')[0]}"
+  output = workdir / "one_at_a_time"
+  if not (output / "results.json").exists():
+    _evaluate(
+      arguments, workdir, output, "ar,exact:branches", str(arguments.block_size), "bfloat16",
+      "--batch_size=1", f"--limit={arguments.timed}",
+    )  # fmt: skip
+  ar, exact = json.loads((output / "results.json").read_text())
+  seconds = {"ar": ar["seconds_per_problem"], "exact": exact["seconds_per_problem"]}
+  return {"seconds_per_problem": seconds, "speedup": seconds["ar"] / seconds["exact"]}
+
+
+def _evaluate(arguments, workdir, output, modes, block_sizes, dtype, *options):
+  _command(
+    "refine_jax.evaluate", f"--model={workdir}", f"--data={arguments.test}", f"--modes={modes}",
+    f"--block_sizes={block_sizes}", f"--output={output}", f"--scorer={arguments.scorer}",
+    f"--dtype={dtype}", f"--max_new_tokens={arguments.max_new_tokens}", *options,
+  )  # fmt: skip
 
 
 def _command(module, *options):
@@ -73,13 +94,25 @@ def summarise(results: dict, block_size: int) -> dict:
       name, others = mode.split(":")[0], block not in (1, block_size)
       if others or name in entries:
         name = mode.replace(":", "_") + (f"@{block}" if others else "")
-      entry = {"setting": mode, "block_size": block}
+      entry = {"setting": mode, "block_size": block, "problems": setting["problems"]}
       for number in _NUMBERS:
         values = [seed_results[i][number] for seed_results in by_seed.values()]
         entry[number] = statistics.mean(values)
         entry.setdefault("seeds", {})[number] = dict(zip(by_seed, values, strict=True))
       entries[name] = entry
   return summary
+
+
+def plot(summary: dict, path: Path) -> bool:
+  """evaluate.plot of every setting, its seeds' problems taken together."""
+  rows = []
+  for recipe, modes in summary.items():
+    for entry in modes.values():
+      problems = entry["problems"] * len(entry["seeds"]["solved"])
+      low, high = evaluate.wilson(round(entry["solved"] * problems), problems)
+      mode = {"mode": f"{recipe} {entry['setting']}", "solved_low": low, "solved_high": high}
+      rows.append(entry | mode)
+  return evaluate.plot(rows, path)
 
 
 def table(summary: dict) -> str:
@@ -105,12 +138,13 @@ def main():
   parser.add_argument("--test", default="data/tasks/test.parquet")
   parser.add_argument("--recipes", default=",".join(_MODES))
   parser.add_argument("--seeds", default="0,1,2", help="document gets the first alone")
-  parser.add_argument("--block_sizes", default="4,8,16")
-  parser.add_argument("--block_size", type=int, default=8, help="whose results have plain names")
+  parser.add_argument("--block_sizes", default="8,16")
+  parser.add_argument("--block_size", type=int, default=16, help="whose results have plain names")
   parser.add_argument("--scorer", default="auto")
   parser.add_argument("--dtype", default="float32", help="of the parameters while decoding")
   parser.add_argument("--max_new_tokens", type=int, default=256)
   parser.add_argument("--batch_size", type=int, default=128)
+  parser.add_argument("--timed", type=int, default=100, help="problems for wall-clock")
   arguments, extra = parser.parse_known_args()
   summary = summarise(run_all(arguments, extra), arguments.block_size)
   output = Path(arguments.output)
@@ -118,7 +152,12 @@ def main():
   temporary = output.with_name(output.name + ".new")
   temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
   temporary.replace(output)
+  plot(summary, output.with_suffix(".png"))
   print(table(summary))
+  if "blocks" in arguments.recipes.split(","):
+    timed = wall_clock(arguments)
+    output.with_name("one_at_a_time.json").write_text(json.dumps(timed, indent=2) + "\n")
+    print(f"one at a time: exact answers {timed['speedup']:.2f} times as fast as ar")
 
 
 if __name__ == "__main__":

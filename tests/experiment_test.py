@@ -14,10 +14,10 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import experiment_tasks  # noqa: E402
 
 
-def test_means_over_seeds_keep_the_seeds_values():
+def test_means_over_seeds_keep_the_seeds_values(tmp_path):
   def setting(mode, block, solved):
     return {"mode": mode, "block_size": block, "solved": solved, "tokens_per_pass": 2.0,
-            "seconds_per_problem": 0.1, "not_stopped": 1}  # fmt: skip
+            "seconds_per_problem": 0.1, "not_stopped": 1, "problems": 50}  # fmt: skip
 
   results = {"blocks": {seed: [setting("ar", 1, solved), setting("exact", 8, solved),
                                setting("exact", 16, solved), setting("exact:ngram", 8, solved),
@@ -29,6 +29,8 @@ def test_means_over_seeds_keep_the_seeds_values():
   assert summary["exact"]["seeds"]["solved"] == {"0": 0.5, "1": 0.7}
   assert summary["exact@16"]["block_size"] == 16
   assert summary["threshold"]["setting"] == "threshold:0.9"
+  assert experiment_tasks.plot({"best": summary}, tmp_path / "tasks.png")
+  assert (tmp_path / "tasks.png").stat().st_size > 10_000
   assert "60.0% (50.0% to 70.0%)" in experiment_tasks.table({"blocks": summary})
 
 
@@ -49,6 +51,7 @@ def test_the_script_trains_evaluates_and_goes_on(tmp_path):
     str(ROOT / "scripts/experiment_tasks.py"), "--runs=runs", "--output=out/tasks.json",
     f"--config={ROOT}/configs/tiny.py", "--test=data/tiny/val.parquet", "--seeds=0",
     "--recipes=ar_sft,blocks", "--block_sizes=4", "--block_size=4", "--max_new_tokens=8",
+    "--timed=2",
     "--config.optim.total_steps=2", "--config.optim.batch_size=2", "--config.data.max_length=48",
   ]  # fmt: skip
   first = script(*command)
@@ -60,6 +63,10 @@ def test_the_script_trains_evaluates_and_goes_on(tmp_path):
   config = json.loads((tmp_path / "runs" / "blocks-0" / "config.json").read_text())
   assert config["noise"]["kind"] == "block" and config["objective"]["clean_weight"] > 0
   again = script(*command)
+  assert (tmp_path / "out" / "tasks.png").exists() and "times as fast as ar" in first.stdout
+  timed = json.loads((tmp_path / "out" / "one_at_a_time.json").read_text())
+  ar, exact = timed["seconds_per_problem"]["ar"], timed["seconds_per_problem"]["exact"]
+  assert timed["speedup"] == ar / exact > 0
   assert "done: step" not in again.stdout and "| best | exact:branches | 4 |" in again.stdout
   bad = script(*command, "--recipes=best")
   assert bad.returncode == 1 and "ar_sft, document, blocks" in bad.stderr

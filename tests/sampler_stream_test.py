@@ -8,7 +8,7 @@ import tokenizers
 import transformers
 
 import refine_jax
-from refine_jax import growing_text
+from refine_jax import decoding, generation, growing_text
 from refine_jax.growing_text import GrowingAnswer, GrowingText
 
 WORDS = ["▁", "▁▁", "▁the", "s", "▁two", "<", "0", "\n", "é", "▁世"]
@@ -197,3 +197,25 @@ def test_a_special_token_can_be_a_stop_string(model):
   out = refine_jax.generate(model, [[5]], stop=[text, "nowhere"], **options)
   assert out.tokens[0] == free[: free.index(token) + 1]
   assert out.stopped == [True] and text not in out.texts[0]
+
+
+def test_an_interrupt_leaves_what_was_there(monkeypatch):
+  """A notebook cell that is stopped while it waits for a pass."""
+  model = sampler_fixtures.copier_model()
+  decoder = None
+
+  def interrupted(*arguments, **options):
+    nonlocal decoder
+    decoder = decoding.Decoder(*arguments, **options)
+
+    def wait(_):
+      raise KeyboardInterrupt
+
+    monkeypatch.setattr(decoding.jax, "block_until_ready", wait)
+    return decoder
+
+  monkeypatch.setattr(generation, "Decoder", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    refine_jax.generate(model, [[3, 4]], max_new_tokens=6)
+  monkeypatch.undo()
+  assert decoder.result().tokens == [[5, 6, 7, 8, 9, 10]]
