@@ -56,6 +56,12 @@ def causal(rows: int, count: int) -> Reach:
   return Reach(upto, jnp.zeros(count, jnp.int32), jnp.full(count, -1))
 
 
+def following(start_B, count: int) -> tuple:
+  """Positions [B, T] and Reach of tokens that follow one another from `start` on."""
+  positions = start_B[:, None] + jnp.arange(count)[None, :]
+  return positions, causal(len(start_B), count)
+
+
 def attend_with(start_B, positions_BT, reach: Reach, places: int, engine: str):
   """For `model.hidden_states`: new tokens at start, start + 1, .. write the cache, then read it.
 
@@ -184,8 +190,7 @@ def _probe(config, dtype, rows, count, engine):
     for part in range(2):
       span = slice(part * count, (part + 1) * count)
       start = jnp.arange(rows) + part * count
-      positions = start[:, None] + jnp.arange(count)[None, :]
-      attend = attend_with(start, positions, causal(rows, count), places, engine)(None)
+      attend = attend_with(start, *following(start, count), places, engine)(None)
       out, cache = attend(q[:, span], k[:, span], v[:, span], cache)
       outs.append(out)
     return jnp.concatenate(outs, axis=1)

@@ -36,7 +36,8 @@ class Settings:
   Attributes:
     mode: "exact"; "fixed" (refine_iter passes a block, then commit it: the document's
       algorithm); "threshold" (commit while the probability is at least tau); "ar".
-    block: tokens that one pass can commit; block - 1 of them are drafted.
+    block: tokens that a pass can commit, block - 1 of them drafts ("threshold" with branches may
+      go on in the branch: `most`).
     draft: for new places: "tail" keeps the last pass's predictions, "noise" puts the noise token,
       "ngram" continues as the text did after its last two tokens occurred before; "branches" runs
       over a run of noise for every place where the verified text may end (drafts.py).
@@ -76,6 +77,11 @@ class Settings:
     return 2 * self.block - 1 if self.branched else self.block
 
   @property
+  def most(self) -> int:
+    """Tokens that a pass can commit."""
+    return self.width if self.mode == "threshold" else self.block
+
+  @property
   def reach(self) -> int:
     """Places of the cache behind the committed tokens that a pass may write."""
     return self.window + (drafts.branch_tokens(self.block) if self.branched else self.block)
@@ -92,7 +98,7 @@ class State(NamedTuple):
     done: bool [B].
     turn: int32 [B], passes over the current block ("fixed").
     passes: int32 [B].
-    accepted: int32 [Settings.width], how often a pass committed the place at this offset.
+    accepted: int32 [Settings.most], how often a pass committed the place at this offset.
     caches: for each layer keys and values (cache_attention.empty_caches).
     seeds: uint32 [B], for sampling.
   """
@@ -134,7 +140,7 @@ def prefill(
   tokens = jnp.broadcast_to(noise_token, (rows, size)).astype(jnp.int32)
   tokens = tokens.at[:, : prompts_BP.shape[1]].set(jnp.where(inside, prompts_BP, noise_token))
   start_B = jnp.zeros(rows, jnp.int32)
-  window = _causal_window(start_B, prompts_BP.shape[1])
+  window = cache_attention.following(start_B, prompts_BP.shape[1])
   _, caches = _run(params, config, prompts_BP, start_B, window, caches, attention)
   return tokens, caches
 
@@ -145,7 +151,7 @@ def begin(tokens, caches, lengths, limits, done, seeds, settings: Settings) -> S
   return State(
     tokens=tokens, length=np.array(lengths), cached=np.array(lengths), limit=limits, done=done,
     turn=np.zeros_like(lengths), passes=np.zeros_like(lengths),
-    accepted=np.zeros(settings.width, np.int32), caches=caches, seeds=seeds,
+    accepted=np.zeros(settings.most, np.int32), caches=caches, seeds=seeds,
   )  # fmt: skip
 
 
@@ -202,7 +208,7 @@ def one_pass(
     turn=jnp.where(state.done, state.turn, turn),
     passes=state.passes + ~state.done,
     accepted=state.accepted
-    + jnp.sum(jnp.arange(settings.width)[None, :] < count[:, None], axis=0, dtype=jnp.int32),
+    + jnp.sum(jnp.arange(settings.most)[None, :] < count[:, None], axis=0, dtype=jnp.int32),
     caches=caches,
     seeds=state.seeds,
   )
@@ -214,7 +220,7 @@ def _predict(params, state, tokens, start, config, settings):
   block = settings.block
   ids = slice_rows(tokens, start, settings.window)
   base = state.length - 1 - start
-  places, reach = _causal_window(start, settings.window)
+  places, reach = cache_attention.following(start, settings.window)
   if settings.branched:
     noise = jnp.full((len(ids), drafts.branch_tokens(block)), settings.noise_token, ids.dtype)
     ids = jnp.concatenate([ids, noise], axis=1)
@@ -259,12 +265,6 @@ def _commit_count(verified, probability, turn, settings):
       sure |= jnp.arange(settings.width)[None, :] <= verified[:, None]
     return jnp.maximum(verified + 1, _leading(sure)), turn
   return verified + 1, turn
-
-
-def _causal_window(start_B, count):
-  """Positions and Reach of tokens that follow one another."""
-  positions = start_B[:, None] + jnp.arange(count)[None, :]
-  return positions, cache_attention.causal(len(start_B), count)
 
 
 def _run(params, config, ids_BT, start_B, window, caches, engine):

@@ -7,4 +7,6 @@ cd "$(dirname "$0")/.."
 setup_env test
 export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 ruff check .
-python -m pytest -q "$@"
+# A process a core, each with whole files, whose fixtures are costly; up to 5 GB of memory each.
+cores=$(getconf _NPROCESSORS_ONLN)
+python -m pytest -q -n "$((cores < 4 ? cores : 4))" --dist loadfile "$@"

@@ -10,7 +10,7 @@ import torch
 import torch_model
 import train_fixtures as tiny
 
-from refine_jax import attention, noise, objective
+from refine_jax import attention, noise
 from refine_jax.config import NoiseConfig
 
 NOISE = NoiseConfig(
@@ -153,17 +153,9 @@ def test_losses_and_gradients_equal_those_of_each_block_alone(rounds, clean_weig
   noise_config = dataclasses.replace(NOISE, offset_decay=decay)
   doubled, noised = add_noise(tiny.packed_batch(), config=noise_config)
   weights = (1.0, 0.5, 0.25)[:rounds]
-  gradients, sums = jax.jit(
-    lambda p: objective.refinement_gradients(
-      compute.loss, p, *jax.tree.map(lambda x: x[None], (doubled, noised)),
-      loss_weights=weights, clean_weight=clean_weight,
-    )
-  )(params)  # fmt: skip
-  want_losses, want = torch_oracle(params, config, doubled, noised, weights, clean_weight)
-  np.testing.assert_allclose(sums["loss"] / sums["count"], want_losses, rtol=1e-5)
-  jax.tree.map(
-    lambda g, w: np.testing.assert_allclose(g, w, atol=2e-6, rtol=1e-3), gradients, want
-  )
+  arguments = (doubled, noised, weights, clean_weight)
+  gradients, sums = tiny.gradients_of_rounds(compute, params, *arguments)
+  torch_model.assert_equal(gradients, sums, *torch_oracle(params, config, *arguments))
 
 
 @pytest.mark.parametrize("window", [None, 6])

@@ -54,9 +54,8 @@ def test_blocks_over_a_cache_equal_the_whole(engine, rows, window):
     if junk:
       part = [x + 100 for x in part]
     at = jnp.asarray(at)
-    positions = at[:, None] + jnp.arange(stop - start)[None, :]
-    reach = cache_attention.causal(len(at), stop - start)
-    attend = cache_attention.attend_with(at, positions, reach, PLACES, engine)(window)
+    new = cache_attention.following(at, stop - start)
+    attend = cache_attention.attend_with(at, *new, PLACES, engine)(window)
     out, cache = attend(*map(jnp.asarray, part), cache)
     np.put_along_axis(got, index[:, :, None, None], np.asarray(out), axis=1)
   ends = [15 - b for b in range(rows)]

@@ -130,17 +130,9 @@ def test_losses_and_gradients_of_all_rounds_equal_those_of_torch(rounds, tied, c
   params, batch = tiny.params_with_biases(config), tiny.packed_batch()
   weights = (1.0, 0.5, 0.25)[:rounds]
   noised = add_noise(batch)
-  gradients, sums = jax.jit(
-    lambda p: objective.refinement_gradients(
-      compute.loss, p, *jax.tree.map(lambda x: x[None], (batch, noised)),
-      loss_weights=weights, clean_weight=clean_weight,
-    )
-  )(params)  # fmt: skip
-  want_losses, want = torch_oracle(params, config, batch, noised, weights, clean_weight)
-  np.testing.assert_allclose(sums["loss"] / sums["count"], want_losses, rtol=1e-5)
-  jax.tree.map(
-    lambda g, w: np.testing.assert_allclose(g, w, atol=2e-6, rtol=1e-3), gradients, want
-  )
+  arguments = (batch, noised, weights, clean_weight)
+  gradients, sums = tiny.gradients_of_rounds(compute, params, *arguments)
+  torch_model.assert_equal(gradients, sums, *torch_oracle(params, config, *arguments))
 
 
 def test_a_round_of_weight_zero_still_makes_the_next_ones_input():

@@ -53,3 +53,11 @@ def forward(params, config, ids, segment_ids, positions):
     x = x + gated @ m["down"]["kernel"]
   x = norm(x, params["final_norm"]["scale"])
   return x @ model.head_matrix(params).T
+
+
+def assert_equal(gradients, sums, want_losses, want):
+  """What objective.refinement_gradients gave, and the losses and gradients of an oracle."""
+  np.testing.assert_allclose(sums["loss"] / sums["count"], want_losses, rtol=1e-5)
+  jax.tree.map(
+    lambda g, w: np.testing.assert_allclose(g, w, atol=2e-6, rtol=1e-3), gradients, want
+  )

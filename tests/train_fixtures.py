@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from refine_jax import model
+from refine_jax import model, objective
 from refine_jax.compute import Compute
 from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
 from refine_jax.rope import RopeConfig
@@ -89,6 +89,16 @@ def recipe(
 def compute(config=None, **changes) -> Compute:
   changes = {"max_segments": 3, "head_chunk": 16} | changes
   return Compute(model=config or tiny_config(), **changes)
+
+
+def gradients_of_rounds(compute, params, batch, noised, loss_weights, clean_weight=0.0):
+  """objective.refinement_gradients of one batch [B, S]."""
+  one = jax.tree.map(lambda x: x[None], (batch, noised))
+  return jax.jit(
+    lambda params: objective.refinement_gradients(
+      compute.loss, params, *one, loss_weights=loss_weights, clean_weight=clean_weight
+    )
+  )(params)
 
 
 def examples(count: int, seed=0, max_prompt=6, max_response=9) -> list:

@@ -9,7 +9,7 @@ import pytest
 import train_fixtures as tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
-from refine_jax import noise, objective, sharding
+from refine_jax import noise, sharding
 from refine_jax.config import MeshConfig
 from refine_jax.train_step import eval_step, init_state, jit_train_step
 
@@ -29,15 +29,10 @@ def gradient(batch, recipe, compute, params=None):
   """The gradient of one [B, T] batch, and the round sums."""
   params = params or tiny.tiny_params(compute.model)
   batch, noised = noise.add_noise(jax.random.key(0), batch, recipe.noise, recipe.noise_token)
-  return jax.jit(
-    lambda params: objective.refinement_gradients(
-      compute.loss,
-      params,
-      *jax.tree.map(lambda x: x[None], (batch, noised)),
-      loss_weights=recipe.objective.loss_weights,
-      clean_weight=recipe.objective.clean_weight,
-    )
-  )(params)
+  objective = recipe.objective
+  return tiny.gradients_of_rounds(
+    compute, params, batch, noised, objective.loss_weights, objective.clean_weight
+  )
 
 
 def assert_close(a, b, atol=1e-5, rtol=1e-4):
