@@ -1,6 +1,7 @@
 """What decoding gives back: answers, their numbers, and on request every pass."""
 
 import dataclasses
+import itertools
 
 from refine_jax import refinement_html
 
@@ -120,7 +121,8 @@ def joined(parts: list[Generation]) -> Generation:
   passes = max(sum(lists["passes"]), 1)
   accepted = [
     sum(share * sum(part.passes) for share, part in zip(shares, parts, strict=True)) / passes
-    for shares in zip(*(part.accepted for part in parts), strict=True)
+    # A part with smaller blocks committed nothing at the offsets that only others have.
+    for shares in itertools.zip_longest(*(part.accepted for part in parts), fillvalue=0.0)
   ]
   return Generation(
     texts=None if None in texts else [text for some in texts for text in some],

@@ -219,3 +219,15 @@ def test_a_reader_that_leaves_and_an_interrupt_end_quietly(directory):
     stopped.stdout.readline()
     stopped.send_signal(signal.SIGINT)
     assert (stopped.wait(60), stopped.stderr.read()) == (130, "\n")
+
+
+def test_batches_with_blocks_of_their_own_are_joined(model):
+  """A model trained with blocks has smaller ones by default where there are more rows."""
+  parts = [
+    refine_jax.generate(model, [[5], [6]], block_size=2, max_new_tokens=6),
+    refine_jax.generate(model, [[7]], block_size=4, max_new_tokens=6),
+  ]
+  small, large = (sum(part.passes) for part in parts)
+  accepted = sample.result.joined(parts).accepted
+  assert accepted[0] == 1.0 and len(accepted) == 4
+  assert accepted[3] == pytest.approx(parts[1].accepted[3] * large / (small + large))
