@@ -24,15 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from refine_jax import (
-  cache_attention,
-  compute,
-  executables,
-  generation,
-  hf_export,
-  loading,
-  sampler,
-)
+from refine_jax import compute, executables, generation, hf_export, loading, sampler
 from refine_jax import model as model_lib
 
 _PASSES = 32
@@ -45,10 +37,6 @@ def main(argv=None) -> dict:
   parser.add_argument("--batches", default="1,32", type=timing.integers)
   parser.add_argument("--blocks", default="1,16", type=timing.integers)
   parser.add_argument("--modes", default="ar,exact,fixed", help="may be empty: passes alone")
-  parser.add_argument(
-    "--attention", choices=("auto", *cache_attention.ENGINES), default="xla",
-    help="of the passes; the modes run as generate does",
-  )
   parser.add_argument("--prompt", type=int, default=128, help="tokens")
   parser.add_argument("--new", type=int, help="tokens to decode; default: 256, tiny: 32")
   parser.add_argument("--peer", action="store_true", help="run PyTorch on the same weights")
@@ -121,21 +109,15 @@ def pass_cost(config, *, rows: int, block: int, context: int, itemsize: int) -> 
   return moved, rows * block * (compute.matmul_flops_per_token(config) + scores)
 
 
-def _settings(config, block, engine) -> sampler.Settings:
+def _settings(config, block) -> sampler.Settings:
   # As `generate` makes them, so that the modes find these programs again.
-  return sampler.Settings(
-    mode="exact", block=block, noise_token=config.vocab_size - 1, attention=engine
-  )
+  return sampler.Settings(mode="exact", block=block, noise_token=config.vocab_size - 1)
 
 
 def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
   config, params = model.config, model.decoding_params
-  engine = arguments.attention
-  if engine == "auto":
-    engine = cache_attention.choose_engine(config, params["embedding"].dtype.name)
-  settings = _settings(config, block, engine)
-  prefill = sampler.prefill_program(config, engine)
-  decode = sampler.programs(config, settings)[0]
+  settings = _settings(config, block)
+  prefill, decode = sampler.prefill_program(config), sampler.programs(config, settings)[0]
   size = executables.bucket(arguments.prompt + arguments.new + settings.reach, 16)
   ids = np.asarray(_prompts(config, rows, arguments.prompt), np.int32)
   full = np.full(rows, arguments.prompt, np.int32)
@@ -176,7 +158,6 @@ def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
   return {
     "batch": rows,
     "block": block,
-    "attention": engine,
     "prefill_ms": prefill_seconds * 1e3,
     "pass_ms": times["pass"] * 1e3,
     "loop_ms": times["loop"] * 1e3,

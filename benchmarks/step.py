@@ -19,8 +19,7 @@ from refine_jax import compute as compute_lib
 from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
 
 _JOINS = {
-  "auto": ("attention",), "yes": layout.MODULES, "no": (), "attention": ("attention",),
-  "mlp": ("mlp",),
+  "attention": ("attention",), "mlp": ("mlp",), "yes": layout.MODULES, "no": (),
 }  # fmt: skip
 
 
@@ -182,7 +181,7 @@ def main(argv=None) -> dict:
     help="layers a turn of the scan; all of them: no scan; default: as for a run",
   )
   parser.add_argument(
-    "--joined", choices=_JOINS, default="auto", help="projections, of which modules"
+    "--joined", choices=_JOINS, default="attention", help="projections, of which modules"
   )
   parser.add_argument("--head_chunk", type=int, default=2048)
   parser.add_argument("--head_gradient", choices=("forward", "recompute"), default="forward")

@@ -52,15 +52,7 @@ def attend_with(
   }[backend]
 
   def with_window(window):
-    local = functools.partial(engine, window=window)
-    if mesh is not None and mesh.size > 1:
-      heads = PartitionSpec(BATCH_AXES, None, "tensor", None)
-      rows = PartitionSpec(BATCH_AXES, None)
-      # Kernels know nothing of meshes: give each device its rows and heads. check_vma is off
-      # because custom kernels do not say over which axes their outputs vary.
-      local = jax.shard_map(
-        local, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
-      )
+    local = _on_mesh(functools.partial(engine, window=window), mesh, segment_ids_BT.ndim)
 
     def attend(q, k, v, cache):
       return local(q, k, v, segment_ids_BT), cache
@@ -70,9 +62,22 @@ def attend_with(
   return with_window
 
 
-def beside(
-  batch: dict, *, backend: str = "xla", max_segments: int = 1, mesh=None
-):
+def _on_mesh(engine, mesh, rank: int):
+  """(q, k, v, rows of this rank) -> out, where kernels know nothing of meshes.
+
+  Each device gets its rows and heads. check_vma is off because custom kernels do not say over which
+  axes their outputs vary.
+  """
+  if mesh is None or mesh.size == 1:
+    return engine
+  heads = PartitionSpec(BATCH_AXES, None, "tensor", None)
+  rows = PartitionSpec(BATCH_AXES, *(None,) * (rank - 1))
+  return jax.shard_map(
+    engine, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+  )
+
+
+def beside(batch: dict, *, backend: str = "xla", max_segments: int = 1, mesh=None):
   """The engine for rows whose second half is a copy in blocks (noise.blocks_beside).
 
   The clean half attends as `attend_with` has it. A token of the copy sees the clean text before
@@ -102,20 +107,22 @@ def beside(
     def copy(q, k, v, mask):
       return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=kernel)
 
-    if mesh is not None and mesh.size > 1:
-      heads = PartitionSpec(BATCH_AXES, None, "tensor", None)
-      rows = PartitionSpec(BATCH_AXES, None, None, None)
-      copy = jax.shard_map(
-        copy, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
-      )
+    local = _on_mesh(copy, mesh, mask.ndim)
 
     def attend(q, k, v, cache):
       clean, cache = clean_engine(window)(q[:, :length], k[:, :length], v[:, :length], cache)
-      return jnp.concatenate([clean, copy(q[:, length:], k, v, mask)], axis=1), cache
+      return jnp.concatenate([clean, local(q[:, length:], k, v, mask)], axis=1), cache
 
     return attend
 
   return with_window
+
+
+def segment_positions(segment_ids_BT):
+  """Of each token in its own segment: int32 [B, T]."""
+  index = jnp.arange(segment_ids_BT.shape[1])[None]
+  begins = jnp.diff(segment_ids_BT, axis=1, prepend=-1) != 0
+  return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 
 def mask_BTT(segment_ids_BT, window: int | None):
@@ -245,13 +252,6 @@ def _refusal(backend, platform, dtype):
   return None
 
 
-def _positions(segment_ids_BT):
-  """Of each token in its own segment (numpy)."""
-  index = np.broadcast_to(np.arange(segment_ids_BT.shape[1]), segment_ids_BT.shape)
-  begins = np.diff(segment_ids_BT, axis=1, prepend=-1) != 0
-  return index - np.maximum.accumulate(np.where(begins, index, 0), axis=1)
-
-
 def _probe(backend, heads, kv_heads, head_dim, max_segments, blocks):
   """None if `backend` agrees with the reference on a tiny packed problem, else why not."""
   length = 256
@@ -264,7 +264,7 @@ def _probe(backend, heads, kv_heads, head_dim, max_segments, blocks):
     row[:] = 1
   batch = {"segment_ids": jnp.asarray(row)}
   if blocks:
-    batch["positions"] = jnp.asarray(_positions(row))
+    batch["positions"] = segment_positions(batch["segment_ids"])
     batch = {name: jnp.tile(x, 2) for name, x in batch.items()}
     batch["block_starts"] = batch["positions"][:, :length] // 7 * 7
   groups = heads // kv_heads

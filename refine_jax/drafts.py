@@ -41,28 +41,24 @@ def branch_tokens(block: int) -> int:
   return block * (block - 1)
 
 
-def lay_out(base_B, window: int, block: int) -> tuple:
-  """Places and masks of a window's tokens and of the branches behind them, T of them in all.
+def following(start_B, base_B, window: int, block: int) -> tuple:
+  """As cache_attention.following, of a window's tokens and of the branches behind them.
 
   Args:
+    start_B: int32, the window's first position.
     base_B: int32, where in its window each row's last committed token stands.
-
-  Returns:
-    int32 [B, T], each token's position less that of the window's first; their Reach.
   """
-  rows = len(base_B)
+  positions, plain = cache_attention.following(start_B, window)
   branch, place = jnp.divmod(jnp.arange(branch_tokens(block)), block - 1)
   ends = base_B[:, None] + branch[None]  # the last token that the branch takes for right
-  positions = jnp.broadcast_to(jnp.arange(window), (rows, window))
-  positions = jnp.concatenate([positions, ends + 1 + place[None]], axis=1)
-  plain = cache_attention.causal(rows, window)
+  behind = start_B[:, None] + ends + 1 + place[None]
   first = window + branch * (block - 1)
   reach = cache_attention.Reach(
     jnp.concatenate([plain.upto, ends], axis=1),
     jnp.concatenate([plain.first, first]),
     jnp.concatenate([plain.last, first + place]),
   )
-  return positions, reach
+  return jnp.concatenate([positions, behind], axis=1), reach
 
 
 def chosen(x_BTD, verified_B, window: int, block: int):

@@ -89,9 +89,7 @@ def hidden_and_head(params, config: ModelConfig, ids_BT, segment_ids_BT=None) ->
   """
   if segment_ids_BT is None:
     segment_ids_BT = jnp.ones_like(ids_BT)
-  index = jnp.arange(ids_BT.shape[1])[None]
-  begins = jnp.diff(segment_ids_BT, axis=1, prepend=-1) != 0
-  positions = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+  positions = attention.segment_positions(segment_ids_BT)
   dtype = jax.tree.leaves(params["layers"])[0].dtype
   x_BTD = model_lib.hidden_states(
     params, config, ids_BT, positions, attention.attend_with(segment_ids_BT), dtype=dtype

@@ -46,7 +46,6 @@ class Settings:
       noise that depends on (seed, row, position) alone: a sample of the model's distribution that
       is a function of the tokens before it, so "exact" stays exact and equal to "ar".
     top_k, top_p: 0 and 1: off.
-    attention: an engine of cache_attention.py, that of `prefill` too.
   """
 
   mode: str = "exact"
@@ -59,7 +58,6 @@ class Settings:
   top_p: float = 1.0
   noise_token: int = 0
   eos_ids: tuple[int, ...] = ()
-  attention: str = "xla"
 
   @property
   def window(self) -> int:
@@ -129,19 +127,17 @@ class Seen(NamedTuple):
   count: jax.Array
 
 
-def prefill(
-  params, prompts_BP, lengths, noise_token, *, config, size, attention: str = "xla"
-) -> tuple:
+def prefill(params, prompts_BP, lengths, noise_token, *, config, size) -> tuple:
   """The prompts, int32 [B, P] padded on the right, in buffers of `size`: (tokens, caches)."""
   rows = prompts_BP.shape[0]
   dtype = jax.tree.leaves(params["layers"][0])[0].dtype
-  caches = cache_attention.empty_caches(config, rows, size, dtype, attention)
+  caches = cache_attention.empty_caches(config, rows, size, dtype)
   inside = jnp.arange(prompts_BP.shape[1])[None, :] < lengths[:, None]
   tokens = jnp.broadcast_to(noise_token, (rows, size)).astype(jnp.int32)
   tokens = tokens.at[:, : prompts_BP.shape[1]].set(jnp.where(inside, prompts_BP, noise_token))
   start_B = jnp.zeros(rows, jnp.int32)
   window = cache_attention.following(start_B, prompts_BP.shape[1])
-  _, caches = _run(params, config, prompts_BP, start_B, window, caches, attention)
+  _, caches = _run(params, config, prompts_BP, start_B, window, caches)
   return tokens, caches
 
 
@@ -220,14 +216,13 @@ def _predict(params, state, tokens, start, config, settings):
   block = settings.block
   ids = slice_rows(tokens, start, settings.window)
   base = state.length - 1 - start
-  places, reach = cache_attention.following(start, settings.window)
   if settings.branched:
     noise = jnp.full((len(ids), drafts.branch_tokens(block)), settings.noise_token, ids.dtype)
     ids = jnp.concatenate([ids, noise], axis=1)
-    offsets, reach = drafts.lay_out(base, settings.window, block)
-    places = start[:, None] + offsets
-  window = places, reach
-  x, caches = _run(params, config, ids, start, window, state.caches, settings.attention)
+    window = drafts.following(start, base, settings.window, block)
+  else:
+    window = cache_attention.following(start, settings.window)
+  x, caches = _run(params, config, ids, start, window, state.caches)
   head = model_lib.head_matrix(params).astype(x.dtype)
 
   def choose(x_BND, first_B):
@@ -267,13 +262,13 @@ def _commit_count(verified, probability, turn, settings):
   return verified + 1, turn
 
 
-def _run(params, config, ids_BT, start_B, window, caches, engine):
+def _run(params, config, ids_BT, start_B, window, caches):
   """Hidden states of ids behind the first `start` places of the caches, and these with them."""
   positions_BT, reach = window
-  places = cache_attention.size(caches, engine)
+  places = cache_attention.size(caches)
   return model_lib.hidden_states(
     params, config, ids_BT, positions_BT,
-    cache_attention.attend_with(start_B, positions_BT, reach, places, engine),
+    cache_attention.attend_with(start_B, positions_BT, reach, places),
     dtype=caches[0][0].dtype, caches=caches,
   )  # fmt: skip
 
@@ -294,7 +289,6 @@ def programs(config: ModelConfig, settings: Settings) -> tuple:
 
 
 @functools.cache
-def prefill_program(config: ModelConfig, attention: str = "xla"):
+def prefill_program(config: ModelConfig):
   """The jitted `prefill`."""
-  bound = functools.partial(prefill, config=config, attention=attention)
-  return jax.jit(bound, static_argnames="size")
+  return jax.jit(functools.partial(prefill, config=config), static_argnames="size")

@@ -103,6 +103,12 @@ def summarise(results: dict, block_size: int) -> dict:
   return summary
 
 
+def _write(path: Path, numbers: dict):
+  temporary = path.with_name(path.name + ".new")
+  temporary.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+  temporary.replace(path)
+
+
 def plot(summary: dict, path: Path) -> bool:
   """evaluate.plot of every setting, its seeds' problems taken together."""
   rows = []
@@ -149,14 +155,12 @@ def main():
   summary = summarise(run_all(arguments, extra), arguments.block_size)
   output = Path(arguments.output)
   output.parent.mkdir(parents=True, exist_ok=True)
-  temporary = output.with_name(output.name + ".new")
-  temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-  temporary.replace(output)
+  _write(output, summary)
   plot(summary, output.with_suffix(".png"))
   print(table(summary))
   if "blocks" in arguments.recipes.split(","):
     timed = wall_clock(arguments)
-    output.with_name("one_at_a_time.json").write_text(json.dumps(timed, indent=2) + "\n")
+    _write(output.with_name("one_at_a_time.json"), timed)
     print(f"one at a time: exact answers {timed['speedup']:.2f} times as fast as ar")
 
 

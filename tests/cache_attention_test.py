@@ -1,6 +1,5 @@
 """Attention over a cache, against attention over whole sequences."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,19 +8,6 @@ import train_fixtures as tiny
 from refine_jax import cache_attention, layout, sampler
 
 PLACES = 24
-
-
-@pytest.fixture(params=cache_attention.ENGINES)
-def engine(request, monkeypatch):
-  if request.param == "cudnn":  # its layout and mask, by XLA's means, which are there on a CPU
-    original = jax.nn.dot_product_attention
-
-    def by_xla(*args, implementation, **options):
-      assert implementation == "cudnn"
-      return original(*args, implementation="xla", **options)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-  return request.param
 
 
 def by_numpy(q_THh, k_SKh, v_SKh, window):
@@ -37,14 +23,14 @@ def by_numpy(q_THh, k_SKh, v_SKh, window):
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("window", [None, 4])
-def test_blocks_over_a_cache_equal_the_whole(engine, rows, window):
+def test_blocks_over_a_cache_equal_the_whole(rows, window):
   """Row b begins b places later; drafts are written and overwritten on the way."""
   config, rng = tiny.tiny_config(heads=6), np.random.default_rng(0)
   length = 15
   q, k, v = (
     rng.normal(size=(rows, length, n, config.head_dim)).astype(np.float32) for n in (6, 2, 2)
   )
-  cache = cache_attention.empty_caches(config, rows, PLACES, jnp.float32, engine)[0]
+  cache = cache_attention.empty_caches(config, rows, PLACES, jnp.float32)[0]
   got = np.zeros_like(q)
   # A prompt, a block, the same once more with a junk tail before it, a single token.
   for start, stop, junk in ((0, 7, 0), (7, 11, 4), (7, 14, 0), (14, 15, 0)):
@@ -55,17 +41,13 @@ def test_blocks_over_a_cache_equal_the_whole(engine, rows, window):
       part = [x + 100 for x in part]
     at = jnp.asarray(at)
     new = cache_attention.following(at, stop - start)
-    attend = cache_attention.attend_with(at, *new, PLACES, engine)(window)
+    attend = cache_attention.attend_with(at, *new, PLACES)(window)
     out, cache = attend(*map(jnp.asarray, part), cache)
     np.put_along_axis(got, index[:, :, None, None], np.asarray(out), axis=1)
   ends = [15 - b for b in range(rows)]
   for b, end in enumerate(ends):
     want = by_numpy(q[b, :end], k[b, :end], v[b, :end], window)
     np.testing.assert_allclose(got[b, :end], want, atol=1e-5)
-
-
-def test_the_choice_on_a_cpu_is_xla():
-  assert cache_attention.choose_engine(tiny.tiny_config(), "bfloat16") == "xla"
 
 
 @pytest.mark.parametrize("rows", [1, 4])
