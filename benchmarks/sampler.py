@@ -24,7 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from refine_jax import compute, executables, generation, hf_export, loading, sampler
+from refine_jax import (
+  compute,
+  executables,
+  generation,
+  hf_export,
+  loading,
+  sampler,
+  sampler_settings,
+)
 from refine_jax import model as model_lib
 
 _PASSES = 32
@@ -37,6 +45,9 @@ def main(argv=None) -> dict:
   parser.add_argument("--batches", default="1,32", type=timing.integers)
   parser.add_argument("--blocks", default="1,16", type=timing.integers)
   parser.add_argument("--modes", default="ar,exact,fixed", help="may be empty: passes alone")
+  parser.add_argument(
+    "--draft", default="tail", choices=("tail", "branches"), help="of the passes timed"
+  )
   parser.add_argument("--prompt", type=int, default=128, help="tokens")
   parser.add_argument("--new", type=int, help="tokens to decode; default: 256, tiny: 32")
   parser.add_argument("--peer", action="store_true", help="run PyTorch on the same weights")
@@ -109,21 +120,27 @@ def pass_cost(config, *, rows: int, block: int, context: int, itemsize: int) -> 
   return moved, rows * block * (compute.matmul_flops_per_token(config) + scores)
 
 
-def _settings(config, block) -> sampler.Settings:
+def _settings(model, rows, block, draft) -> sampler_settings.Settings:
   # As `generate` makes them, so that the modes find these programs again.
-  return sampler.Settings(mode="exact", block=block, noise_token=config.vocab_size - 1)
+  return sampler_settings.Settings(
+    mode="exact", block=block, draft=draft, noise_token=model.config.vocab_size - 1,
+    engine=model.cache_engine, least_window=sampler_settings.least_window(rows),
+  )  # fmt: skip
 
 
 def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
   config, params = model.config, model.decoding_params
-  settings = _settings(config, block)
-  prefill, decode = sampler.prefill_program(config), sampler.programs(config, settings)[0]
+  settings = _settings(model, rows, block, arguments.draft)
+  prefill = sampler.prefill_program(config, settings.engine)
+  decode = sampler.programs(config, settings)[0]
   size = executables.bucket(arguments.prompt + arguments.new + settings.reach, 16)
   ids = np.asarray(_prompts(config, rows, arguments.prompt), np.int32)
   full = np.full(rows, arguments.prompt, np.int32)
   limits = np.full(rows, size - settings.reach, np.int32)
   inputs = (params, ids, full, np.int32(settings.noise_token))
-  run_prefill, prefill_compile = executables.compiled(prefill, inputs, size=size)
+  run_prefill, prefill_compile = executables.compiled(
+    prefill, inputs, sampler.compiler_options(ids.size), size=size
+  )
   prefill_seconds = timing.median_seconds(lambda: run_prefill(*inputs), arguments.repeats)
 
   def fresh():
@@ -134,13 +151,15 @@ def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
     return jax.block_until_ready(jax.tree.map(jnp.array, state))
 
   state = fresh()
-  run_decode, decode_compile = executables.compiled(decode, (params, state, np.int32(1)))
+  options = sampler.compiler_options(rows * settings.tokens)
+  inputs_of_one = (params, state, np.int32(1))
+  run_decode, decode_compile = executables.compiled(decode, inputs_of_one, options)
 
   def fixed_loop(params, state):
     body = lambda _, s: sampler.one_pass(params, s, config=config, settings=settings)[0]  # noqa: E731
     return jax.lax.fori_loop(0, _PASSES, body, state)
 
-  program = jax.jit(fixed_loop, donate_argnums=1).lower(params, state).compile()
+  program = jax.jit(fixed_loop, donate_argnums=1).lower(params, state).compile(options)
   seconds = {"pass": [], "loop": [], "call": []}
   # The first of each is not timed.
   for _ in range(arguments.repeats + 1):
@@ -149,15 +168,18 @@ def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
     after, spent = executables.timed(run_decode, params, fresh(), np.int32(_PASSES))
     looped = int(np.max(after.passes))
     seconds["loop"].append(spent / looped)
-    seconds["call"].append(_one_by_one(decode, params, fresh()))
+    seconds["call"].append(_one_by_one(run_decode, params, fresh()))
   times = {name: statistics.median(values[1:]) for name, values in seconds.items()}
   itemsize = params["embedding"].dtype.itemsize
   moved, flops = pass_cost(
-    config, rows=rows, block=block, context=arguments.prompt, itemsize=itemsize
-  )
+    config, rows=rows, block=settings.tokens if settings.branched else block,
+    context=arguments.prompt, itemsize=itemsize,
+  )  # fmt: skip
   return {
     "batch": rows,
     "block": block,
+    "draft": arguments.draft,
+    "engine": settings.engine,
     "prefill_ms": prefill_seconds * 1e3,
     "pass_ms": times["pass"] * 1e3,
     "loop_ms": times["loop"] * 1e3,
@@ -171,10 +193,9 @@ def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
   }
 
 
-def _one_by_one(decode, params, state) -> float:
+def _one_by_one(run, params, state) -> float:
   """Seconds a pass as decoding.Decoder runs them for a stream."""
   passes, done = 0, False
-  run, _ = executables.compiled(decode, (params, state, np.int32(1)))
   start = time.perf_counter()
   while not done and passes < _PASSES:
     state = jax.block_until_ready(run(params, state, np.int32(1)))

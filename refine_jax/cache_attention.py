@@ -2,14 +2,22 @@
 
 The cache is [B, K, S, h], so that each head's keys lie together and neither product needs a
 transpose of the cache. Dimension letters as in model.py; S is the cache's size.
+
+Engines: "xla", anywhere, and "kernel" (cache_kernel.py), faster on NVIDIA GPUs.
 """
 
+import logging
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from refine_jax import cache_kernel
 from refine_jax.model import ModelConfig
+
+# Relative error that bfloat16 rounding alone explains; a wrong mask is off by tens of percent.
+_PROBE_TOLERANCE = 0.03
 
 
 def empty_caches(config: ModelConfig, rows: int, size: int, dtype) -> list:
@@ -44,32 +52,60 @@ def following(start_B, count: int) -> tuple:
   return start_B[:, None] + order, Reach(order, *nothing)
 
 
-def attend_with(start_B, positions_BT, reach: Reach, places: int):
+def attend_with(start_B, positions_BT, reach: Reach, places: int, engine: str = "xla"):
   """For `model.hidden_states`: new tokens at start, start + 1, .. write the cache, then read it.
 
   Args:
     start_B: int32, the place in the cache of each row's first new token.
     positions_BT: int32, in the text; a sliding window counts by these.
     places: S, of the caches.
+    engine: "xla" or "kernel" (see `choose_engine`).
   """
-  places_S = jnp.arange(places)[None, None, :]
-  order_BTS = places_S - start_B[:, None, None]
-  before_BTS = order_BTS <= reach.upto[:, :, None]
-  first, last = reach.first[None, :, None], reach.last[None, :, None]
-  beside_BTS = (order_BTS >= first) & (order_BTS <= last)
-  distance_BTS = positions_BT[:, :, None] - places_S
+  read = {"xla": _read, "kernel": cache_kernel.read}[engine]
 
   def with_window(window):
-    near = True if window is None else distance_BTS < window
-    seen_BTS = (before_BTS & near) | beside_BTS
-
     def attend(q, k, v, cache):
       cache = _write(cache[0], k, start_B), _write(cache[1], v, start_B)
-      return _read(q, *cache, seen_BTS), cache
+      return read(q, *cache, start_B, positions_BT, reach, window), cache
 
     return attend
 
   return with_window
+
+
+def choose_engine(config: ModelConfig, dtype) -> str:
+  """"kernel" where it runs and agrees with "xla" on a tiny problem, with a warning where not."""
+  head_dim = config.head_dim
+  power_of_two = head_dim >= 16 and head_dim & (head_dim - 1) == 0
+  if jax.default_backend() != "gpu" or jnp.dtype(dtype).itemsize != 2 or not power_of_two:
+    return "xla"
+  # As many stretches of the cache as there can be, the last ones empty; an odd number of queries.
+  rows, count, places = 2, 21, 1024
+  keys = jax.random.split(jax.random.key(0), 3)
+  heads = (config.heads, config.kv_heads, config.kv_heads)
+  shapes = [(rows, count, heads[0], head_dim)] + [(rows, n, places, head_dim) for n in heads[1:]]
+  q, k, v = (
+    jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)
+  )
+  start_B = jnp.array([0, 600])
+  positions_BT, reach = following(start_B, count)
+
+  def output(read):
+    run = jax.jit(lambda q, k, v: read(q, k, v, start_B, positions_BT, reach, 300))
+    return np.asarray(run(q, k, v), np.float32)
+
+  want = output(_read)
+  try:
+    got = output(cache_kernel.read)
+  except Exception as error:  # whatever a compiler raises is a reason not to use it
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+  else:
+    off = np.linalg.norm(got - want) / np.linalg.norm(want)
+    if off < _PROBE_TOLERANCE:
+      return "kernel"
+    reason = f"it differs from the reference by {off:.2g}."
+  logging.warning("decoding: the attention kernel is not used: %s", reason)
+  return "xla"
 
 
 def _write(cache_BKSh, new_BTKh, start_B):
@@ -86,7 +122,7 @@ def _write(cache_BKSh, new_BTKh, start_B):
   return flat.reshape(cache_BKSh.shape)
 
 
-def _read(q_BTHh, k_BKSh, v_BKSh, seen_BTS):
+def _read(q_BTHh, k_BKSh, v_BKSh, start_B, positions_BT, reach, window):
   batch, count, heads, head_dim = q_BTHh.shape
   kv_heads, places = k_BKSh.shape[1:3]
   groups = heads // kv_heads
@@ -96,12 +132,24 @@ def _read(q_BTHh, k_BKSh, v_BKSh, seen_BTS):
   q = q.reshape(batch, kv_heads, count * groups, head_dim)
   scores = jnp.einsum("bknh,bksh->bkns", q, k_BKSh, preferred_element_type=jnp.float32)
   scores = scores.reshape(*split, places) * head_dim**-0.5
+  seen_BTS = _seen(start_B, positions_BT, reach, window, places)
   lowest = -0.7 * jnp.finfo(jnp.float32).max
   scores = jnp.where(seen_BTS[:, None, :, None, :], scores, lowest)
   weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSh.dtype)
   weights = weights.reshape(batch, kv_heads, count * groups, places)
   out = jnp.einsum("bkns,bksh->bknh", weights, v_BKSh)
   return out.reshape(*split, head_dim).swapaxes(1, 2).reshape(q_BTHh.shape)
+
+
+def _seen(start_B, positions_BT, reach, window, places):
+  """Who sees which place: bool [B, T, S]."""
+  places_S = jnp.arange(places)[None, None, :]
+  order_BTS = places_S - start_B[:, None, None]
+  seen_BTS = order_BTS <= reach.upto[:, :, None]
+  if window is not None:
+    seen_BTS &= positions_BT[:, :, None] - places_S < window
+  first, last = reach.first[None, :, None], reach.last[None, :, None]
+  return seen_BTS | ((order_BTS >= first) & (order_BTS <= last))
 
 
 def slice_rows(x, start_B, size):

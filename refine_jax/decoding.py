@@ -13,6 +13,7 @@ from refine_jax import executables, growing_text, sampler
 from refine_jax.data import encode_prompt
 from refine_jax.errors import UserError
 from refine_jax.result import Generation, Pass, Trace, token_texts
+from refine_jax.sampler_settings import DRAFTS, MODES, Settings, least_window
 
 _SMALLEST_BUCKET = 16
 _BLOCK_SIZE = 8
@@ -50,12 +51,13 @@ class Decoder:
     if not 0 <= noise_token < model.config.vocab_size:
       raise UserError(f"noise_token={noise_token} is outside the vocabulary.")
     stops, stop_ids = _stops(model, stop)
-    self.settings = sampler.Settings(
+    self.settings = Settings(
       mode="exact" if mode == "ar" else mode,
       block=1 if mode == "ar" else block_size,
       draft=draft or _draft(trained, mode),
       refine_iter=refine_iter, tau=tau, temperature=temperature, top_k=top_k, top_p=top_p,
       noise_token=int(noise_token), eos_ids=(*map(int, eos), *stop_ids),
+      engine=model.cache_engine, least_window=least_window(self._rows(prompts)),
     )  # fmt: skip
     self.prompts = [
       _ids(model, prompt, chat_template, number)
@@ -72,6 +74,9 @@ class Decoder:
     self.params = model.decoding_params
     self.state = self._prefill() if self.prompts else None
 
+  def _rows(self, prompts) -> int:
+    return executables.bucket(len(prompts), 1)
+
   def _prefill(self) -> sampler.State:
     longest = max(map(len, self.prompts))
     context = self.model.config.max_length
@@ -81,7 +86,7 @@ class Decoder:
         f"Prompt {self.first_row + row} has {len(self.prompts[row - 1])} tokens, which leaves no"
         f" room in the model's {context} positions."
       )
-    rows = executables.bucket(len(self.prompts), 1)
+    rows = self._rows(self.prompts)
     width = executables.bucket(longest, _SMALLEST_BUCKET)
     ids = np.zeros((rows, width), np.int32)
     lengths = np.ones(rows, np.int32)
@@ -96,9 +101,10 @@ class Decoder:
     end = self.first_row + rows
     seeds = np.random.default_rng(self.seed).integers(0, 2**32, end, dtype=np.uint32)[-rows:]
     arguments = (self.params, ids, lengths, np.int32(self.settings.noise_token))
-    prefill = sampler.prefill_program(self.model.config)
+    prefill = sampler.prefill_program(self.model.config, self.settings.engine)
     size = executables.bucket(needed, _SMALLEST_BUCKET)
-    run, self.compile_seconds = executables.compiled(prefill, arguments, size=size)
+    options = sampler.compiler_options(rows * width)
+    run, self.compile_seconds = executables.compiled(prefill, arguments, options, size=size)
     state, self.prefill_seconds = executables.timed(run, *arguments)
     return sampler.begin(*state, lengths, limits, done, seeds, self.settings)
 
@@ -123,7 +129,9 @@ class Decoder:
     arguments = (self.params, self.state, *more)
     # Shapes stay as they are, and looking up those of all parameters takes as long as a pass.
     if function not in self._programs:
-      self._programs[function], seconds = executables.compiled(function, arguments)
+      tokens = len(self.state.done) * self.settings.tokens
+      options = sampler.compiler_options(tokens)
+      self._programs[function], seconds = executables.compiled(function, arguments, options)
       self.compile_seconds += seconds
     start = time.perf_counter()
     result = self._programs[function](*arguments)
@@ -217,8 +225,8 @@ def check_options(
   Raises:
     UserError: names the option, its value and what it may be.
   """
-  _require("mode", mode, mode in sampler.MODES, f"one of {', '.join(sampler.MODES)}")
-  _require("draft", draft, draft in (None, *sampler.DRAFTS), f"one of {', '.join(sampler.DRAFTS)}")
+  _require("mode", mode, mode in MODES, f"one of {', '.join(MODES)}")
+  _require("draft", draft, draft in (None, *DRAFTS), f"one of {', '.join(DRAFTS)}")
   if (mode, draft) == ("fixed", "branches"):
     raise UserError("draft='branches' needs a mode that verifies, and mode='fixed' does not.")
   block_size = _BLOCK_SIZE if block_size is None else block_size

@@ -18,12 +18,13 @@ from pathlib import Path
 import jax
 import pyarrow.parquet
 
-from refine_jax import generation, hf_export, loading, sampler, scoring
+from refine_jax import generation, hf_export, loading, scoring
 from refine_jax.cli import entry_point
 from refine_jax.config import Config
 from refine_jax.data.parquet import expand
 from refine_jax.errors import UserError
 from refine_jax.model import ModelConfig
+from refine_jax.sampler_settings import DRAFTS, MODES
 
 
 def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -40,7 +41,7 @@ def parse_mode(text: str) -> dict:
   """"exact", "ar", "fixed:2" (passes), "threshold:0.9" (probability), "exact:ngram" (draft)."""
   mode, *values = text.split(":")
   result = {"mode": mode}
-  if values and values[-1] in sampler.DRAFTS:
+  if values and values[-1] in DRAFTS:
     result["draft"] = values.pop()
   number = {"fixed": ("refine_iter", int, 2), "threshold": ("tau", float, 0.9)}.get(mode)
   try:
@@ -49,10 +50,10 @@ def parse_mode(text: str) -> dict:
       result[key] = kind(values.pop()) if values else default
   except ValueError:
     raise UserError(f"--modes: {text!r} should be like fixed:2 or threshold:0.9.") from None
-  if mode not in sampler.MODES or values:
+  if mode not in MODES or values:
     raise UserError(
-      f"--modes: {text!r} is not known; modes are {', '.join(sampler.MODES)}, with passes or a"
-      f" probability, and a draft ({', '.join(sampler.DRAFTS)}), each after a colon."
+      f"--modes: {text!r} is not known; modes are {', '.join(MODES)}, with passes or a"
+      f" probability, and a draft ({', '.join(DRAFTS)}), each after a colon."
     )
   return result
 

@@ -9,15 +9,19 @@ _PROGRAMS: dict = {}
 _MOST_PROGRAMS = 64
 
 
-def compiled(function, arguments, **static):
-  """The executable for these shapes, and the seconds that making it took."""
+def compiled(function, arguments, options=None, **static):
+  """The executable for these shapes, and the seconds that making it took.
+
+  Args:
+    options: XLA's, a function of these shapes.
+  """
   leaves, structure = jax.tree.flatten(arguments)
   shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
   key = (function, structure, shapes, tuple(static.items()))
   if key in _PROGRAMS:
     return _PROGRAMS[key], 0.0
   start = time.perf_counter()
-  program = function.lower(*arguments, **static).compile()
+  program = function.lower(*arguments, **static).compile(compiler_options=options)
   if len(_PROGRAMS) >= _MOST_PROGRAMS:
     _PROGRAMS.pop(next(iter(_PROGRAMS)))
   _PROGRAMS[key] = program

@@ -39,11 +39,11 @@ def generate(
   Args:
     prompts: strings or chats (lists of {"role", "content"}), through the chat template; or lists
       of token ids, as they are.
-    mode: one of sampler.MODES; sampler.Settings says what they and the next keys do.
+    mode: one of MODES of sampler_settings, whose Settings say what they and the next keys do.
     block_size: tokens that a pass can commit; 1 is autoregressive decoding. Default: what the model
       was trained with (noise.kind "block"; fewer for many rows in "exact"), else 8.
     max_new_tokens: for each row, never overshot; EOS counts.
-    draft: one of sampler.DRAFTS; default: for "fixed" "noise", for a model trained with blocks
+    draft: one of its DRAFTS; default: for "fixed" "noise", for a model trained with blocks
       "branches", else "tail".
     seed: a row's sample depends on it and on the row's place among the prompts alone.
     first_row: the place of the first prompt, where the prompts come in several calls.

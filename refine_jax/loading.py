@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refine_jax import attention, checkpoint, hf, hf_config, layout
+from refine_jax import attention, cache_attention, checkpoint, hf, hf_config, layout
 from refine_jax import model as model_lib
 from refine_jax.errors import UserError
 from refine_jax.model import ModelConfig
@@ -67,6 +67,13 @@ class Model:
     return jax.jit(lambda params: layout.join_projections(layout.unstack_layers(params)))(
       self.params
     )
+
+  @functools.cached_property
+  def cache_engine(self) -> str:
+    """The engine of cache_attention for these parameters; the kernel knows one device only."""
+    leaf = jax.tree.leaves(self.decoding_params)[0]
+    one = len(leaf.sharding.device_set) == 1
+    return cache_attention.choose_engine(self.config, leaf.dtype) if one else "xla"
 
   def require_tokenizer(self):
     """The tokenizer.

@@ -259,6 +259,7 @@ def hidden_states(
   if isinstance(params["layers"], list):
     new_caches = caches and list(caches)
     for i, layer_params in enumerate(params["layers"]):
+      x, layer_params = _backward_in_order((x, layer_params))
       x, cache = layer(x, layer_params, caches and caches[i], config.windows[i])
       if caches:
         new_caches[i] = cache
@@ -268,6 +269,14 @@ def hidden_states(
     x = _scan_layers(layer, x, params["layers"], config.windows, unroll)
   x = RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x)
   return x if caches is None else (x, new_caches)
+
+
+# The identity, whose gradients wait for one another. Without it XLA puts the products that give the
+# weights' gradients off to the end, and keeps what they need of nearly all layers.
+_backward_in_order = jax.custom_vjp(lambda tree: tree)
+_backward_in_order.defvjp(
+  lambda tree: (tree, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),)
+)
 
 
 def _scan_layers(layer, x, stacked, windows, unroll):

@@ -12,7 +12,6 @@ So `exact` commits the longest verified run and one token more, and gives the te
 autoregressive decoding, token for token, whatever the drafts are.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -24,65 +23,10 @@ from refine_jax import cache_attention, drafts, token_choice
 from refine_jax import model as model_lib
 from refine_jax.cache_attention import slice_rows, write_rows
 from refine_jax.model import ModelConfig
+from refine_jax.sampler_settings import Settings
 
-MODES = ("exact", "fixed", "threshold", "ar")
-DRAFTS = ("tail", "noise", "ngram", "branches")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-  """Static choices of one compiled program.
-
-  Attributes:
-    mode: "exact"; "fixed" (refine_iter passes a block, then commit it: the document's
-      algorithm); "threshold" (commit while the probability is at least tau); "ar".
-    block: tokens that a pass can commit, block - 1 of them drafts ("threshold" with branches may
-      go on in the branch: `most`).
-    draft: for new places: "tail" keeps the last pass's predictions, "noise" puts the noise token,
-      "ngram" continues as the text did after its last two tokens occurred before; "branches" runs
-      over a run of noise for every place where the verified text may end (drafts.py).
-    refine_iter, tau: for "fixed" and "threshold".
-    temperature: 0 for greedy. Otherwise a token is the argmax of logits / temperature plus Gumbel
-      noise that depends on (seed, row, position) alone: a sample of the model's distribution that
-      is a function of the tokens before it, so "exact" stays exact and equal to "ar".
-    top_k, top_p: 0 and 1: off.
-  """
-
-  mode: str = "exact"
-  block: int = 8
-  draft: str = "tail"
-  refine_iter: int = 2
-  tau: float = 0.9
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  noise_token: int = 0
-  eos_ids: tuple[int, ...] = ()
-
-  @property
-  def window(self) -> int:
-    """Tokens a pass runs over: modes that commit unverified tokens run over those once more."""
-    return 2 * self.block - 1 if self.mode in ("fixed", "threshold") else self.block
-
-  @property
-  def branched(self) -> bool:
-    """Whether passes carry branches; a block of one token has nothing to draft."""
-    return self.draft == "branches" and self.block > 1
-
-  @property
-  def width(self) -> int:
-    """Places that a pass predicts; those that it does not commit are drafts."""
-    return 2 * self.block - 1 if self.branched else self.block
-
-  @property
-  def most(self) -> int:
-    """Tokens that a pass can commit."""
-    return self.width if self.mode == "threshold" else self.block
-
-  @property
-  def reach(self) -> int:
-    """Places of the cache behind the committed tokens that a pass may write."""
-    return self.window + (drafts.branch_tokens(self.block) if self.branched else self.block)
+# Rows of a product from which on it is bound by arithmetic rather than by memory (H100).
+_MANY_ROWS = 256
 
 
 class State(NamedTuple):
@@ -127,7 +71,7 @@ class Seen(NamedTuple):
   count: jax.Array
 
 
-def prefill(params, prompts_BP, lengths, noise_token, *, config, size) -> tuple:
+def prefill(params, prompts_BP, lengths, noise_token, *, config, size, engine="xla") -> tuple:
   """The prompts, int32 [B, P] padded on the right, in buffers of `size`: (tokens, caches)."""
   rows = prompts_BP.shape[0]
   dtype = jax.tree.leaves(params["layers"][0])[0].dtype
@@ -137,7 +81,7 @@ def prefill(params, prompts_BP, lengths, noise_token, *, config, size) -> tuple:
   tokens = tokens.at[:, : prompts_BP.shape[1]].set(jnp.where(inside, prompts_BP, noise_token))
   start_B = jnp.zeros(rows, jnp.int32)
   window = cache_attention.following(start_B, prompts_BP.shape[1])
-  _, caches = _run(params, config, prompts_BP, start_B, window, caches)
+  _, caches = _run(params, config, prompts_BP, start_B, window, caches, engine)
   return tokens, caches
 
 
@@ -222,7 +166,7 @@ def _predict(params, state, tokens, start, config, settings):
     window = drafts.following(start, base, settings.window, block)
   else:
     window = cache_attention.following(start, settings.window)
-  x, caches = _run(params, config, ids, start, window, state.caches)
+  x, caches = _run(params, config, ids, start, window, state.caches, settings.engine)
   head = model_lib.head_matrix(params).astype(x.dtype)
 
   def choose(x_BND, first_B):
@@ -262,13 +206,13 @@ def _commit_count(verified, probability, turn, settings):
   return verified + 1, turn
 
 
-def _run(params, config, ids_BT, start_B, window, caches):
+def _run(params, config, ids_BT, start_B, window, caches, engine):
   """Hidden states of ids behind the first `start` places of the caches, and these with them."""
   positions_BT, reach = window
   places = cache_attention.size(caches)
   return model_lib.hidden_states(
     params, config, ids_BT, positions_BT,
-    cache_attention.attend_with(start_B, positions_BT, reach, places),
+    cache_attention.attend_with(start_B, positions_BT, reach, places, engine),
     dtype=caches[0][0].dtype, caches=caches,
   )  # fmt: skip
 
@@ -289,6 +233,18 @@ def programs(config: ModelConfig, settings: Settings) -> tuple:
 
 
 @functools.cache
-def prefill_program(config: ModelConfig):
+def prefill_program(config: ModelConfig, engine: str = "xla"):
   """The jitted `prefill`."""
-  return jax.jit(functools.partial(prefill, config=config), static_argnames="size")
+  return jax.jit(
+    functools.partial(prefill, config=config, engine=engine), static_argnames="size"
+  )
+
+
+def compiler_options(tokens: int) -> dict:
+  """XLA's, for a program whose products have so many rows.
+
+  Where arithmetic is what takes the time, cuBLAS is faster than XLA's own kernels, and adds biases
+  and the residual stream on the way; where memory is, it is slower.
+  """
+  own = jax.default_backend() != "gpu" or tokens < _MANY_ROWS
+  return {} if own else {"xla_gpu_enable_triton_gemm": False}

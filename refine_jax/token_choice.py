@@ -11,7 +11,7 @@ def choose(logits, positions_BN, seeds_B, settings):
     logits: float32 [B, N, V].
     positions_BN: int32, where in the row each token would stand.
     seeds_B: uint32.
-    settings: sampler.Settings.
+    settings: sampler_settings.Settings.
 
   Returns:
     int32 [B, N], and float32 [B, N]: the probability in the distribution that was chosen from.

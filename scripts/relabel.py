@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
 
-from refine_jax import generation, loading, sampler, scoring
+from refine_jax import generation, loading, sampler_settings, scoring
 from refine_jax.cli import entry_point
 from refine_jax.errors import UserError
 
@@ -75,7 +75,7 @@ def main():
   parser.add_argument("--response_key", default="target")
   parser.add_argument("--scorer", help="only right answers: auto, " + ", ".join(scoring.SCORERS))
   parser.add_argument("--block_size", type=int, default=8)
-  parser.add_argument("--draft", default="ngram", choices=sampler.DRAFTS,
+  parser.add_argument("--draft", default="ngram", choices=sampler_settings.DRAFTS,
                       help="of the exact mode; the text is the same")  # fmt: skip
   parser.add_argument("--max_new_tokens", type=int, default=512)
   parser.add_argument("--batch_size", type=int, default=64)

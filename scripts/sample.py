@@ -25,7 +25,7 @@ from refine_jax import (
   loading,
   refinement_html,
   result,
-  sampler,
+  sampler_settings,
 )
 from refine_jax.cli import entry_point
 from refine_jax.errors import UserError
@@ -53,10 +53,10 @@ def parse() -> tuple[argparse.Namespace, dict]:
   group = parser.add_argument_group("decoding", "the same for all prompts")
   add = group.add_argument
   names = [
-    add("--mode", default="exact", help=f"{', '.join(sampler.MODES)} (exact)"),
+    add("--mode", default="exact", help=f"{', '.join(sampler_settings.MODES)} (exact)"),
     add("--block_size", type=int, help="tokens that a pass can commit (as trained, or 8)"),
     add("--max_new_tokens", type=int, default=256, help="an answer, EOS counted (256)"),
-    add("--draft", help=f"{', '.join(sampler.DRAFTS)} (by mode and training)"),
+    add("--draft", help=f"{', '.join(sampler_settings.DRAFTS)} (by mode and training)"),
     add("--refine_iter", type=int, default=2, help="passes a block, mode fixed (2)"),
     add("--tau", type=float, default=0.9, help="probability, mode threshold (0.9)"),
     add("--temperature", type=float, default=0.0, help="0 is greedy (0)"),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import train_fixtures as tiny
 
-from refine_jax import cache_attention, layout, sampler
+from refine_jax import cache_attention, layout, sampler, sampler_settings
 
 PLACES = 24
 
@@ -55,7 +55,7 @@ def test_a_pass_copies_no_cache(rows):
   """In the compiled loop of passes: nothing of a cache's size is transposed or copied."""
   config = tiny.tiny_config()
   params = layout.join_projections(layout.unstack_layers(tiny.tiny_params(config)))
-  settings, size = sampler.Settings(block=4), 512
+  settings, size = sampler_settings.Settings(block=4), 512
   prompts, full = np.ones((rows, 16), np.int32), np.full(rows, 16, np.int32)
   tokens, caches = sampler.prefill_program(config)(params, prompts, full, np.int32(1), size=size)
   state = sampler.begin(

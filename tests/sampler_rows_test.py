@@ -6,7 +6,7 @@ import sampler_fixtures
 from hf_fixtures import tiny_hf_model
 
 import refine_jax
-from refine_jax import sampler
+from refine_jax import sampler, sampler_settings
 
 # Every mode and every draft once, and a sample.
 OPTIONS = (
@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 
 def state_after(model, options, passes):
   """The state of four rows after some passes, as numpy, and the settings."""
-  settings = sampler.Settings(
+  settings = sampler_settings.Settings(
     block=5, noise_token=EOS, eos_ids=(EOS,), **({"draft": "noise"} | options)
   )
   rows, width, size = 4, 16, 64
