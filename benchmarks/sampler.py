@@ -131,7 +131,7 @@ def _settings(model, rows, block, draft) -> sampler_settings.Settings:
 def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
   config, params = model.config, model.decoding_params
   settings = _settings(model, rows, block, arguments.draft)
-  prefill = sampler.prefill_program(config, settings.engine)
+  prefill = sampler.prefill_program(config)
   decode = sampler.programs(config, settings)[0]
   size = executables.bucket(arguments.prompt + arguments.new + settings.reach, 16)
   ids = np.asarray(_prompts(config, rows, arguments.prompt), np.int32)
@@ -139,8 +139,9 @@ def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
   limits = np.full(rows, size - settings.reach, np.int32)
   inputs = (params, ids, full, np.int32(settings.noise_token))
   run_prefill, prefill_compile = executables.compiled(
-    prefill, inputs, sampler.compiler_options(ids.size), size=size
-  )
+    prefill, inputs, sampler.compiler_options(ids.size), size=size,
+    block=settings.drafts_of_prompt, engine=settings.engine,
+  )  # fmt: skip
   prefill_seconds = timing.median_seconds(lambda: run_prefill(*inputs), arguments.repeats)
 
   def fresh():

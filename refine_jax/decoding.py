@@ -95,16 +95,18 @@ class Decoder:
       lengths[row] = len(prompt)
     limits = np.minimum(lengths + self.max_new_tokens, context).astype(np.int32)
     # Windows reach beyond the last token; a buffer that ended there would shift them.
-    needed = max(int(limits.max()) + self.settings.reach, width)
+    needed = max(int(limits.max()) + self.settings.reach, width + self.settings.drafts_of_prompt)
     done = np.arange(rows) >= len(self.prompts)
     # Leading numbers do not depend on how many are drawn.
     end = self.first_row + rows
     seeds = np.random.default_rng(self.seed).integers(0, 2**32, end, dtype=np.uint32)[-rows:]
     arguments = (self.params, ids, lengths, np.int32(self.settings.noise_token))
-    prefill = sampler.prefill_program(self.model.config, self.settings.engine)
-    size = executables.bucket(needed, _SMALLEST_BUCKET)
-    options = sampler.compiler_options(rows * width)
-    run, self.compile_seconds = executables.compiled(prefill, arguments, options, size=size)
+    prefill = sampler.prefill_program(self.model.config)
+    run, self.compile_seconds = executables.compiled(
+      prefill, arguments, sampler.compiler_options(rows * width),
+      size=executables.bucket(needed, _SMALLEST_BUCKET), block=self.settings.drafts_of_prompt,
+      engine=self.settings.engine,
+    )  # fmt: skip
     state, self.prefill_seconds = executables.timed(run, *arguments)
     return sampler.begin(*state, lengths, limits, done, seeds, self.settings)
 

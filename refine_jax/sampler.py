@@ -71,18 +71,34 @@ class Seen(NamedTuple):
   count: jax.Array
 
 
-def prefill(params, prompts_BP, lengths, noise_token, *, config, size, engine="xla") -> tuple:
-  """The prompts, int32 [B, P] padded on the right, in buffers of `size`: (tokens, caches)."""
-  rows = prompts_BP.shape[0]
+def prefill(
+  params, prompts_BP, lengths, noise_token, *, config, size, block=0, engine="xla"
+) -> tuple:
+  """The prompts, int32 [B, P] padded on the right, in buffers of `size`: (tokens, caches).
+
+  Args:
+    block: this many greedy drafts behind each prompt, made from noise tokens there; 0: none, noise
+      tokens are left in their place.
+  """
+  rows, width = prompts_BP.shape
   dtype = jax.tree.leaves(params["layers"][0])[0].dtype
   caches = cache_attention.empty_caches(config, rows, size, dtype)
-  inside = jnp.arange(prompts_BP.shape[1])[None, :] < lengths[:, None]
+  inside = jnp.arange(width)[None, :] < lengths[:, None]
   tokens = jnp.broadcast_to(noise_token, (rows, size)).astype(jnp.int32)
-  tokens = tokens.at[:, : prompts_BP.shape[1]].set(jnp.where(inside, prompts_BP, noise_token))
+  tokens = tokens.at[:, :width].set(jnp.where(inside, prompts_BP, noise_token))
   start_B = jnp.zeros(rows, jnp.int32)
-  window = cache_attention.following(start_B, prompts_BP.shape[1])
-  _, caches = _run(params, config, prompts_BP, start_B, window, caches, engine)
+  count = width + max(block - 1, 0)
+  window = cache_attention.following(start_B, count)
+  x, caches = _run(params, config, tokens[:, :count], start_B, window, caches, engine)
+  if block:
+    drafted = jnp.argmax(_logits(params, slice_rows(x, lengths - 1, block)), axis=-1)
+    tokens = write_rows(tokens, drafted, lengths)
   return tokens, caches
+
+
+def _logits(params, x_BND):
+  head = model_lib.head_matrix(params).astype(x_BND.dtype)
+  return jnp.einsum("bnd,vd->bnv", x_BND, head, preferred_element_type=jnp.float32)
 
 
 def begin(tokens, caches, lengths, limits, done, seeds, settings: Settings) -> State:
@@ -167,18 +183,13 @@ def _predict(params, state, tokens, start, config, settings):
   else:
     window = cache_attention.following(start, settings.window)
   x, caches = _run(params, config, ids, start, window, state.caches, settings.engine)
-  head = model_lib.head_matrix(params).astype(x.dtype)
 
   def choose(x_BND, first_B):
-    logits = jnp.einsum("bnd,vd->bnv", x_BND, head, preferred_element_type=jnp.float32)
     positions = first_B[:, None] + jnp.arange(x_BND.shape[1])[None, :]
-    return token_choice.choose(logits, positions, state.seeds, settings)
+    return token_choice.choose(_logits(params, x_BND), positions, state.seeds, settings)
 
   # Only the rows that predict the block meet the head.
-  behind = base[:, None] + jnp.arange(block)[None, :]
-  predicted, probability = choose(
-    jnp.take_along_axis(x, behind[:, :, None], axis=1), state.length
-  )
+  predicted, probability = choose(slice_rows(x, base, block), state.length)
   drafted = slice_rows(tokens, state.length, block)
   verified = _leading(predicted[:, :-1] == drafted[:, :-1])
   if settings.branched:
@@ -233,10 +244,10 @@ def programs(config: ModelConfig, settings: Settings) -> tuple:
 
 
 @functools.cache
-def prefill_program(config: ModelConfig, engine: str = "xla"):
-  """The jitted `prefill`."""
+def prefill_program(config: ModelConfig):
+  """The jitted `prefill`, whose options are static."""
   return jax.jit(
-    functools.partial(prefill, config=config, engine=engine), static_argnames="size"
+    functools.partial(prefill, config=config), static_argnames=("size", "block", "engine")
   )
 
 

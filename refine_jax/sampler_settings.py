@@ -64,6 +64,11 @@ class Settings:
     return self.window + (drafts.branch_tokens(self.block) if self.branched else 0)
 
   @property
+  def drafts_of_prompt(self) -> int:
+    """Drafts that the prompt's pass makes for the first one."""
+    return 0 if self.block == 1 or self.mode == "fixed" or self.draft == "noise" else self.block
+
+  @property
   def width(self) -> int:
     """Places that a pass predicts; those that it does not commit are drafts."""
     return 2 * self.block - 1 if self.branched else self.block

@@ -150,7 +150,7 @@ def main():
   parser.add_argument("--dtype", default="float32", help="of the parameters while decoding")
   parser.add_argument("--max_new_tokens", type=int, default=256)
   parser.add_argument("--batch_size", type=int, default=128)
-  parser.add_argument("--timed", type=int, default=100, help="problems for wall-clock")
+  parser.add_argument("--timed", type=int, default=100, help="problems for wall-clock; 0: none")
   arguments, extra = parser.parse_known_args()
   summary = summarise(run_all(arguments, extra), arguments.block_size)
   output = Path(arguments.output)
@@ -158,7 +158,7 @@ def main():
   _write(output, summary)
   plot(summary, output.with_suffix(".png"))
   print(table(summary))
-  if "blocks" in arguments.recipes.split(","):
+  if "blocks" in arguments.recipes.split(",") and arguments.timed:
     timed = wall_clock(arguments)
     _write(output.with_name("one_at_a_time.json"), timed)
     print(f"one at a time: exact answers {timed['speedup']:.2f} times as fast as ar")

@@ -1,13 +1,23 @@
 """Attention over a cache, against attention over whole sequences."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import train_fixtures as tiny
 
-from refine_jax import cache_attention, layout, sampler, sampler_settings
+from refine_jax import (
+  cache_attention,
+  cache_kernel,
+  drafts,
+  layout,
+  sampler,
+  sampler_settings,
+)
 
-PLACES = 24
+PLACES = 32
 
 
 def by_numpy(q_THh, k_SKh, v_SKh, window):
@@ -21,9 +31,16 @@ def by_numpy(q_THh, k_SKh, v_SKh, window):
   return np.einsum("hts,shd->thd", weights, v)
 
 
+@pytest.fixture(params=["xla", "kernel"])
+def engine(request, monkeypatch):
+  interpreted = functools.partial(cache_kernel.read, interpret=True)
+  monkeypatch.setattr(cache_kernel, "read", interpreted)
+  return request.param
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("window", [None, 4])
-def test_blocks_over_a_cache_equal_the_whole(rows, window):
+def test_blocks_over_a_cache_equal_the_whole(rows, window, engine):
   """Row b begins b places later; drafts are written and overwritten on the way."""
   config, rng = tiny.tiny_config(heads=6), np.random.default_rng(0)
   length = 15
@@ -41,13 +58,45 @@ def test_blocks_over_a_cache_equal_the_whole(rows, window):
       part = [x + 100 for x in part]
     at = jnp.asarray(at)
     new = cache_attention.following(at, stop - start)
-    attend = cache_attention.attend_with(at, *new, PLACES)(window)
+    attend = cache_attention.attend_with(at, *new, PLACES, engine)(window)
     out, cache = attend(*map(jnp.asarray, part), cache)
     np.put_along_axis(got, index[:, :, None, None], np.asarray(out), axis=1)
   ends = [15 - b for b in range(rows)]
   for b, end in enumerate(ends):
     want = by_numpy(q[b, :end], k[b, :end], v[b, :end], window)
     np.testing.assert_allclose(got[b, :end], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_the_kernel_gives_branches_what_xla_does(rows, window):
+  """Caches of one stretch and of many, empty ones among them; more queries than one program's."""
+  block, places, heads, kv_heads = 9, 512, 6, 2
+  start = jnp.asarray(np.random.default_rng(1).integers(0, 360, rows))
+  base = jnp.asarray(np.random.default_rng(2).integers(0, 3, rows))
+  new = drafts.following(start, base, block, block)
+  shapes = [(rows, block * block, heads, 16)] + [(rows, kv_heads, places, 16)] * 2
+  keys = jax.random.split(jax.random.key(0), 3)
+  q, k, v = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+  k, v = (x.at[:, :, 448:].set(jnp.nan) for x in (k, v))  # no turn of the loop comes there
+  got = cache_kernel.read(q, k, v, start, *new, window, interpret=True)
+  want = cache_attention._read(q, *map(jnp.nan_to_num, (k, v)), start, *new, window)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_the_kernel_is_taken_where_it_is_right(monkeypatch, caplog):
+  config = tiny.tiny_config(head_dim=16)
+  choose = functools.partial(cache_attention.choose_engine, config)
+  assert choose(jnp.bfloat16) == "xla"  # a CPU
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert choose(jnp.float32) == "xla" and not caplog.records
+  assert choose(jnp.bfloat16) == "xla" and "not used" in caplog.text  # it does not run here
+  right = functools.partial(cache_kernel.read, interpret=True)
+  monkeypatch.setattr(cache_kernel, "read", right)
+  assert choose(jnp.bfloat16) == "kernel"
+  late = lambda q, k, v, start, *rest: right(q, k, v, start + 1, *rest)  # noqa: E731
+  monkeypatch.setattr(cache_kernel, "read", late)
+  assert choose(jnp.bfloat16) == "xla" and "differs" in caplog.text
 
 
 @pytest.mark.parametrize("rows", [1, 4])
