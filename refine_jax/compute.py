@@ -47,9 +47,9 @@ class Compute:
       params = layout.unstack_layers(params)
     return layout.join_projections(params, self.join)
 
-  def add_gradients(self, total: dict, gradients: dict) -> dict:
-    """total, like the parameters, plus gradients of the working copy."""
-    return layout.add_gradients(total, gradients, self.model)
+  def canonical(self, gradients: dict) -> dict:
+    """Gradients of the working copy in the form of the parameters that it was made of."""
+    return layout.canonical(gradients, self.model)
 
   def hidden_states(self, params: dict, ids_BT, batch: dict):
     """[B, T, D] in `dtype`, of these ids in the rows of `batch`."""

@@ -9,7 +9,7 @@ projection a matrix of its own. Computing is faster in others, which `hidden_sta
           last axis: fewer and larger products. XLA joins such products of its own accord, and then
           the weights too, in every pass.
 
-`add_gradients` undoes both, as they only move numbers.
+`canonical` undoes both, for gradients too, as both only move numbers.
 """
 
 import jax
@@ -34,25 +34,13 @@ def join_projections(params: dict, modules: tuple[str, ...] = MODULES) -> dict:
   return _map_layers(lambda layer: _join_layer(layer, modules), params)
 
 
-def add_gradients(total: dict, gradients: dict, config: ModelConfig) -> dict:
-  """total, in the canonical form, plus gradients of any form, in total's dtypes.
-
-  Each layer is added to its part of the stack in place, the last one first, as the backward pass
-  has them ready: no stack of gradients is ever made, and none waits for another.
-  """
-  gradients = _map_layers(lambda layer: _split_layer(layer, config), gradients)
-  add = lambda t, g: t + g.astype(t.dtype)  # noqa: E731
-  if not isinstance(gradients["layers"], list):
-    return jax.tree.map(add, total, gradients)
-  layers = total["layers"]
-  for i, layer in reversed(list(enumerate(gradients["layers"]))):
-    layers = jax.tree.map(
-      lambda t, g, i=i: jax.lax.dynamic_update_index_in_dim(t, add(t[i], g), i, axis=0),
-      layers, layer,
-    )  # fmt: skip
-  rest = {name: jax.tree.map(add, total[name], g) for name, g in gradients.items()
-          if name != "layers"}  # fmt: skip
-  return rest | {"layers": layers}
+def canonical(params: dict, config: ModelConfig) -> dict:
+  """Parameters or gradients of any form in the canonical one, dtypes as they are."""
+  # Split first: a stack of parts reads each layer's joined matrix once, in one copy.
+  params = _map_layers(lambda layer: _split_layer(layer, config), params)
+  if isinstance(params["layers"], list):
+    params = params | {"layers": jax.tree.map(lambda *xs: jnp.stack(xs), *params["layers"])}
+  return params
 
 
 def _map_layers(function, params: dict) -> dict:

@@ -92,9 +92,8 @@ def refine(
 
 
 def refinement_gradients(
-  round_loss: Callable, params, batch: dict, noised: Noised, *, loss_weights, clean_weight=0.0,
-  zeros, add: Callable,
-):  # fmt: skip
+  round_loss: Callable, params, batch: dict, noised: Noised, *, loss_weights, clean_weight=0.0
+):
   """The gradient of clean_weight * loss_clean + sum_i loss_weights[i] * loss_si.
 
   No gradient passes through the greedy decode between rounds, so the gradient of the sum is the
@@ -110,11 +109,9 @@ def refinement_gradients(
     loss_weights: one a round.
     clean_weight: of the next-token loss on the clean text; 0: none. It has a pass of its own before
       the rounds, or, where blocks stand beside the clean text, a part in the first round.
-    zeros: what the gradients are added to, float32.
-    add: (sum of gradients, like zeros; gradient of one pass, like params) -> the new sum.
 
   Returns:
-    the gradient, like zeros; dict of ROUND_SUMS, float32 [losses]: the clean one, if
+    the gradient, float32, like params; dict of ROUND_SUMS, float32 [losses]: the clean one, if
     there is one, and the rounds.
   """
   beside = "block_starts" in batch
@@ -149,7 +146,7 @@ def refinement_gradients(
       return round_loss(params, ids_BS, micro, targets_BS, weights_BS, scored_BS)
 
     turn_gradients, output = jax.grad(loss, has_aux=True)(params)
-    gradients = add(gradients, turn_gradients)
+    gradients = jax.tree.map(lambda a, g: a + g.astype(a.dtype), gradients, turn_gradients)
     sums = {
       "clean": round_sums(micro, micro["ids"], targets_BS, clean_BS, output),
       "round": round_sums(micro, noise.ids, targets_BS, round_BS, output),
@@ -157,6 +154,7 @@ def refinement_gradients(
     ids_BS = next_round_ids(micro, output.predictions, noise)
     return (ids_BS, gradients), jax.tree.map(jnp.sum, sums)
 
+  zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
   (_, gradients), sums = jax.lax.scan(
     body, (noised.ids[0], zeros), jnp.arange(micro_batches * passes)
   )

@@ -85,8 +85,8 @@ def train_step(state: TrainState, batch: dict, *, recipe: Recipe, compute: Compu
   gradients, sums = objective.refinement_gradients(
     compute.loss, compute.cast(state.params), batch, noised,
     loss_weights=weights, clean_weight=clean_weight,
-    zeros=jax.tree.map(jnp.zeros_like, state.params), add=compute.add_gradients,
   )  # fmt: skip
+  gradients = compute.canonical(gradients)
   if clean_weight > 0:
     weights = (clean_weight, *weights)
   losses = sums["loss"] / jnp.maximum(sums["count"], 1)

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from refine_jax import model, objective
@@ -97,9 +96,8 @@ def gradients_of_rounds(compute, params, batch, noised, loss_weights, clean_weig
   one = jax.tree.map(lambda x: x[None], (batch, noised))
   return jax.jit(
     lambda params: objective.refinement_gradients(
-      compute.loss, params, *one, loss_weights=loss_weights, clean_weight=clean_weight,
-      zeros=jax.tree.map(jnp.zeros_like, params), add=compute.add_gradients,
-    )  # fmt: skip
+      compute.loss, params, *one, loss_weights=loss_weights, clean_weight=clean_weight
+    )
   )(params)
 
 
