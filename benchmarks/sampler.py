@@ -112,19 +112,28 @@ def weight_bytes(config, itemsize: int) -> int:
   return itemsize * sum(x.size for x in jax.tree.leaves(shapes))
 
 
-def pass_cost(config, *, rows: int, block: int, context: int, itemsize: int) -> tuple[int, int]:
-  """(bytes, flops) that a pass over `block` tokens a row needs after `context` tokens each."""
+def pass_cost(
+  config, *, rows: int, tokens: int, predictions: int, context: int, itemsize: int
+) -> tuple[int, int]:
+  """(bytes, flops) that a pass over so many tokens a row needs after `context` tokens each.
+
+  Args:
+    predictions: of the tokens, those that meet the head.
+  """
   cache = 2 * config.kv_heads * config.head_dim * config.layers * itemsize
-  moved = weight_bytes(config, itemsize) + rows * (context + block) * cache
+  moved = weight_bytes(config, itemsize) + rows * (context + tokens) * cache
   scores = 4 * config.heads * config.head_dim * config.layers * context
-  return moved, rows * block * (compute.matmul_flops_per_token(config) + scores)
+  head = 2 * config.width * config.vocab_size
+  layers = compute.matmul_flops_per_token(config) - head
+  return moved, rows * (tokens * (layers + scores) + predictions * head)
 
 
 def _settings(model, rows, block, draft) -> sampler_settings.Settings:
-  # As `generate` makes them, so that the modes find these programs again.
+  # As `generate` makes them: with tails, the modes find these programs again.
+  least = sampler_settings.least_window(executables.bucket(rows, 1))
   return sampler_settings.Settings(
     mode="exact", block=block, draft=draft, noise_token=model.config.vocab_size - 1,
-    engine=model.cache_engine, least_window=sampler_settings.least_window(rows),
+    engine=model.cache_engine, least_window=least,
   )  # fmt: skip
 
 
@@ -139,8 +148,8 @@ def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
   limits = np.full(rows, size - settings.reach, np.int32)
   inputs = (params, ids, full, np.int32(settings.noise_token))
   run_prefill, prefill_compile = executables.compiled(
-    prefill, inputs, sampler.compiler_options(ids.size), size=size,
-    block=settings.drafts_of_prompt, engine=settings.engine,
+    prefill, inputs, sampler.compiler_options(ids.size + rows * settings.drafts_of_prompt),
+    size=size, ahead=settings.drafts_of_prompt, engine=settings.engine,
   )  # fmt: skip
   prefill_seconds = timing.median_seconds(lambda: run_prefill(*inputs), arguments.repeats)
 
@@ -173,8 +182,8 @@ def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
   times = {name: statistics.median(values[1:]) for name, values in seconds.items()}
   itemsize = params["embedding"].dtype.itemsize
   moved, flops = pass_cost(
-    config, rows=rows, block=settings.tokens if settings.branched else block,
-    context=arguments.prompt, itemsize=itemsize,
+    config, rows=rows, tokens=settings.tokens if settings.branched else block,
+    predictions=settings.width, context=arguments.prompt, itemsize=itemsize,
   )  # fmt: skip
   return {
     "batch": rows,

@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
   # What a layer keeps for its backward pass: auto | none | mlp | attention | full (model.py).
   model.remat = "auto"
   # Layers in each turn of the scan over layers, all of them: no scan. 0: no scan on an accelerator,
-  # where that saves copies, but for remat "attention" and "full", which need it to save memory.
+  # where that saves copies, but for remat "full", which needs the scan to save memory.
   model.scan_unroll = 0
   # Tokens the output head works on at a time.
   model.head_chunk = 2048

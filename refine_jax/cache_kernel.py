@@ -2,23 +2,21 @@
 
 Each program takes some queries of one head through a stretch of the cache with the softmax kept
 online (FlashAttention, arXiv:2205.14135); the stretches are joined at the end ("Flash-Decoding",
-Dao et al. 2023). No scores are kept in memory, and no place behind the last one that a query sees
-is read, whatever the cache's size.
+Dao et al. 2023). No scores are kept in memory, and of a cache of any size only those turns of the
+loop are taken that hold a place which a query sees.
 
-Written for Pallas's Triton backend, which jax deprecates in favour of Mosaic; what replaces it for
-new GPUs does not run on older ones. cache_attention.choose_engine tries it out first, and does
-without where it fails.
+Written for Pallas's Triton backend, which jax deprecates in favour of Mosaic, whose kernels do not
+run on GPUs before Hopper. cache_attention.choose_engine tries it out first, and does without where
+it fails or is gone.
 """
 
 import functools
 import math
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 # What ran fastest on an H100: keys that a turn of the loop reads, most queries of a program (the
 # least is what a tensor core takes), programs that keep the GPU busy, stretches that are joined.
@@ -38,6 +36,8 @@ def read(q_BTHh, k_BKSh, v_BKSh, start_B, positions_BT, reach, window, *, interp
     window: sliding window, or None.
     interpret: run it as XLA operations (tests on a CPU).
   """
+  from jax.experimental.pallas import triton  # here, so that all else runs without it
+
   batch, count, heads, head_dim = q_BTHh.shape
   kv_heads, places = k_BKSh.shape[1:3]
   groups = heads // kv_heads
@@ -79,12 +79,11 @@ def read(q_BTHh, k_BKSh, v_BKSh, start_B, positions_BT, reach, window, *, interp
     interpret=interpret,
     name="cache_attention",
   )  # fmt: skip
-  with warnings.catch_warnings():  # its deprecation: see above
-    warnings.simplefilter("ignore", DeprecationWarning)
-    out, highest, total = run(
-      start_B, padded(positions_BT, 1), padded(reach.upto, 1, -1), padded(reach.first, 0),
-      padded(reach.last, 0, -1), padded(q_BTHh, 1), k_BKSh, v_BKSh,
-    )  # fmt: skip
+  # What fills up a tile of queries stands far behind, and sees nothing.
+  out, highest, total = run(
+    start_B, padded(positions_BT, 1, 2**30), padded(reach.upto, 1, -1), padded(reach.first, 0),
+    padded(reach.last, 0, -1), padded(q_BTHh, 1), k_BKSh, v_BKSh,
+  )  # fmt: skip
   return _join(out, highest, total)[:, :count].astype(q_BTHh.dtype)
 
 
@@ -127,9 +126,12 @@ def _kernel(
     return out, new_highest, total * shrink + jnp.sum(weights, axis=1)
 
   turns = jnp.clip(pl.cdiv(end - begin, keys), 0, places // keys)
+  first_turn = 0
+  if window is not None:
+    first_turn = jnp.clip((jnp.min(position) - window + 1 - begin) // keys, 0, turns)
   zeros = jnp.zeros(size, jnp.float32)
   carry = jnp.zeros((size, head_dim), jnp.float32), zeros + _LOWEST, zeros
-  out_ref[...], highest_ref[...], total_ref[...] = jax.lax.fori_loop(0, turns, turn, carry)
+  out_ref[...], highest_ref[...], total_ref[...] = jax.lax.fori_loop(first_turn, turns, turn, carry)
 
 
 def _product(a, b, axis):

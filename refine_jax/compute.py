@@ -104,13 +104,13 @@ def choose_join(mesh: Mesh) -> tuple:
 def choose_unroll(wanted: int, remat: str, layers: int) -> int:
   """Of Compute.unroll: what was asked for, or, for 0, what is fastest here.
 
-  Layers apart, without a scan, save copies on an accelerator. But there the compiler may recompute
-  early, and then keeps what it was to recompute: where memory is short enough for "attention" or
-  "full", the scan holds it to the order.
+  Layers apart, without a scan, save copies on an accelerator. But a compiler may recompute early,
+  and then keeps what it was to recompute: where memory is so short that it takes "full", a scan
+  holds it to the order.
   """
   if wanted:
     return wanted
-  scans = jax.default_backend() == "cpu" or remat in ("attention", "full")
+  scans = jax.default_backend() == "cpu" or remat == "full"
   return 1 if scans else layers
 
 

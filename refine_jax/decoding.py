@@ -51,13 +51,14 @@ class Decoder:
     if not 0 <= noise_token < model.config.vocab_size:
       raise UserError(f"noise_token={noise_token} is outside the vocabulary.")
     stops, stop_ids = _stops(model, stop)
+    rows = executables.bucket(len(prompts), 1)
     self.settings = Settings(
       mode="exact" if mode == "ar" else mode,
       block=1 if mode == "ar" else block_size,
       draft=draft or _draft(trained, mode),
       refine_iter=refine_iter, tau=tau, temperature=temperature, top_k=top_k, top_p=top_p,
       noise_token=int(noise_token), eos_ids=(*map(int, eos), *stop_ids),
-      engine=model.cache_engine, least_window=least_window(self._rows(prompts)),
+      engine=model.cache_engine, least_window=least_window(rows),
     )  # fmt: skip
     self.prompts = [
       _ids(model, prompt, chat_template, number)
@@ -72,12 +73,9 @@ class Decoder:
       self.answers = [growing_text.GrowingAnswer(model.tokenizer, stops) for _ in self.prompts]
     self.trace = [[] for _ in self.prompts] if trace else None
     self.params = model.decoding_params
-    self.state = self._prefill() if self.prompts else None
+    self.state = self._prefill(rows) if self.prompts else None
 
-  def _rows(self, prompts) -> int:
-    return executables.bucket(len(prompts), 1)
-
-  def _prefill(self) -> sampler.State:
+  def _prefill(self, rows: int) -> sampler.State:
     longest = max(map(len, self.prompts))
     context = self.model.config.max_length
     if longest >= context:
@@ -86,7 +84,6 @@ class Decoder:
         f"Prompt {self.first_row + row} has {len(self.prompts[row - 1])} tokens, which leaves no"
         f" room in the model's {context} positions."
       )
-    rows = self._rows(self.prompts)
     width = executables.bucket(longest, _SMALLEST_BUCKET)
     ids = np.zeros((rows, width), np.int32)
     lengths = np.ones(rows, np.int32)
@@ -95,7 +92,8 @@ class Decoder:
       lengths[row] = len(prompt)
     limits = np.minimum(lengths + self.max_new_tokens, context).astype(np.int32)
     # Windows reach beyond the last token; a buffer that ended there would shift them.
-    needed = max(int(limits.max()) + self.settings.reach, width + self.settings.drafts_of_prompt)
+    ahead = self.settings.drafts_of_prompt
+    needed = max(int(limits.max()) + self.settings.reach, width + ahead)
     done = np.arange(rows) >= len(self.prompts)
     # Leading numbers do not depend on how many are drawn.
     end = self.first_row + rows
@@ -103,9 +101,8 @@ class Decoder:
     arguments = (self.params, ids, lengths, np.int32(self.settings.noise_token))
     prefill = sampler.prefill_program(self.model.config)
     run, self.compile_seconds = executables.compiled(
-      prefill, arguments, sampler.compiler_options(rows * width),
-      size=executables.bucket(needed, _SMALLEST_BUCKET), block=self.settings.drafts_of_prompt,
-      engine=self.settings.engine,
+      prefill, arguments, sampler.compiler_options(rows * (width + ahead)),
+      size=executables.bucket(needed, _SMALLEST_BUCKET), ahead=ahead, engine=self.settings.engine,
     )  # fmt: skip
     state, self.prefill_seconds = executables.timed(run, *arguments)
     return sampler.begin(*state, lengths, limits, done, seeds, self.settings)

@@ -71,7 +71,7 @@ class Model:
   @functools.cached_property
   def cache_engine(self) -> str:
     """The engine of cache_attention for these parameters; the kernel knows one device only."""
-    leaf = jax.tree.leaves(self.decoding_params)[0]
+    leaf = jax.tree.leaves(self.decoding_params["layers"][0])[0]
     one = len(leaf.sharding.device_set) == 1
     return cache_attention.choose_engine(self.config, leaf.dtype) if one else "xla"
 

@@ -11,7 +11,7 @@ from refine_jax.errors import UserError
 
 _CONTEXT = 12  # committed tokens shown before the block
 _STATES = {
-  "new": "predicted for the first time",
+  "new": "predicted by no pass before",
   "changed": "another token than the pass before",
   "kept": "the same token as the pass before",
   "committed": "part of the answer from here on",

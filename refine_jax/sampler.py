@@ -72,12 +72,12 @@ class Seen(NamedTuple):
 
 
 def prefill(
-  params, prompts_BP, lengths, noise_token, *, config, size, block=0, engine="xla"
+  params, prompts_BP, lengths, noise_token, *, config, size, ahead=0, engine="xla"
 ) -> tuple:
   """The prompts, int32 [B, P] padded on the right, in buffers of `size`: (tokens, caches).
 
   Args:
-    block: this many greedy drafts behind each prompt, made from noise tokens there; 0: none, noise
+    ahead: this many greedy drafts behind each prompt, made from noise tokens there; 0: none, noise
       tokens are left in their place.
   """
   rows, width = prompts_BP.shape
@@ -87,11 +87,11 @@ def prefill(
   tokens = jnp.broadcast_to(noise_token, (rows, size)).astype(jnp.int32)
   tokens = tokens.at[:, :width].set(jnp.where(inside, prompts_BP, noise_token))
   start_B = jnp.zeros(rows, jnp.int32)
-  count = width + max(block - 1, 0)
+  count = width + max(ahead - 1, 0)
   window = cache_attention.following(start_B, count)
   x, caches = _run(params, config, tokens[:, :count], start_B, window, caches, engine)
-  if block:
-    drafted = jnp.argmax(_logits(params, slice_rows(x, lengths - 1, block)), axis=-1)
+  if ahead:
+    drafted = jnp.argmax(_logits(params, slice_rows(x, lengths - 1, ahead)), axis=-1)
     tokens = write_rows(tokens, drafted, lengths)
   return tokens, caches
 
@@ -102,7 +102,7 @@ def _logits(params, x_BND):
 
 
 def begin(tokens, caches, lengths, limits, done, seeds, settings: Settings) -> State:
-  """The state after `prefill`, whose program serves all settings."""
+  """The state after `prefill`."""
   # An array for each field: `decode` takes their memory over.
   return State(
     tokens=tokens, length=np.array(lengths), cached=np.array(lengths), limit=limits, done=done,
@@ -212,7 +212,8 @@ def _commit_count(verified, probability, turn, settings):
   if settings.mode == "threshold":
     sure = probability >= settings.tau
     if settings.branched:  # made behind the verified run, not beside it
-      sure |= jnp.arange(settings.width)[None, :] <= verified[:, None]
+      places = jnp.arange(settings.width)[None, :] - verified[:, None]
+      sure = (sure | (places <= 0)) & (places < settings.block)  # where the branch ends
     return jnp.maximum(verified + 1, _leading(sure)), turn
   return verified + 1, turn
 
@@ -247,7 +248,7 @@ def programs(config: ModelConfig, settings: Settings) -> tuple:
 def prefill_program(config: ModelConfig):
   """The jitted `prefill`, whose options are static."""
   return jax.jit(
-    functools.partial(prefill, config=config), static_argnames=("size", "block", "engine")
+    functools.partial(prefill, config=config), static_argnames=("size", "ahead", "engine")
   )
 
 

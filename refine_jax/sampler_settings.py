@@ -66,7 +66,7 @@ class Settings:
   @property
   def drafts_of_prompt(self) -> int:
     """Drafts that the prompt's pass makes for the first one."""
-    return 0 if self.block == 1 or self.mode == "fixed" or self.draft == "noise" else self.block
+    return 0 if self.mode == "fixed" or self.draft == "noise" else self.block - 1
 
   @property
   def width(self) -> int:

@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 setup_env test
 export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 ruff check .
-# A process a core, each with whole files, whose fixtures are costly; up to 5 GB of memory each.
+# A process a core, each with its share of the files, whose fixtures are costly, until it is done and
+# takes over from another; up to 5 GB of memory each.
 cores=$(getconf _NPROCESSORS_ONLN)
-python -m pytest -q -n "$((cores < 4 ? cores : 4))" --dist loadfile "$@"
+python -m pytest -q -n "$((cores < 4 ? cores : 4))" --dist worksteal "$@"

@@ -1,9 +1,12 @@
 """Engines against a loop over segments, forward and backward; the choice between engines."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from refine_jax import attention, sharding
 from refine_jax.config import MeshConfig
@@ -29,7 +32,7 @@ def tensors(length=T, head_dim=D):
 
 
 def loop_over_segments(q, k, v, ids, window):
-  """Softmax of each query over the keys of its own segment, one by one."""
+  """Softmax of each query over the keys of its own segment, one by one, in torch."""
   rows = []
   for b in range(B):
     out = []
@@ -38,36 +41,34 @@ def loop_over_segments(q, k, v, ids, window):
         s for s in range(t + 1)
         if ids[b, s] == ids[b, t] and (window is None or t - s < window)
       ]  # fmt: skip
-      keys = jnp.repeat(k[b, np.array(seen)], H // K, axis=1)
-      values = jnp.repeat(v[b, np.array(seen)], H // K, axis=1)
-      scores = jnp.einsum("hd,shd->hs", q[b, t], keys) / np.sqrt(q.shape[-1])
-      out.append(jnp.einsum("hs,shd->hd", jax.nn.softmax(scores, axis=-1), values))
-    rows.append(jnp.stack(out))
-  return jnp.stack(rows)
+      keys, values = (x[b, seen].repeat_interleave(H // K, dim=1) for x in (k, v))
+      scores = torch.einsum("hd,shd->hs", q[b, t], keys) / q.shape[-1] ** 0.5
+      out.append(torch.einsum("hs,shd->hd", scores.softmax(-1), values))
+    rows.append(torch.stack(out))
+  return torch.stack(rows)
 
 
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("backend", ["xla", "splash"])
 def test_engines_equal_a_loop_over_segments(backend, window):
-  ids = np.asarray(segment_ids())
+  segments = segment_ids()
   q, k, v, weight = tensors()
-  real = (ids > 0)[..., None, None]
+  weight = weight * (segments > 0)[..., None, None]  # of real tokens alone
 
+  @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
   def engine(q, k, v):
-    segments = jnp.asarray(ids)
     attend = attention.attend_with(segments, backend=backend, max_segments=3, interpret=True)
-    return attend(window)(q, k, v, None)[0]
+    out = attend(window)(q, k, v, None)[0] * (segments > 0)[..., None, None]
+    return jnp.sum(out * weight), out
 
-  def loss(function):
-    return lambda q, k, v: jnp.sum(function(q, k, v) * weight * real)
-
-  want = loop_over_segments(q, k, v, ids, window)
-  np.testing.assert_allclose(engine(q, k, v) * real, want * real, atol=1e-5)
-  gradients = jax.grad(loss(engine), (0, 1, 2))(q, k, v)
-  oracle = loss(lambda q, k, v: loop_over_segments(q, k, v, ids, window))
-  wanted = jax.jit(jax.grad(oracle, (0, 1, 2)))(q, k, v)
-  for got, expected in zip(gradients, wanted, strict=True):
-    np.testing.assert_allclose(got, expected, atol=2e-5)
+  (_, out), gradients = engine(q, k, v)
+  leaves = [torch.tensor(np.asarray(x), requires_grad=True) for x in (q, k, v)]
+  want = loop_over_segments(*leaves, np.asarray(segments), window)
+  want = want * torch.tensor(np.asarray(segments) > 0)[..., None, None]
+  (want * torch.tensor(np.asarray(weight))).sum().backward()
+  np.testing.assert_allclose(out, want.detach().numpy(), atol=1e-5)
+  for got, leaf in zip(gradients, leaves, strict=True):
+    np.testing.assert_allclose(got, leaf.grad.numpy(), atol=2e-5)
 
 
 def test_padding_gives_finite_values():

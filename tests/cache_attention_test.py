@@ -84,19 +84,36 @@ def test_the_kernel_gives_branches_what_xla_does(rows, window):
   np.testing.assert_allclose(got, want, atol=2e-5)
 
 
-def test_the_kernel_is_taken_where_it_is_right(monkeypatch, caplog):
-  config = tiny.tiny_config(head_dim=16)
-  choose = functools.partial(cache_attention.choose_engine, config)
-  assert choose(jnp.bfloat16) == "xla"  # a CPU
+@pytest.mark.parametrize("head_dim, power_of_two", [(16, True), (24, False)])
+def test_the_kernel_is_taken_where_it_is_right(monkeypatch, caplog, head_dim, power_of_two):
+  config = tiny.tiny_config(head_dim=head_dim)
+
+  def choose(dtype, kernel=None):
+    cache_attention.choose_engine.cache_clear()
+    caplog.clear()
+    if kernel:
+      monkeypatch.setattr(cache_kernel, "read", kernel)
+    return cache_attention.choose_engine(config, dtype)
+
+  right = functools.partial(cache_kernel.read, interpret=True)
+  assert choose(jnp.bfloat16) == "xla" and not caplog.records  # a CPU
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   assert choose(jnp.float32) == "xla" and not caplog.records
+  if not power_of_two:
+    assert choose(jnp.bfloat16) == "xla" and not caplog.records
+    return
   assert choose(jnp.bfloat16) == "xla" and "not used" in caplog.text  # it does not run here
-  right = functools.partial(cache_kernel.read, interpret=True)
-  monkeypatch.setattr(cache_kernel, "read", right)
-  assert choose(jnp.bfloat16) == "kernel"
-  late = lambda q, k, v, start, *rest: right(q, k, v, start + 1, *rest)  # noqa: E731
-  monkeypatch.setattr(cache_kernel, "read", late)
-  assert choose(jnp.bfloat16) == "xla" and "differs" in caplog.text
+  assert choose(jnp.bfloat16, right) == "kernel"
+  wrong = {
+    "one place late": lambda q, k, v, start, *rest: right(q, k, v, start + 1, *rest),
+    "no branches": lambda q, k, v, start, positions, reach, window: right(
+      q, k, v, start, positions, reach._replace(last=reach.last * 0 - 1), window
+    ),
+    "no window": lambda *arguments: right(*arguments[:-1], None),
+  }
+  for name, kernel in wrong.items():
+    assert choose(jnp.bfloat16, kernel) == "xla" and "differs" in caplog.text, name
+  cache_attention.choose_engine.cache_clear()
 
 
 @pytest.mark.parametrize("rows", [1, 4])

@@ -124,12 +124,13 @@ def test_the_step_is_the_same_with_layers_apart(sizes, join):
   apart = tiny.compute(unroll=2, join=join, remat="mlp")
   assert isinstance(apart.cast(tiny.tiny_params())["layers"], list)
   got = step_on(mesh, batch, recipe, apart)
-  assert_trees(np.testing.assert_allclose, got, want, atol=1e-5, rtol=1e-4)
+  # Adam divides by the gradient's size: where that is next to nothing, a tenth of a step.
+  assert_trees(np.testing.assert_allclose, got, want, atol=5e-5, rtol=1e-4)
 
 
-def test_what_saves_memory_by_recomputing_keeps_the_scan(monkeypatch):
+def test_what_recomputes_all_keeps_the_scan(monkeypatch):
   assert compute_lib.choose_unroll(3, "full", 28) == 3
   assert compute_lib.choose_unroll(0, "mlp", 28) == 1  # a CPU
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   chosen = {remat: compute_lib.choose_unroll(0, remat, 28) for remat in model.REMAT_POLICIES}
-  assert chosen == {"none": 28, "mlp": 28, "attention": 1, "full": 1}
+  assert chosen == {"none": 28, "mlp": 28, "attention": 28, "full": 1}

@@ -1,5 +1,6 @@
 """Exact block decoding against transformers' greedy decoding, in float32."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -8,6 +9,7 @@ from hf_fixtures import tiny_hf_model
 from sampler_fixtures import EOS, greedy, unequal_prompts
 
 import refine_jax
+from refine_jax import cache_attention, cache_kernel, decoding
 
 NEW = 20
 BLOCKS = (1, 2, 3, 5, 8, 16, 32)
@@ -63,6 +65,30 @@ def test_exact_is_transformers_greedy(variant, name, block, draft, batches):
     )  # fmt: skip
     assert out.tokens == [want[i] for i in chosen]
     assert all(len(t) / block <= p <= len(t) for p, t in zip(out.passes, out.tokens, strict=True))
+
+
+@pytest.mark.parametrize(
+  "name, block, draft, batches",
+  [("qwen3", 5, "branches", (3,)), ("mistral window", 1, "tail", (1,)),
+   ("qwen2 window", 8, "tail", (4,)), ("mistral window", 4, "branches", (1,))],
+)  # fmt: skip
+def test_what_a_gpu_does_is_exact_too(variant, monkeypatch, name, block, draft, batches):
+  """The kernel, interpreted, and passes that run over 16 tokens at least."""
+  calls = []
+
+  def read(*arguments):
+    calls.append(arguments[0].shape[1])
+    return cache_kernel.read(*arguments, interpret=True)
+
+  monkeypatch.setattr(cache_attention, "choose_engine", lambda config, dtype: "kernel")
+  monkeypatch.setattr(cache_attention, "cache_kernel", type("kernel", (), {"read": read}))
+  monkeypatch.setattr(decoding, "least_window", lambda rows: 16 // rows)
+  ours, prompts, want = variant(name)
+  fresh = dataclasses.replace(ours)  # an engine once chosen stays
+  test_exact_is_transformers_greedy(
+    lambda _: (fresh, prompts, want), name, block, draft, batches
+  )
+  assert min(calls) >= 16 // max(batches)
 
 
 def test_the_oracle_is_not_trivial(variant):

@@ -77,14 +77,20 @@ def test_threshold_one_is_exact_and_zero_takes_whole_blocks(models):
 
 def threshold_loop(ours, prompt, new, block, tau):
   """Commits what is verified and one more, or what is likely, for one row and without a cache."""
+
+  def predict(draft):
+    ids = text + draft
+    # Of one length, so that it is compiled once; what is behind changes nothing.
+    logits = ours(np.array([ids + [0] * (len(prompt) + new + block - len(ids))]))
+    logits = logits[0, len(text) - 1 : len(ids)]
+    likely = np.asarray(jax.nn.softmax(logits, axis=-1)).max(-1) >= tau
+    return np.asarray(logits).argmax(-1).tolist(), likely
+
   text, passes = list(prompt), 0
   # The prompt's pass gives the first drafts.
-  draft = np.asarray(ours(np.array([text + [EOS] * (block - 1)]))).argmax(-1)[0]
-  draft = draft[len(text) - 1 : -1].tolist()
+  draft = predict([EOS] * (block - 1))[0][:-1]
   while True:
-    logits = ours(np.array([text + draft]))[0, len(text) - 1 :]
-    likely = np.asarray(jax.nn.softmax(logits, axis=-1)).max(-1) >= tau
-    predicted = np.asarray(logits).argmax(-1).tolist()
+    predicted, likely = predict(draft)
     passes += 1
     verified = next((i for i in range(block - 1) if predicted[i] != draft[i]), block - 1)
     count = max(verified + 1, next((i for i in range(block) if not likely[i]), block))
@@ -235,14 +241,15 @@ def test_what_a_model_was_trained_with_is_the_default(monkeypatch):
 
 
 def test_threshold_goes_on_in_the_branch_of_what_was_verified():
-  """A copier is sure of everything: it commits the branch too, 2 N - 1 tokens a pass."""
+  """A copier is sure of everything: it commits the branch too, and nothing behind it."""
   copier, prompt = sampler_fixtures.copier_model(), [3]
   # After noise too comes its successor, so drafts behind it are wrong, and their tokens' count says
   # which pass they were committed in.
   exact = refine_jax.generate(copier, [prompt], draft="branches", block_size=4, max_new_tokens=12)
   sure = refine_jax.generate(
-    copier, [prompt], mode="threshold", tau=0.0, draft="branches", block_size=4, max_new_tokens=12
-  )
+    copier, [prompt], mode="threshold", tau=0.0, draft="branches", block_size=4, max_new_tokens=12,
+    trace=True,
+  )  # fmt: skip
   ar = refine_jax.generate(copier, [prompt], mode="ar", max_new_tokens=12)
   assert exact.tokens == ar.tokens
   # The prompt's pass gave one right draft; the first pass commits it, the token after it, and the
@@ -250,4 +257,5 @@ def test_threshold_goes_on_in_the_branch_of_what_was_verified():
   noise = copier.eos_token_ids[0]
   assert sure.tokens[0][:2] == ar.tokens[0][:2]
   assert sure.tokens[0][2:5] == [(noise + 1) % 40] * 3
-  assert sure.passes[0] <= 3
+  first = sure.trace.rows[0][0].committed
+  assert first == 5 and sure.passes[0] <= 3
