@@ -79,7 +79,7 @@ def read(q_BTHh, k_BKSh, v_BKSh, start_B, positions_BT, reach, window, *, interp
     interpret=interpret,
     name="cache_attention",
   )  # fmt: skip
-  # What fills up a tile of queries stands far behind, and sees nothing.
+  # What fills up a tile of queries stands far behind, so that no window of its reaches a place.
   out, highest, total = run(
     start_B, padded(positions_BT, 1, 2**30), padded(reach.upto, 1, -1), padded(reach.first, 0),
     padded(reach.last, 0, -1), padded(q_BTHh, 1), k_BKSh, v_BKSh,

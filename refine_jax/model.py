@@ -263,8 +263,6 @@ def hidden_states(
       x, cache = layer(x, layer_params, caches and caches[i], config.windows[i])
       if caches:
         new_caches[i] = cache
-        # Computed once, not again by each of its users from the parts of its sum.
-        x = jax.lax.optimization_barrier(x)
   else:
     assert caches is None, "a cache needs a list of layers"
     new_caches = None
