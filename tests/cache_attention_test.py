@@ -110,6 +110,7 @@ def test_the_kernel_is_taken_where_it_is_right(monkeypatch, caplog, head_dim, po
       q, k, v, start, positions, reach._replace(last=reach.last * 0 - 1), window
     ),
     "no window": lambda *arguments: right(*arguments[:-1], None),
+    "no number": lambda *arguments: right(*arguments) * jnp.nan,
   }
   for name, kernel in wrong.items():
     assert choose(jnp.bfloat16, kernel) == "xla" and "differs" in caplog.text, name
