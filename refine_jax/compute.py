@@ -62,6 +62,8 @@ class Compute:
       dtype=jnp.dtype(self.dtype),
       remat=self.remat,
       unroll=self.unroll,
+      # Over several devices, the sum of a layer's gradients has the time of the next one's pass.
+      backward_slack=0 if self.mesh is None or self.mesh.size == 1 else 1,
       constrain=self._rows_stay_split,
     )
 

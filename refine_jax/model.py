@@ -224,6 +224,7 @@ def hidden_states(
   dtype=jnp.float32,
   remat: str = "none",
   unroll: int = 1,
+  backward_slack: int = 0,
   constrain: Callable = lambda x: x,
   caches: list | None = None,
 ):
@@ -237,6 +238,7 @@ def hidden_states(
     dtype: of the activations.
     remat: one of REMAT_POLICIES.
     unroll: layers in each turn of the scan; without meaning for a list of layers.
+    backward_slack: of a list of layers: by how many layers the gradients of weights may be late.
     constrain: applied to the residual stream, to pin its sharding.
     caches: one attention cache a layer; only with a list of layers.
 
@@ -257,10 +259,12 @@ def hidden_states(
     return run(x, layer_params, cache)
 
   if isinstance(params["layers"], list):
-    new_caches = caches and list(caches)
-    for i, layer_params in enumerate(params["layers"]):
-      x, layer_params = _backward_in_order((x, layer_params))
-      x, cache = layer(x, layer_params, caches and caches[i], config.windows[i])
+    layers, new_caches = list(params["layers"]), caches and list(caches)
+    for i in range(len(layers)):
+      late = i + backward_slack
+      if late < len(layers):
+        x, layers[late] = _backward_in_order((x, layers[late]))
+      x, cache = layer(x, layers[i], caches and caches[i], config.windows[i])
       if caches:
         new_caches[i] = cache
   else:
@@ -271,8 +275,8 @@ def hidden_states(
   return x if caches is None else (x, new_caches)
 
 
-# The identity, whose gradients wait for one another. Without it XLA puts the products that give the
-# weights' gradients off to the end, and keeps what they need of nearly all layers.
+# The identity, whose gradients wait for one another. Without it XLA puts off to the end what gives
+# the weights' gradients, and keeps what that needs of nearly all layers.
 _backward_in_order = jax.custom_vjp(lambda tree: tree)
 _backward_in_order.defvjp(
   lambda tree: (tree, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),)

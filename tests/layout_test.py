@@ -96,6 +96,15 @@ def test_joined_layers_take_fewer_products_and_recompute_them():
       assert barriers == config.layers * (2 if again else 1)
 
 
+def test_weights_gradients_may_be_late_by_as_many_layers_as_asked():
+  config = tiny.tiny_config(layers=3, windows=(None,) * 3)
+  params = layout.unstack_layers(tiny.tiny_params(config))
+  for slack in (0, 1, 3):
+    run = jax.jit(lambda p, slack=slack: states_and_gradients(config, p, backward_slack=slack)[1])
+    text = run.lower(params).as_text()
+    assert text.count("optimization_barrier") == max(config.layers - slack, 0)
+
+
 def step_on(mesh, batch, recipe, compute):
   """(new state, metrics) of one step, the state split as the mesh wants it."""
   state = init_state(tiny.tiny_params(compute.model), recipe.optim)
