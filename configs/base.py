@@ -9,8 +9,10 @@ not in this file is an error there, and each key here is read somewhere.
 
 from ml_collections import ConfigDict
 
+from configs import recipes
 
-def get_config() -> ConfigDict:
+
+def get_config(recipe: str = "document") -> ConfigDict:
   c = ConfigDict()
   # Everything random is a function of (seed, step, example).
   c.seed = 0
@@ -151,4 +153,4 @@ def get_config() -> ConfigDict:
   log.experiment_name = ""
   # Steps to profile, into WORKDIR/profile: (first, last); (0, 0): none.
   log.profile_steps = (0, 0)
-  return c.lock()
+  return recipes.apply(c, recipe).lock()

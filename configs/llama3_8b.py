@@ -7,8 +7,8 @@
 from configs import base
 
 
-def get_config():
-  c = base.get_config()
+def get_config(recipe: str = "document"):
+  c = base.get_config(recipe)
   c.data.train_files = "train.parquet"
   c.model.pretrained = "meta-llama/Meta-Llama-3-8B-Instruct"
   c.mesh.data = 1

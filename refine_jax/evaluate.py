@@ -194,13 +194,23 @@ def plot(results: list[dict], path: Path) -> bool:
   return True
 
 
+def _sizes(text: str) -> list[int]:
+  try:
+    return [int(size) for size in text.split(",")]
+  except ValueError:
+    raise UserError(f"--block_sizes={text!r} must be numbers with commas between.") from None
+
+
 @entry_point
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--model", required=True, help="Hugging Face directory, hub name or workdir")
   parser.add_argument("--data", required=True, help="parquet with prompt and answer")
-  parser.add_argument("--modes", default="ar,exact")
-  parser.add_argument("--block_sizes", default="4,8,16,32")
+  parser.add_argument(
+    "--modes", default="ar,exact",
+    help="ar, exact, fixed:PASSES, threshold:PROBABILITY; a draft may follow: exact:branches",
+  )
+  parser.add_argument("--block_sizes", default="4,8,16,32", help="tokens a pass can commit")
   parser.add_argument("--scorer", default="auto", help="auto, " + ", ".join(scoring.SCORERS))
   parser.add_argument("--prompt_key", default="prompt")
   parser.add_argument("--max_new_tokens", type=int, default=256)
@@ -212,7 +222,7 @@ def main():
   settings = [
     (text, parse_mode(text) | {"block_size": size})
     for text in arguments.modes.split(",")
-    for size in ([1] if text == "ar" else map(int, arguments.block_sizes.split(",")))
+    for size in ([1] if text == "ar" else _sizes(arguments.block_sizes))
   ]
   output = Path(arguments.output) if arguments.output else None
   if output:
@@ -247,11 +257,14 @@ def main():
   if output:
     text = json.dumps(results, indent=2) + "\n"
     (unfinished / "results.json").write_text(text, encoding="utf-8")
-    plot(results, unfinished / "accuracy.png")
+    if not plot(results, unfinished / "accuracy.png"):
+      print("no accuracy.png: matplotlib is not installed (pip install '.[plot]')")
     if output.exists():
       output.rmdir()  # empty: checked above
     unfinished.rename(output)
   last = results[-1]
+  if len(results) > 1:
+    print(f"mode={last['mode']} block_size={last['block_size']}", end=" ")
   print(f"solved={last['solved']:.3f} tokens_per_pass={last['tokens_per_pass']:.2f}")
 
 

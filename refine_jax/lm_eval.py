@@ -11,11 +11,15 @@ import functools
 
 import jax
 import numpy as np
-from lm_eval import utils
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
 from tqdm import tqdm
+
+try:
+  from lm_eval import utils
+  from lm_eval.__main__ import cli_evaluate
+  from lm_eval.api.model import TemplateLM
+  from lm_eval.api.registry import register_model
+except ImportError:
+  raise ImportError("lm-eval is not installed; pip install 'refine_jax[eval]'") from None
 
 from refine_jax import executables, generation, head, loading
 from refine_jax.cli import entry_point

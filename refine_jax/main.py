@@ -1,7 +1,9 @@
 """Trains: python -m refine_jax.main --config=configs/x.py --workdir=DIR [--config.KEY=VALUE]."""
 
 import os
+import re
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -38,15 +40,31 @@ def main(argv):
 def _parse_flags(argv):
   """absl's flags, with what a user can get wrong in a config as a UserError."""
   app.define_help_flags()
+  for argument in argv:
+    name, given, value = argument.partition("=")
+    file = value.partition(":")[0]  # a recipe may follow
+    if given and name.lstrip("-") == "config" and not Path(file).is_file():
+      raise UserError(f"--config names {file!r}, and there is no such file.")
   try:
     rest = flags.FLAGS(argv)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    # ConfigDict raises these for a key that is not there or a value of the wrong type, and names
-    # the nearest key itself.
-    raise UserError(f"{error.args[0] if error.args else error}") from error
+    raise UserError(_in_one_line(error, argv)) from error
   if _CONFIG.value is None:
     raise UserError("--config is missing; name a file such as configs/tiny.py.")
   return rest
+
+
+def _in_one_line(error, argv) -> str:
+  """What ConfigDict says of a key that is not there, of a wrong type, of a file that fails."""
+  text = str(error.args[0] if error.args else error)
+  near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
+  if near:
+    right, wrong = near.groups()
+    given = next((a for a in argv if re.search(rf"\.{wrong}\b", a.partition("=")[0])), wrong)
+    return f"{given}: there is no key {wrong!r}; did you mean {right!r}?"
+  if "Traceback" in text:  # of the config file's own error, which its last line is
+    return f"{text.partition(': ')[0]}: {text.strip().splitlines()[-1]}"
+  return text
 
 
 @entry_point

@@ -20,7 +20,11 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
-import reasoning_gym
+
+try:
+  import reasoning_gym
+except ImportError:
+  raise SystemExit("error: reasoning-gym is not installed; pip install '.[tasks]'") from None
 
 from refine_jax import scoring
 from refine_jax.cli import entry_point

@@ -30,9 +30,7 @@ def expand(files: str) -> list[Path]:
       continue
     matches = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
     if not matches:
-      raise UserError(
-        f"No file matches {name!r}; correct config.data.train_files or config.data.val_files."
-      )
+      raise UserError(f"No file matches {name!r}, which was given as data; correct its path.")
     result += matches
   if not result:
     raise UserError(f"No file is named in {files!r}; name a parquet file.")
