@@ -11,11 +11,11 @@ After the file's name, a recipe of configs/recipes.py: configs/smollm2_tasks.py:
 scripts/experiment_tasks.py runs and compares them all.
 """
 
-from configs import base, recipes
+from configs import base
 
 
 def get_config(recipe: str = "document"):
-  c = base.get_config()
+  c = base.get_config(recipe)
   c.data.train_files = "data/tasks/train.parquet"
   c.data.val_files = "data/tasks/val.parquet"
   c.data.max_length = 512
@@ -30,4 +30,4 @@ def get_config(recipe: str = "document"):
   if recipe == "blocks":
     # <reponame>, which no text here has: EOS would have to mean noise and the end at once.
     c.noise.token = 4
-  return recipes.apply(c, recipe)
+  return c

@@ -10,14 +10,14 @@
         --scorer=numeric --modes=exact:branches,exact:tail --block_sizes=4,8
 """
 
-from configs import recipes, tiny
+from configs import tiny
 
 
 def get_config(recipe: str = "document"):
-  c = tiny.get_config()
+  c = tiny.get_config(recipe)
   c.data.train_files = "data/sums/train.parquet"
   c.data.val_files = "data/sums/val.parquet"
   c.model.config = "data/sums/model"
   c.optim.total_steps = 1200
   c.optim.lr = 2e-3
-  return recipes.apply(c, recipe)
+  return c

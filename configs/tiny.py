@@ -4,11 +4,11 @@
     python -m refine_jax.main --config=configs/tiny.py --workdir=runs/tiny
 """
 
-from configs import base, recipes
+from configs import base
 
 
 def get_config(recipe: str = "document"):
-  c = base.get_config()
+  c = base.get_config(recipe)
   c.data.train_files = "data/tiny/train.parquet"
   c.data.val_files = "data/tiny/val.parquet"
   c.data.max_length = 128
@@ -21,4 +21,4 @@ def get_config(recipe: str = "document"):
   c.checkpoint.save_every = 150
   c.eval.eval_every = 150
   c.log.every = 25
-  return recipes.apply(c, recipe)
+  return c

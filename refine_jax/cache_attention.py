@@ -12,13 +12,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from refine_jax import cache_kernel
+from refine_jax import cache_kernel, probe
 from refine_jax.model import ModelConfig
-
-# Relative error that bfloat16 rounding alone explains; a wrong mask is off by tens of percent.
-_PROBE_TOLERANCE = 0.03
 
 
 def empty_caches(config: ModelConfig, rows: int, size: int, dtype) -> list:
@@ -81,28 +77,26 @@ def choose_engine(config: ModelConfig, dtype) -> str:
   power_of_two = head_dim >= 16 and head_dim & (head_dim - 1) == 0
   if jax.default_backend() != "gpu" or jnp.dtype(dtype).itemsize != 2 or not power_of_two:
     return "xla"
-  want = _probe(_read, config, dtype)
-  try:
-    got = _probe(cache_kernel.read, config, dtype)
-  except Exception as error:  # whatever a compiler raises is a reason not to use it
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-  else:
-    pairs = zip(got, want, strict=True)
-    off = np.max([np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in pairs])
-    if off < _PROBE_TOLERANCE:
-      return "kernel"
-    reason = f"it differs from the reference by {off:.2g}."
+  reason = probe.why_not(
+    lambda: _probe(cache_kernel.read, config, dtype), lambda: _probe(_read, config, dtype),
+    (f"output for {count} tokens, window {window}," for count, window in _PROBES),
+  )  # fmt: skip
+  if reason is None:
+    return "kernel"
   logging.warning("decoding: the attention kernel is not used: %s", reason)
   return "xla"
 
 
-def _probe(read, config: ModelConfig, dtype) -> list[np.ndarray]:
+# Tokens and window: a part of a kernel's smallest tile, a whole and a part of its largest.
+_PROBES = ((5, None), (81, None), (81, 300))
+
+
+def _probe(read, config: ModelConfig, dtype) -> list:
   """What an engine gives for two rows of tokens, the later half of them branches of three.
 
-  A few tokens and many: a part of a kernel's smallest tile, a whole and a part of its largest. The
-  cache has as many stretches as there can be, the last ones empty.
+  The cache has as many stretches as there can be, the last ones empty.
   """
-  rows, most, places = 2, 81, 1024
+  rows, most, places = 2, max(count for count, _ in _PROBES), 1024
   keys = jax.random.split(jax.random.key(0), 3)
   shapes = [(rows, most, config.heads, config.head_dim)]
   shapes += [(rows, config.kv_heads, places, config.head_dim)] * 2
@@ -111,7 +105,7 @@ def _probe(read, config: ModelConfig, dtype) -> list[np.ndarray]:
   @jax.jit
   def run(q, k, v):
     outputs = []
-    for count, window in ((5, None), (most, None), (most, 300)):
+    for count, window in _PROBES:
       positions_BT, plain = following(start_B, count)
       order = jnp.arange(count)
       branch = order >= count // 2
@@ -126,7 +120,7 @@ def _probe(read, config: ModelConfig, dtype) -> list[np.ndarray]:
   tensors = (
     jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)
   )
-  return [np.asarray(x, np.float32) for x in run(*tensors)]
+  return run(*tensors)
 
 
 def _write(cache_BKSh, new_BTKh, start_B):

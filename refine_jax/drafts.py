@@ -63,8 +63,7 @@ def following(start_B, base_B, window: int, block: int) -> tuple:
 
 def chosen(x_BTD, verified_B, window: int, block: int):
   """Hidden states [B, N - 1, D] of the branch that stands for what was verified."""
-  index = window + verified_B[:, None] * (block - 1) + jnp.arange(block - 1)[None, :]
-  return jnp.take_along_axis(x_BTD, index[:, :, None], axis=1)
+  return slice_rows(x_BTD, window + verified_B * (block - 1), block - 1)
 
 
 def continued(block_BN, ahead, verified_B):

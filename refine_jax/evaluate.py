@@ -109,9 +109,9 @@ def evaluate(
   return numbers, outcomes
 
 
-def read_rows(path: str, limit: int) -> list[dict]:
+def read_rows(path: str, limit: int, option: str) -> list[dict]:
   rows = []
-  for file in expand(path):
+  for file in expand(path, option):
     rows += pyarrow.parquet.read_table(file).to_pylist()
   rows = rows[:limit] if limit else rows
   if not rows:
@@ -129,7 +129,9 @@ class Problems:
   def __init__(self, config: Config, shape: ModelConfig, model_files: Path, dtype: str):
     if jax.process_count() > 1:
       raise UserError("config.eval.generate_every works on one host; set it to 0.")
-    self._rows = read_rows(config.eval.generate_file, config.eval.generate_rows)
+    self._rows = read_rows(
+      config.eval.generate_file, config.eval.generate_rows, "config.eval.generate_file"
+    )
     self._prompt_key = config.data.prompt_key
     for key in (self._prompt_key, "answer"):
       if key not in self._rows[0]:
@@ -229,7 +231,7 @@ def main():
     hf_export.refuse_used(output)
     # Complete or not at all; what a killed evaluation left has another name.
     unfinished = output.with_name(f".{output.name}.{os.getpid()}.new")
-  rows = read_rows(arguments.data, arguments.limit)
+  rows = read_rows(arguments.data, arguments.limit, "--data")
   if arguments.prompt_key not in rows[0]:
     raise UserError(f"{arguments.data} has no column {arguments.prompt_key!r} (--prompt_key).")
   score = scoring.choose(arguments.scorer, rows[0])

@@ -19,7 +19,11 @@ try:
   from lm_eval.api.model import TemplateLM
   from lm_eval.api.registry import register_model
 except ImportError:
-  raise ImportError("lm-eval is not installed; pip install 'refine_jax[eval]'") from None
+  missing = "lm-eval is not installed; pip install 'refine_jax[eval]'"
+  # Of the program one line, of the module what an import raises.
+  raise (
+    SystemExit(f"error: {missing}") if __name__ == "__main__" else ImportError(missing)
+  ) from None
 
 from refine_jax import executables, generation, head, loading
 from refine_jax.cli import entry_point

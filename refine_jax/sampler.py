@@ -4,7 +4,8 @@ A row is a buffer of tokens of which the first `length` are committed; behind th
 pass runs the model over a window of the buffer and predicts the tokens at length, length + 1, ..;
 a mode says how many of them to commit. The window starts at the first token whose keys and values
 are not in the cache (or at the last committed one), so a pass overwrites the cache rows of its
-drafts, and a commit only moves a counter.
+drafts, and a commit only moves a counter. The first drafts are those of the prompt's own pass, made
+from noise tokens behind it.
 
 A causal model's own greedy text is the only fixed point of this: a draft that equals the
 prediction made from the tokens before it, all of them committed or verified likewise, is right.

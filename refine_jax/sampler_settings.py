@@ -81,7 +81,7 @@ class Settings:
   @property
   def reach(self) -> int:
     """Places of the cache behind the committed tokens that a pass may write."""
-    return self.window + (drafts.branch_tokens(self.block) if self.branched else self.block)
+    return self.tokens + (0 if self.branched else self.block)
 
 
 def least_window(rows: int) -> int:

@@ -1,13 +1,18 @@
 """Scorers, intervals and the accounting of an evaluation."""
 
+import importlib
 import json
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from refine_jax import evaluate, generation, scoring
 from refine_jax.errors import UserError
+
+CONFIGS = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
 def test_exact_reads_what_follows_the_last_mark():
@@ -80,6 +85,32 @@ def test_modes_are_read(text, want):
 def test_unknown_modes_are_refused(text):
   with pytest.raises(UserError, match="--modes"):
     evaluate.parse_mode(text)
+
+
+@pytest.mark.parametrize(
+  "option, message",
+  [
+    ("--block_sizes=8,x", "--block_sizes='8,x' must be numbers"),
+    ("--data=gone.parquet", "No file matches 'gone.parquet'; correct --data."),
+  ],
+)
+def test_mistakes_are_one_line(monkeypatch, capsys, option, message):
+  command = ["evaluate", "--model=nowhere", "--data=gone.parquet", option]
+  monkeypatch.setattr(sys, "argv", command)
+  with pytest.raises(SystemExit) as ended:
+    evaluate.main()
+  assert ended.value.code == 1
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "recipes"])
+def test_every_config_takes_every_recipe(name):
+  module = importlib.import_module(f"configs.{name}")
+  kinds = {recipe: module.get_config(recipe).noise.kind for recipe in ("document", "blocks")}
+  assert kinds == {"document": "uniform", "blocks": "block"}
+  assert module.get_config("ar_sft").noise.noise_max == 0
+  assert module.get_config() == module.get_config("document")
 
 
 def test_tokens_a_pass_count_rows_that_stopped(monkeypatch, tmp_path):

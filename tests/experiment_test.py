@@ -50,14 +50,14 @@ def test_the_script_trains_evaluates_and_goes_on(tmp_path):
   command = [
     str(ROOT / "scripts/experiment_tasks.py"), "--runs=runs", "--output=out/tasks.json",
     f"--config={ROOT}/configs/tiny.py", "--test=data/tiny/val.parquet", "--seeds=0",
-    "--recipes=blocks", "--block_sizes=4", "--block_size=4", "--max_new_tokens=8",
+    "--recipes=ar_sft,blocks", "--block_sizes=4", "--block_size=4", "--max_new_tokens=8",
     "--timed=2",
     "--config.optim.total_steps=2", "--config.optim.batch_size=2", "--config.data.max_length=48",
   ]  # fmt: skip
   first = script(*command)
   assert first.returncode == 0, first.stderr
   summary = json.loads((tmp_path / "out" / "tasks.json").read_text())
-  assert list(summary) == ["best"]
+  assert list(summary) == ["ar_sft", "best"]
   assert list(summary["best"]) == ["ar", "exact", "exact_tail", "threshold"]
   config = json.loads((tmp_path / "runs" / "blocks-0" / "config.json").read_text())
   assert config["noise"]["kind"] == "block" and config["objective"]["clean_weight"] > 0

@@ -126,15 +126,15 @@ def step_on(mesh, batch, recipe, compute):
   ],
 )  # fmt: skip
 def test_the_step_is_the_same_with_layers_apart(sizes, join):
-  batch, recipe = tiny.split(tiny.packed_batch(24), 2), tiny.recipe()
+  # Adam divides by the gradient's size: eps keeps rounding small where that is next to nothing.
+  batch, recipe = tiny.split(tiny.packed_batch(24), 2), tiny.recipe(eps=1e-5)
   axes = dict(zip(sharding.AXES, sizes, strict=True))
   mesh = sharding.make_mesh(MeshConfig(**axes), jax.devices()[: int(np.prod(sizes))])
   want = step_on(mesh, batch, recipe, tiny.compute())
   apart = tiny.compute(unroll=2, join=join, remat="mlp")
   assert isinstance(apart.cast(tiny.tiny_params())["layers"], list)
   got = step_on(mesh, batch, recipe, apart)
-  # Adam divides by the gradient's size: where that is next to nothing, a tenth of a step.
-  assert_trees(np.testing.assert_allclose, got, want, atol=5e-5, rtol=1e-4)
+  assert_trees(np.testing.assert_allclose, got, want, atol=1e-5, rtol=1e-4)
 
 
 def test_what_recomputes_all_keeps_the_scan(monkeypatch):

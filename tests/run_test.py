@@ -246,13 +246,15 @@ BAD = {
   "noise range": (["--config.noise.noise_max=1.5"], "noise_max=1.5"),
   "micro-batches": (["--config.optim.accumulation=3"], "not divisible"),
   "devices": (["--config.mesh.fsdp=3", "--config.mesh.data=1"], "needs 3 devices"),
-  "no file": (["--config.data.train_files=gone.parquet"], "gone.parquet"),
+  "no file": (["--config.data.train_files=gone.parquet"], "correct config.data.train_files"),
   "no column": (["--config.data.prompt_key=question"], "prompt, target"),
   "not parquet": (["--config.data.train_files=data/tiny/model/config.json"], "config.json"),
   "choice": (["--config.data.truncation=middle"], "error, left, right"),
   "noise kind": (["--config.noise.kind=blocks"], "'block'"),
   "problems": (["--config.eval.generate_every=2"], "generate_file go together"),
+  "mistyped section": (["--config.optm.lr=1.0"], "did you mean 'optim'?"),
   "no config file": (["--config=nowhere.py"], "nowhere.py"),
+  "no recipe": ([f"--config={ROOT}/configs/tiny.py:block"], "one of document, ar_sft, blocks"),
   "no model": (["--config.model.config=nowhere/at/all/"], "nowhere"),
 }
 

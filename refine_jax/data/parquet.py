@@ -14,8 +14,11 @@ _ROWS_AT_A_TIME = 1024
 _BUFFER_BYTES = 1 << 20
 
 
-def expand(files: str) -> list[Path]:
+def expand(files: str, option: str) -> list[Path]:
   """A path, a glob, or several separated by commas -> existing files, globs in sorted order.
+
+  Args:
+    option: what they were given by, for the message.
 
   Raises:
     UserError: a name that matches no file.
@@ -30,7 +33,7 @@ def expand(files: str) -> list[Path]:
       continue
     matches = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
     if not matches:
-      raise UserError(f"No file matches {name!r}, which was given as data; correct its path.")
+      raise UserError(f"No file matches {name!r}; correct {option}.")
     result += matches
   if not result:
     raise UserError(f"No file is named in {files!r}; name a parquet file.")

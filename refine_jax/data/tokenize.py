@@ -29,7 +29,7 @@ def load_examples(files: str, data: DataConfig, tokenizer, *, name: str) -> Exam
       left, a tokenizer without EOS or template.
   """
   chat.check_tokenizer(tokenizer, data.chat_template)
-  paths = parquet.expand(files)
+  paths = parquet.expand(files, f"config.data.{name}_files")
   rows = parquet.count_rows(paths, data.prompt_key, data.response_key)
   place = cache_root(data) / fingerprint(paths, data, tokenizer)
 
