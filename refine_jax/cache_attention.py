@@ -23,11 +23,6 @@ def empty_caches(config: ModelConfig, rows: int, size: int, dtype) -> list:
   return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers)]
 
 
-def size(caches: list) -> int:
-  """S, the places that the caches have."""
-  return caches[0][0].shape[2]
-
-
 class Reach(NamedTuple):
   """Which of the tokens of one pass a token sees, by their order in it; all that was cached before
   the pass is seen anyhow.
@@ -49,25 +44,18 @@ def following(start_B, count: int) -> tuple:
   return start_B[:, None] + order, Reach(order, *nothing)
 
 
-def attend_with(start_B, positions_BT, reach: Reach, places: int, engine: str = "xla"):
-  """For `model.hidden_states`: new tokens at start, start + 1, .. write the cache, then read it.
+def attend_with(start_B, positions_BT, reach: Reach, engine: str = "xla"):
+  """For `model.hidden_states`: new tokens at start, start + 1, .. go into the cache and see it.
 
   Args:
     start_B: int32, the place in the cache of each row's first new token.
     positions_BT: int32, in the text; a sliding window counts by these.
-    places: S, of the caches.
     engine: "xla" or "kernel" (see `choose_engine`).
   """
-  read = {"xla": _read, "kernel": cache_kernel.read}[engine]
-
-  def with_window(window):
-    def attend(q, k, v, cache):
-      cache = _write(cache[0], k, start_B), _write(cache[1], v, start_B)
-      return read(q, *cache, start_B, positions_BT, reach, window), cache
-
-    return attend
-
-  return with_window
+  attend = {"xla": _attend, "kernel": cache_kernel.attend}[engine]
+  return lambda window: functools.partial(
+    attend, start_B=start_B, positions_BT=positions_BT, reach=reach, window=window
+  )
 
 
 @functools.cache
@@ -78,8 +66,9 @@ def choose_engine(config: ModelConfig, dtype) -> str:
   if jax.default_backend() != "gpu" or jnp.dtype(dtype).itemsize != 2 or not power_of_two:
     return "xla"
   reason = probe.why_not(
-    lambda: _probe(cache_kernel.read, config, dtype), lambda: _probe(_read, config, dtype),
-    (f"output for {count} tokens, window {window}," for count, window in _PROBES),
+    lambda: _probe(cache_kernel.attend, config, dtype), lambda: _probe(_attend, config, dtype),
+    (f"{what} for {count} tokens, window {window},"
+     for count, window in _PROBES for what in ("output", "keys", "values")),
   )  # fmt: skip
   if reason is None:
     return "kernel"
@@ -91,20 +80,19 @@ def choose_engine(config: ModelConfig, dtype) -> str:
 _PROBES = ((5, None), (81, None), (81, 300))
 
 
-def _probe(read, config: ModelConfig, dtype) -> list:
+def _probe(attend, config: ModelConfig, dtype) -> list:
   """What an engine gives for two rows of tokens, the later half of them branches of three.
 
   The cache has as many stretches as there can be, the last ones empty.
   """
   rows, most, places = 2, max(count for count, _ in _PROBES), 1024
-  keys = jax.random.split(jax.random.key(0), 3)
-  shapes = [(rows, most, config.heads, config.head_dim)]
-  shapes += [(rows, config.kv_heads, places, config.head_dim)] * 2
+  shapes = [(rows, most, heads, config.head_dim) for heads in (config.heads, config.kv_heads)]
+  shapes += [shapes[1], *[(rows, config.kv_heads, places, config.head_dim)] * 2]
   start_B = jnp.array([0, 600])
 
   @jax.jit
-  def run(q, k, v):
-    outputs = []
+  def run(q, k, v, *cache):
+    arrays = []
     for count, window in _PROBES:
       positions_BT, plain = following(start_B, count)
       order = jnp.arange(count)
@@ -114,13 +102,18 @@ def _probe(read, config: ModelConfig, dtype) -> list:
         jnp.where(branch, order // 3 * 3, 0),
         jnp.where(branch, order, -1),
       )
-      outputs.append(read(q[:, :count], k, v, start_B, positions_BT, reach, window))
-    return outputs
+      new = (x[:, :count] for x in (q, k, v))
+      out, after = attend(*new, cache, start_B, positions_BT, reach, window)
+      arrays += [out, *after]
+    return arrays
 
-  tensors = (
-    jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)
-  )
-  return run(*tensors)
+  keys = jax.random.split(jax.random.key(0), len(shapes))
+  return run(*(jax.random.normal(k, shape, dtype) for k, shape in zip(keys, shapes, strict=True)))
+
+
+def _attend(q_BTHh, k_BTKh, v_BTKh, cache, start_B, positions_BT, reach, window):
+  cache = _write(cache[0], k_BTKh, start_B), _write(cache[1], v_BTKh, start_B)
+  return _read(q_BTHh, *cache, start_B, positions_BT, reach, window), cache
 
 
 def _write(cache_BKSh, new_BTKh, start_B):

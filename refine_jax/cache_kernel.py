@@ -27,11 +27,17 @@ _WARPS, _STAGES = 4, 3
 _LOWEST = -0.7 * float(np.finfo(np.float32).max)
 
 
-def read(q_BTHh, k_BKSh, v_BKSh, start_B, positions_BT, reach, window, *, interpret=False):
-  """The output [B, T, H, h] of queries over caches that hold their own keys already.
+def attend(
+  q_BTHh, k_BTKh, v_BTKh, cache, start_B, positions_BT, reach, window, *, interpret=False
+):
+  """The output [B, T, H, h] of queries over caches and new tokens, and the caches with these.
+
+  The new tokens are read from where they come from, so that the caches can be written, in place,
+  meanwhile.
 
   Args:
-    q_BTHh, k_BKSh, v_BKSh: of one dtype; h and S are powers of two from 16 on.
+    q_BTHh, k_BTKh, v_BTKh, cache: of one dtype; the cache is (keys, values) [B, K, S, h], where h
+      and S are powers of two from 16 on.
     start_B, positions_BT, reach: as in cache_attention.attend_with.
     window: sliding window, or None.
     interpret: run it as XLA operations (tests on a CPU).
@@ -39,7 +45,7 @@ def read(q_BTHh, k_BKSh, v_BKSh, start_B, positions_BT, reach, window, *, interp
   from jax.experimental.pallas import triton  # here, so that all else runs without it
 
   batch, count, heads, head_dim = q_BTHh.shape
-  kv_heads, places = k_BKSh.shape[1:3]
+  kv_heads, places = cache[0].shape[1:3]
   groups = heads // kv_heads
   size = min(_MOST_QUERIES, max(_LEAST_QUERIES, pl.next_power_of_2(count)))
   parts, keys = pl.cdiv(count, size), min(_KEYS, places)
@@ -55,11 +61,15 @@ def read(q_BTHh, k_BKSh, v_BKSh, start_B, positions_BT, reach, window, *, interp
   row, head = lambda i: i // heads, lambda i: i % heads
   by_row = pl.BlockSpec((None, size), lambda i, j, s: (row(i), j))
   same_for_rows = pl.BlockSpec((size,), lambda i, j, s: (j,))
-  stretch = pl.BlockSpec(
-    (None, None, places // stretches, head_dim),
-    lambda i, j, s: (row(i), head(i) // groups, s, 0),
-  )
   queries = pl.BlockSpec((None, size, None, head_dim), lambda i, j, s: (row(i), j, head(i), 0))
+
+  def new(before):  # all new tokens, of the program's key head
+    index = lambda i, j, s: (row(i), 0, before + head(i) // groups, 0)  # noqa: E731
+    return pl.BlockSpec((None, parts * size, None, head_dim), index)
+
+  whole = pl.BlockSpec(
+    (None, None, places, head_dim), lambda i, j, s: (row(i), head(i) // groups, 0, 0)
+  )
   out_spec = pl.BlockSpec(
     (None, None, size, None, head_dim), lambda i, j, s: (s, row(i), j, head(i), 0)
   )
@@ -67,24 +77,30 @@ def read(q_BTHh, k_BKSh, v_BKSh, start_B, positions_BT, reach, window, *, interp
   shape = (stretches, batch, parts * size, heads)
   sums = jax.ShapeDtypeStruct(shape, jnp.float32)
   run = pl.pallas_call(
-    functools.partial(_kernel, keys=keys, window=window),
+    functools.partial(_kernel, triton, keys=keys, window=window, count=count, groups=groups),
     grid=(batch * heads, parts, stretches),
     in_specs=[
       pl.BlockSpec((None,), lambda i, j, s: (row(i),)), by_row, by_row, same_for_rows,
-      same_for_rows, queries, stretch, stretch,
+      same_for_rows, queries, new(heads), new(heads + kv_heads), whole, whole,
     ],
-    out_specs=[out_spec, sum_spec, sum_spec],
-    out_shape=[jax.ShapeDtypeStruct((*shape, head_dim), jnp.float32), sums, sums],
+    out_specs=[out_spec, sum_spec, sum_spec, whole, whole],
+    out_shape=[
+      jax.ShapeDtypeStruct((*shape, head_dim), jnp.float32), sums, sums,
+      *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache),
+    ],
+    input_output_aliases={8: 3, 9: 4},
     compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
     interpret=interpret,
     name="cache_attention",
   )  # fmt: skip
+  # Joined, what comes before (rotations, biases) is one kernel of XLA's instead of three.
+  qkv = padded(jnp.concatenate([q_BTHh, k_BTKh, v_BTKh], axis=2), 1)
   # What fills up a tile of queries stands far behind, so that no window of its reaches a place.
-  out, highest, total = run(
+  out, highest, total, *cache = run(
     start_B, padded(positions_BT, 1, 2**30), padded(reach.upto, 1, -1), padded(reach.first, 0),
-    padded(reach.last, 0, -1), padded(q_BTHh, 1), k_BKSh, v_BKSh,
+    padded(reach.last, 0, -1), qkv, qkv, qkv, *cache,
   )  # fmt: skip
-  return _join(out, highest, total)[:, :count].astype(q_BTHh.dtype)
+  return _join(out, highest, total)[:, :count].astype(q_BTHh.dtype), tuple(cache)
 
 
 def _join(out, highest, total):
@@ -96,26 +112,28 @@ def _join(out, highest, total):
 
 
 def _kernel(
-  start_ref, position_ref, upto_ref, first_ref, last_ref, q_ref, k_ref, v_ref,
-  out_ref, highest_ref, total_ref, *, keys, window,
+  triton, start_ref, position_ref, upto_ref, first_ref, last_ref, q_ref, new_k_ref, new_v_ref,
+  k_ref, v_ref, out_ref, highest_ref, total_ref, k_out_ref, v_out_ref,
+  *, keys, window, count, groups,
 ):  # fmt: skip
   size, head_dim = q_ref.shape
-  places = k_ref.shape[0]
-  begin = pl.program_id(2) * places
+  stretches = pl.num_programs(2)
+  places = k_ref.shape[0] // stretches
+  part, stretch = pl.program_id(1), pl.program_id(2)
+  begin = stretch * places
   start, position = start_ref[...], position_ref[...]
   upto, first, last = upto_ref[...], first_ref[...], last_ref[...]
-  end = start + jnp.maximum(jnp.max(upto), jnp.max(last)) + 1
   q = q_ref[...]
 
-  def turn(i, carry):
+  @pl.when((stretch == 0) & (pl.program_id(0) % groups == 0))
+  def write():
+    mine, there = pl.ds(part * size, size), pl.ds(start + part * size, size)
+    real = (part * size + jnp.arange(size) < count)[:, None]
+    for new_ref, ref in ((new_k_ref, k_out_ref), (new_v_ref, v_out_ref)):
+      triton.store(ref.at[there, :], new_ref[mine, :], mask=real)
+
+  def over(k_ref, v_ref, here, seen, carry):
     out, highest, total = carry
-    here = pl.ds(i * keys, keys)
-    place = begin + i * keys + jnp.arange(keys)
-    order = (place - start)[None, :]
-    seen = order <= upto[:, None]
-    if window is not None:
-      seen &= position[:, None] - place[None, :] < window
-    seen |= (order >= first[:, None]) & (order <= last[:, None])
     scores = _product(q, k_ref[here, :], 1) * (math.log2(math.e) * head_dim**-0.5)
     scores = jnp.where(seen, scores, _LOWEST)
     new_highest = jnp.maximum(highest, jnp.max(scores, axis=1))
@@ -125,13 +143,35 @@ def _kernel(
     out = out * shrink[:, None] + _product(weights.astype(v.dtype), v, 0)
     return out, new_highest, total * shrink + jnp.sum(weights, axis=1)
 
-  turns = jnp.clip(pl.cdiv(end - begin, keys), 0, places // keys)
-  first_turn = 0
+  def in_window(place):
+    return True if window is None else position[:, None] - place[None, :] < window
+
+  def cached(i, carry):
+    place = begin + i * keys + jnp.arange(keys)
+    seen = (place < start)[None, :] & in_window(place)
+    return over(k_ref, v_ref, pl.ds(begin + i * keys, keys), seen, carry)
+
+  def new(i, carry):
+    order = i * size + jnp.arange(size)
+    seen = (order[None, :] <= upto[:, None]) & in_window(start + order)
+    seen |= (order[None, :] >= first[:, None]) & (order[None, :] <= last[:, None])
+    return over(new_k_ref, new_v_ref, pl.ds(i * size, size), seen, carry)
+
+  turns = jnp.clip(pl.cdiv(start - begin, keys), 0, places // keys)
+  # The last stretch, of which the least is filled, takes the new tokens too.
+  new_end = jnp.maximum(jnp.max(upto), jnp.max(last)) + 1
+  new_turns = jnp.where(stretch == stretches - 1, pl.cdiv(new_end, size), 0)
+  first_turn = first_new = 0
   if window is not None:
-    first_turn = jnp.clip((jnp.min(position) - window + 1 - begin) // keys, 0, turns)
+    lowest = jnp.min(position) - window + 1
+    first_turn = jnp.clip((lowest - begin) // keys, 0, turns)
+    first_new = jnp.clip((lowest - start) // size, 0, new_turns)
   zeros = jnp.zeros(size, jnp.float32)
   carry = jnp.zeros((size, head_dim), jnp.float32), zeros + _LOWEST, zeros
-  out_ref[...], highest_ref[...], total_ref[...] = jax.lax.fori_loop(first_turn, turns, turn, carry)
+  carry = jax.lax.fori_loop(first_turn, turns, cached, carry)
+  out_ref[...], highest_ref[...], total_ref[...] = jax.lax.fori_loop(
+    first_new, new_turns, new, carry
+  )
 
 
 def _product(a, b, axis):

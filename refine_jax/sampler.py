@@ -222,10 +222,9 @@ def _commit_count(verified, probability, turn, settings):
 def _run(params, config, ids_BT, start_B, window, caches, engine):
   """Hidden states of ids behind the first `start` places of the caches, and these with them."""
   positions_BT, reach = window
-  places = cache_attention.size(caches)
   return model_lib.hidden_states(
     params, config, ids_BT, positions_BT,
-    cache_attention.attend_with(start_B, positions_BT, reach, places, engine),
+    cache_attention.attend_with(start_B, positions_BT, reach, engine),
     dtype=caches[0][0].dtype, caches=caches,
   )  # fmt: skip
 

@@ -33,8 +33,8 @@ def by_numpy(q_THh, k_SKh, v_SKh, window):
 
 @pytest.fixture(params=["xla", "kernel"])
 def engine(request, monkeypatch):
-  interpreted = functools.partial(cache_kernel.read, interpret=True)
-  monkeypatch.setattr(cache_kernel, "read", interpreted)
+  interpreted = functools.partial(cache_kernel.attend, interpret=True)
+  monkeypatch.setattr(cache_kernel, "attend", interpreted)
   return request.param
 
 
@@ -58,7 +58,7 @@ def test_blocks_over_a_cache_equal_the_whole(rows, window, engine):
       part = [x + 100 for x in part]
     at = jnp.asarray(at)
     new = cache_attention.following(at, stop - start)
-    attend = cache_attention.attend_with(at, *new, PLACES, engine)(window)
+    attend = cache_attention.attend_with(at, *new, engine)(window)
     out, cache = attend(*map(jnp.asarray, part), cache)
     np.put_along_axis(got, index[:, :, None, None], np.asarray(out), axis=1)
   ends = [15 - b for b in range(rows)]
@@ -75,13 +75,16 @@ def test_the_kernel_gives_branches_what_xla_does(rows, window):
   start = jnp.asarray(np.random.default_rng(1).integers(0, 360, rows))
   base = jnp.asarray(np.random.default_rng(2).integers(0, 3, rows))
   new = drafts.following(start, base, block, block)
-  shapes = [(rows, block * block, heads, 16)] + [(rows, kv_heads, places, 16)] * 2
-  keys = jax.random.split(jax.random.key(0), 3)
-  q, k, v = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
-  k, v = (x.at[:, :, 448:].set(jnp.nan) for x in (k, v))  # no turn of the loop comes there
-  got = cache_kernel.read(q, k, v, start, *new, window, interpret=True)
-  want = cache_attention._read(q, *map(jnp.nan_to_num, (k, v)), start, *new, window)
+  shapes = [(rows, block * block, n, 16) for n in (heads, kv_heads, kv_heads)]
+  shapes += [(rows, kv_heads, places, 16)] * 2
+  keys = jax.random.split(jax.random.key(0), 5)
+  q, k, v, *cache = (jax.random.normal(key, x) for key, x in zip(keys, shapes, strict=True))
+  holed = [x.at[:, :, 448:].set(jnp.nan) for x in cache]  # no turn of the loop comes there
+  got, after = cache_kernel.attend(q, k, v, holed, start, *new, window, interpret=True)
+  want, want_after = cache_attention._attend(q, k, v, cache, start, *new, window)
   np.testing.assert_allclose(got, want, atol=2e-5)
+  for x, y in zip(after, want_after, strict=True):
+    np.testing.assert_array_equal(x[:, :, :448], y[:, :, :448])
 
 
 @pytest.mark.parametrize("head_dim, power_of_two", [(16, True), (24, False)])
@@ -92,10 +95,10 @@ def test_the_kernel_is_taken_where_it_is_right(monkeypatch, caplog, head_dim, po
     cache_attention.choose_engine.cache_clear()
     caplog.clear()
     if kernel:
-      monkeypatch.setattr(cache_kernel, "read", kernel)
+      monkeypatch.setattr(cache_kernel, "attend", kernel)
     return cache_attention.choose_engine(config, dtype)
 
-  right = functools.partial(cache_kernel.read, interpret=True)
+  right = functools.partial(cache_kernel.attend, interpret=True)
   assert choose(jnp.bfloat16) == "xla" and not caplog.records  # a CPU
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   assert choose(jnp.float32) == "xla" and not caplog.records
@@ -104,13 +107,12 @@ def test_the_kernel_is_taken_where_it_is_right(monkeypatch, caplog, head_dim, po
     return
   assert choose(jnp.bfloat16) == "xla" and "not used" in caplog.text  # it does not run here
   assert choose(jnp.bfloat16, right) == "kernel"
-  wrong = {
-    "one place late": lambda q, k, v, start, *rest: right(q, k, v, start + 1, *rest),
-    "no branches": lambda q, k, v, start, positions, reach, window: right(
-      q, k, v, start, positions, reach._replace(last=reach.last * 0 - 1), window
-    ),
-    "no window": lambda *arguments: right(*arguments[:-1], None),
-    "no number": lambda *arguments: right(*arguments) * jnp.nan,
+  wrong = {  # of (q, k, v, cache, start, positions, reach, window)
+    "one place late": lambda *a: right(*a[:4], a[4] + 1, *a[5:]),
+    "no branches": lambda *a: right(*a[:6], a[6]._replace(last=a[6].last * 0 - 1), a[7]),
+    "no window": lambda *a: right(*a[:7], None),
+    "no number": lambda *a: jax.tree.map(lambda x: x * jnp.nan, right(*a)),
+    "not written": lambda *a: (right(*a)[0], a[3]),
   }
   for name, kernel in wrong.items():
     assert choose(jnp.bfloat16, kernel) == "xla" and "differs" in caplog.text, name

@@ -76,12 +76,12 @@ def test_what_a_gpu_does_is_exact_too(variant, monkeypatch, name, block, draft, 
   """The kernel, interpreted, and passes that run over 16 tokens at least."""
   calls = []
 
-  def read(*arguments):
-    calls.append(arguments[0].shape[1])
-    return cache_kernel.read(*arguments, interpret=True)
+  def attend(*new, **arguments):
+    calls.append(new[0].shape[1])
+    return cache_kernel.attend(*new, **arguments, interpret=True)
 
   monkeypatch.setattr(cache_attention, "choose_engine", lambda config, dtype: "kernel")
-  monkeypatch.setattr(cache_attention, "cache_kernel", type("kernel", (), {"read": read}))
+  monkeypatch.setattr(cache_attention, "cache_kernel", type("kernel", (), {"attend": attend}))
   monkeypatch.setattr(decoding, "least_window", lambda rows: 16 // rows)
   ours, prompts, want = variant(name)
   fresh = dataclasses.replace(ours)  # an engine once chosen stays
