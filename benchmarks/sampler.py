@@ -209,7 +209,7 @@ def _one_by_one(run, params, state) -> float:
   start = time.perf_counter()
   while not done and passes < _PASSES:
     state = jax.block_until_ready(run(params, state, np.int32(1)))
-    done = bool(np.all(state.done))
+    done = bool(np.asarray(state.done).all())
     passes += 1
   return (time.perf_counter() - start) / passes
 

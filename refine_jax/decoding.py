@@ -117,11 +117,19 @@ class Decoder:
     else:
       for _ in range(passes):
         self._traced_pass()
-        if np.all(self.state.done):
+        if self._finished():
           break
     if self.answers is not None:
       self._follow()
-    return bool(np.all(self.state.done))
+    return self._finished()
+
+  def _finished(self) -> bool:
+    # numpy's all, given an array of jax, would run a program on the device.
+    return bool(np.asarray(self.state.done).all())
+
+  def _on_host(self) -> sampler.State:
+    """The state without its caches, fetched in one go."""
+    return jax.device_get(self.state._replace(caches=[]))
 
   def _run(self, function, *more):
     """What the program gives; the state in it becomes ours."""
@@ -143,47 +151,47 @@ class Decoder:
   def _traced_pass(self):
     one_pass = sampler.programs(self.model.config, self.settings)[1]
     # Copies, because the state's own buffers are given away to the program.
-    lengths, limits, done = (
-      np.array(x) for x in (self.state.length, self.state.limit, self.state.done)
-    )
+    before = jax.tree.map(np.array, self._on_host())
     _, seen = self._run(one_pass)
-    predicted, probabilities, counts = map(np.asarray, seen)
+    predicted, probabilities, counts = jax.device_get(seen)
     for row, prompt in enumerate(self.prompts):
-      if not done[row]:
-        room = limits[row] - lengths[row]
+      if not before.done[row]:
+        room = before.limit[row] - before.length[row]
         self.trace[row].append(
           Pass(
-            int(lengths[row]) - len(prompt), predicted[row, :room].tolist(),
+            int(before.length[row]) - len(prompt), predicted[row, :room].tolist(),
             probabilities[row, :room].tolist(), int(counts[row]),
           )
         )  # fmt: skip
 
   def _follow(self):
     """Lets the answers grow, and ends rows with a stop string."""
-    done = np.array(self.state.done)
-    for row, (answer, tokens) in enumerate(zip(self.answers, self._new_tokens(), strict=True)):
+    state = self._on_host()
+    done = np.array(state.done)
+    for row, (answer, tokens) in enumerate(zip(self.answers, self._new(state), strict=True)):
       answer.extend(tokens[len(answer.tokens) :], bool(done[row]))
       done[row] |= answer.stopped
     self.state = self.state._replace(done=jnp.asarray(done))
 
-  def _new_tokens(self) -> list[list[int]]:
-    tokens, lengths = np.asarray(self.state.tokens), np.asarray(self.state.length)
+  def _new(self, state: sampler.State) -> list[list[int]]:
     return [
-      tokens[row, len(prompt) : lengths[row]].tolist() for row, prompt in enumerate(self.prompts)
+      state.tokens[row, len(prompt) : state.length[row]].tolist()
+      for row, prompt in enumerate(self.prompts)
     ]
 
   def result(self) -> Generation:
     if self.state is None:
       trace = None if self.trace is None else Trace([], [], {})
       return Generation([], [], [], [], [], [], 0.0, 0.0, 0.0, trace)
-    tokens = self._new_tokens()
+    state = self._on_host()
+    tokens = self._new(state)
     stopped = [bool(row and row[-1] in self.settings.eos_ids) for row in tokens]
     texts = self.model.tokenizer and [growing_text.decode(self.model.tokenizer, t) for t in tokens]
     for row, answer in enumerate(self.answers or ()):
       if answer.stopped:
         tokens[row], texts[row], stopped[row] = answer.tokens, answer.text, True
-    passes = np.asarray(self.state.passes)[: len(self.prompts)]
-    accepted = np.asarray(self.state.accepted) / max(passes.sum(), 1)
+    passes = state.passes[: len(self.prompts)]
+    accepted = state.accepted / max(passes.sum(), 1)
     return Generation(
       self.prompts, tokens, texts, passes.tolist(), stopped, accepted.tolist(),
       self.prefill_seconds, self.decode_seconds, self.compile_seconds, self._finished_trace(),

@@ -3,7 +3,6 @@
 import time
 
 import jax
-import jax.numpy as jnp
 
 _PROGRAMS: dict = {}
 _MOST_PROGRAMS = 64
@@ -13,10 +12,11 @@ def compiled(function, arguments, options=None, **static):
   """The executable for these shapes, and the seconds that making it took.
 
   Args:
+    arguments: arrays; there are hundreds, and this looks at each one in every call.
     options: XLA's, a function of these shapes.
   """
   leaves, structure = jax.tree.flatten(arguments)
-  shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+  shapes = tuple((x.shape, x.dtype) for x in leaves)
   key = (function, structure, shapes, tuple(static.items()))
   if key in _PROGRAMS:
     return _PROGRAMS[key], 0.0
