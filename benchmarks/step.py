@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks import timing
 from refine_jax import attention, layout, model, train_step
 from refine_jax import compute as compute_lib
+from refine_jax import remat as remat_lib
 from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
 
 _JOINS = {
@@ -174,7 +175,7 @@ def main(argv=None) -> dict:
   parser = timing.parser(__doc__)
   parser.add_argument("--rounds", type=int, default=2)
   parser.add_argument("--rows", type=int, help="rows of the batch; default: the shape's")
-  parser.add_argument("--remat", choices=("auto", *model.REMAT_POLICIES), default="auto")
+  parser.add_argument("--remat", choices=("auto", *remat_lib.POLICIES), default="auto")
   parser.add_argument("--attention", default="auto")
   parser.add_argument(
     "--unroll", type=int, default=0,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from refine_jax import attention, head, layout, model
+from refine_jax import remat as remat_lib
 from refine_jax.model import ModelConfig
 from refine_jax.sharding import BATCH_AXES
 
@@ -156,7 +157,7 @@ def choose_remat(
   fixed = parameters * (4 + 4 + moment_itemsize + 4 + itemsize + itemsize)
   fixed += head_chunk * config.vocab_size * (4 + itemsize)
   room = 0.9 * memory - fixed
-  for policy in model.REMAT_POLICIES:
+  for policy in remat_lib.POLICIES:
     # One layer's backward pass needs about as much as "none" keeps of it.
     working = tokens * saved_bytes_per_token(config, "none", itemsize) / config.layers
     if tokens * saved_bytes_per_token(config, policy, itemsize) + working <= room:

@@ -88,26 +88,23 @@ class Model:
     return self.tokenizer
 
 
-def hidden_and_head(params, config: ModelConfig, ids_BT, segment_ids_BT=None) -> tuple:
-  """Hidden states [B, T, D] of whole sequences and the output matrix [V, D], in one dtype.
+def hidden_and_head(params, config: ModelConfig, ids_BT) -> tuple:
+  """Hidden states [B, T, D] of rows of one sequence and the output matrix [V, D], in one dtype."""
+  x_BTD = _hidden(params, config, ids_BT, jnp.ones_like(ids_BT))
+  return x_BTD, model_lib.head_matrix(params).astype(x_BTD.dtype)
 
-  Args:
-    segment_ids_BT: as in Model.__call__; default: one segment a row.
-  """
-  if segment_ids_BT is None:
-    segment_ids_BT = jnp.ones_like(ids_BT)
+
+def _hidden(params, config: ModelConfig, ids_BT, segment_ids_BT):
   positions = attention.segment_positions(segment_ids_BT)
   dtype = jax.tree.leaves(params["layers"])[0].dtype
-  x_BTD = model_lib.hidden_states(
+  return model_lib.hidden_states(
     params, config, ids_BT, positions, attention.attend_with(segment_ids_BT), dtype=dtype
   )
-  return x_BTD, model_lib.head_matrix(params).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _logits(params, ids_BT, segment_ids_BT, config):
-  x_BTD, head = hidden_and_head(params, config, ids_BT, segment_ids_BT)
-  return jnp.einsum("btd,vd->btv", x_BTD, head, preferred_element_type=jnp.float32)
+  return model_lib.logits(params, _hidden(params, config, ids_BT, segment_ids_BT))
 
 
 def load(name, *, dtype=None, step: int | None = None) -> Model:

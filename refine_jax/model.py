@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from refine_jax import remat as remat_lib
 from refine_jax import rope as rope_lib
 
 
@@ -52,30 +53,6 @@ class ModelConfig:
 
 # Attend: (q [B,T,H,h], k [B,T,K,h], v [B,T,K,h], cache) -> (out [B,T,H,h], cache).
 Attend = Callable[..., tuple]
-
-REMAT_POLICIES = ("none", "mlp", "attention", "full")
-_SAVED_NAMES = {
-  # A joined product of gate and up is saved whole: its halves would be copies.
-  "mlp": ("query", "key", "value", "attention", "gate", "up", "gate_up"),
-  "attention": ("query", "key", "value", "attention"),
-}
-
-
-def remat_policy(name: str):
-  """What a layer's backward pass finds saved: a `jax.checkpoint` policy.
-
-  "mlp" recomputes norms, rotations and the product of gate and up; "attention" also gate and
-  up. Attention itself is recomputed only by "full": a flash kernel's log-sum-exp has no name to
-  save it by, so its primitive's outputs are kept as such.
-  """
-  if name == "full":
-    return jax.checkpoint_policies.nothing_saveable
-  by_name = jax.checkpoint_policies.save_only_these_names(*_SAVED_NAMES[name])
-
-  def policy(primitive, *args, **params):
-    return "dot_product_attention_fwd" in primitive.name or by_name(primitive, *args, **params)
-
-  return policy
 
 
 class RMSNorm(nn.Module):
@@ -201,6 +178,12 @@ def head_matrix(params: dict):
   return params.get("head", params["embedding"])
 
 
+def logits(params: dict, x):
+  """Of hidden states [.., D], multiplied in their dtype: float32 [.., V]."""
+  head = head_matrix(params).astype(x.dtype)
+  return jnp.einsum("...d,vd->...v", x, head, preferred_element_type=jnp.float32)
+
+
 def cast_for_compute(params: dict, dtype) -> dict:
   """The working copy: the layers' kernels and biases in `dtype`, the rest as it is.
 
@@ -236,7 +219,7 @@ def hidden_states(
     positions_BT: the position of each token in its own sequence, int32.
     attend_with: gives the attention engine for a sliding window (None: no window).
     dtype: of the activations.
-    remat: one of REMAT_POLICIES.
+    remat: one of remat.POLICIES.
     unroll: layers in each turn of the scan; without meaning for a list of layers.
     backward_slack: of a list of layers: by how many layers the gradients of weights may be late.
     constrain: applied to the residual stream, to pin its sharding.
@@ -255,7 +238,7 @@ def hidden_states(
       return constrain(x), cache
 
     if remat != "none":
-      run = jax.checkpoint(run, policy=remat_policy(remat), prevent_cse=prevent_cse)
+      run = jax.checkpoint(run, policy=remat_lib.policy(remat), prevent_cse=prevent_cse)
     return run(x, layer_params, cache)
 
   if isinstance(params["layers"], list):

@@ -92,14 +92,9 @@ def prefill(
   window = cache_attention.following(start_B, count)
   x, caches = _run(params, config, tokens[:, :count], start_B, window, caches, engine)
   if ahead:
-    drafted = jnp.argmax(_logits(params, slice_rows(x, lengths - 1, ahead)), axis=-1)
+    drafted = jnp.argmax(model_lib.logits(params, slice_rows(x, lengths - 1, ahead)), axis=-1)
     tokens = write_rows(tokens, drafted, lengths)
   return tokens, caches
-
-
-def _logits(params, x_BND):
-  head = model_lib.head_matrix(params).astype(x_BND.dtype)
-  return jnp.einsum("bnd,vd->bnv", x_BND, head, preferred_element_type=jnp.float32)
 
 
 def begin(tokens, caches, lengths, limits, done, seeds, settings: Settings) -> State:
@@ -187,7 +182,7 @@ def _predict(params, state, tokens, start, config, settings):
 
   def choose(x_BND, first_B):
     positions = first_B[:, None] + jnp.arange(x_BND.shape[1])[None, :]
-    return token_choice.choose(_logits(params, x_BND), positions, state.seeds, settings)
+    return token_choice.choose(model_lib.logits(params, x_BND), positions, state.seeds, settings)
 
   # Only the rows that predict the block meet the head.
   predicted, probability = choose(slice_rows(x, base, block), state.length)

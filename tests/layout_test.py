@@ -10,6 +10,7 @@ import train_fixtures as tiny
 
 from refine_jax import attention, layout, model, sharding
 from refine_jax import compute as compute_lib
+from refine_jax import remat as remat_lib
 from refine_jax.config import MeshConfig
 from refine_jax.train_step import init_state, jit_train_step
 
@@ -141,5 +142,5 @@ def test_what_recomputes_all_keeps_the_scan(monkeypatch):
   assert compute_lib.choose_unroll(3, "full", 28) == 3
   assert compute_lib.choose_unroll(0, "mlp", 28) == 1  # a CPU
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  chosen = {remat: compute_lib.choose_unroll(0, remat, 28) for remat in model.REMAT_POLICIES}
+  chosen = {name: compute_lib.choose_unroll(0, name, 28) for name in remat_lib.POLICIES}
   assert chosen == {"none": 28, "mlp": 28, "attention": 28, "full": 1}
