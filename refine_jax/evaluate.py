@@ -186,7 +186,8 @@ def plot(results: list[dict], path: Path) -> bool:
     ]
     axes.errorbar(x, y, yerr=spread, marker="o", capsize=2, label=mode)
     for r, px, py in zip(points, x, y, strict=True):
-      axes.annotate(str(r["block_size"]), (px, py), (4, 4), textcoords="offset points", size=8)
+      if r["block_size"] > 1:
+        axes.annotate(str(r["block_size"]), (px, py), (4, 4), textcoords="offset points", size=8)
   axes.set_xlabel("tokens a pass (label: block size)")
   axes.set_ylabel("solved, % (95 % interval)")
   axes.legend()

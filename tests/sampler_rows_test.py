@@ -35,7 +35,10 @@ def state_after(model, options, passes):
   for row, prompt in enumerate(sampler_fixtures.unequal_prompts(rows, model.config.vocab_size)):
     prompts[row, : len(prompt)], lengths[row] = prompt, len(prompt)
   prefill = sampler.prefill_program(model.config)
-  tokens, caches = prefill(model.decoding_params, prompts, lengths, np.int32(EOS), size=size)
+  tokens, caches = prefill(
+    model.decoding_params, prompts, lengths, np.int32(EOS), size=size,
+    ahead=settings.drafts_of_prompt,
+  )  # fmt: skip
   state = sampler.begin(
     tokens, caches, lengths, lengths + 24, np.zeros(rows, bool), np.arange(rows, dtype=np.uint32),
     settings,
