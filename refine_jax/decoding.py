@@ -3,7 +3,7 @@
 import math
 import numbers
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +34,12 @@ class Decoder:
     Args:
       follow: keep `answers` after every `step`.
     """
+    prompts = _listed(prompts)
     check_options(
       mode=mode, block_size=block_size, max_new_tokens=max_new_tokens, draft=draft, seed=seed,
       refine_iter=refine_iter, tau=tau, temperature=temperature, top_k=top_k, top_p=top_p,
-      stop=stop,
+      first_row=first_row, stop=stop,
     )  # fmt: skip
-    if isinstance(prompts, str):
-      raise UserError("prompts is one string; give a list of prompts.")
     self.model = model
     eos = model.eos_token_ids if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
     trained = model.refinement
@@ -90,7 +89,7 @@ class Decoder:
     for row, prompt in enumerate(self.prompts):
       ids[row, : len(prompt)] = prompt
       lengths[row] = len(prompt)
-    limits = np.minimum(lengths + self.max_new_tokens, context).astype(np.int32)
+    limits = np.minimum(lengths + min(self.max_new_tokens, context), context)
     # Windows reach beyond the last token; a buffer that ended there would shift them.
     ahead = self.settings.drafts_of_prompt
     needed = max(int(limits.max()) + self.settings.reach, width + ahead)
@@ -225,7 +224,7 @@ def _block_size(trained, mode, draft, rows) -> int:
 
 def check_options(
   *, mode, block_size, max_new_tokens, draft, refine_iter, tau, temperature, top_k, top_p, seed,
-  stop,
+  stop, first_row=0,
 ):  # fmt: skip
   """What can be told of options before there is a model.
 
@@ -237,16 +236,17 @@ def check_options(
   if (mode, draft) == ("fixed", "branches"):
     raise UserError("draft='branches' needs a mode that verifies, and mode='fixed' does not.")
   block_size = _BLOCK_SIZE if block_size is None else block_size
-  for name, value in (
-    ("block_size", block_size), ("max_new_tokens", max_new_tokens), ("refine_iter", refine_iter),
+  for name, value, least in (
+    ("block_size", block_size, 1), ("max_new_tokens", max_new_tokens, 1),
+    ("refine_iter", refine_iter, 1), ("top_k", top_k, 0), ("seed", seed, 0),
+    ("first_row", first_row, 0),
   ):  # fmt: skip
-    _require(name, value, value >= 1, "at least 1")
+    good = isinstance(value, numbers.Integral) and value >= least
+    _require(name, value, good, f"a whole number of at least {least}")
   _require("tau", tau, tau >= 0, "a probability")
   _require("temperature", temperature, 0 <= temperature < np.inf, "0 or a positive number")
-  _require("top_k", top_k, top_k >= 0, "0 or a positive number")
   _require("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")
-  _require("seed", seed, seed >= 0, "0 or a positive number")
-  if stop == "" or "" in tuple(stop):
+  if stop == "" or "" in tuple(stop or ()):
     raise UserError("A stop string is empty; it would end every answer at once.")
 
 
@@ -255,25 +255,27 @@ def _require(name, value, good, what):
     raise UserError(f"{name}={value!r} cannot be; it must be {what}.")
 
 
+def _listed(prompts) -> list:
+  if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+    raise UserError(f"prompts is {prompts!r}; give a list of prompts.")
+  return list(prompts)
+
+
 def _stops(model, stop) -> tuple[tuple[str, ...], list[int]]:
   """Strings to look for in the text, and ids of those that are special tokens, which it lacks."""
-  stops = (stop,) if isinstance(stop, str) else tuple(stop)
+  stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
   special = growing_text.special_ids(model.require_tokenizer()) if stops else {}
   return tuple(s for s in stops if s not in special), [special[s] for s in stops if s in special]
 
 
 def _ids(model, prompt, chat_template, number) -> list[int]:
   """The ids of the prompt with this number, as errors call it."""
-  if isinstance(prompt, np.ndarray):
+  if isinstance(prompt, (np.ndarray, jax.Array)):
     prompt = prompt.tolist()
   if not isinstance(prompt, str) and not (isinstance(prompt, Sequence) and prompt):
     raise UserError(f"Prompt {number} is {prompt!r}; give a string, chat messages or token ids.")
   if isinstance(prompt, str) or isinstance(prompt[0], dict):
-    tokenizer = model.require_tokenizer()
-    try:
-      return encode_prompt(tokenizer, prompt, chat_template)
-    except TypeError:  # lone surrogates: bytes that were no text
-      raise UserError(f"Prompt {number} is not valid Unicode.") from None
+    return encode_prompt(model.require_tokenizer(), prompt, chat_template, f"Prompt {number}")
   if not all(isinstance(i, numbers.Integral) for i in prompt):
     raise UserError(f"Prompt {number} mixes what is no token id into its ids.")
   ids = [int(i) for i in prompt]

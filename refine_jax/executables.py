@@ -9,7 +9,7 @@ _MOST_PROGRAMS = 64
 
 
 def compiled(function, arguments, options=None, **static):
-  """The executable for these shapes, and the seconds that making it took.
+  """The executable for these shapes and devices, and the seconds that making it took.
 
   Args:
     arguments: arrays; there are hundreds, and this looks at each one in every call.
@@ -17,7 +17,9 @@ def compiled(function, arguments, options=None, **static):
   """
   leaves, structure = jax.tree.flatten(arguments)
   shapes = tuple((x.shape, x.dtype) for x in leaves)
-  key = (function, structure, shapes, tuple(static.items()))
+  # numpy's arrays have none, and go where the program wants them.
+  shardings = frozenset(x.sharding for x in leaves if hasattr(x, "sharding"))
+  key = (function, structure, shapes, shardings, tuple(static.items()))
   if key in _PROGRAMS:
     return _PROGRAMS[key], 0.0
   start = time.perf_counter()

@@ -63,6 +63,8 @@ def generate(
   Raises:
     UserError: an option that cannot be, an empty or too long prompt, text without a tokenizer.
   """
+  if not isinstance(stream, int) or stream < 0:
+    raise UserError(f"stream={stream!r} cannot be; give True, or how many passes make a piece.")
   if stream:
     model.require_tokenizer()
   decoder = Decoder(

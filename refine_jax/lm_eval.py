@@ -139,7 +139,8 @@ class RefineLM(TemplateLM):
         options = self._options(requests[indices[0]].args[1])
         for part in _chunks(indices, self.batch_size):
           contexts = [requests[i].args[0] for i in part]
-          for i, text in zip(part, self._answers(contexts, options), strict=True):
+          answers = self._answers(contexts, options | {"first_row": part[0]})
+          for i, text in zip(part, answers, strict=True):
             self.cache_hook.add_partial("generate_until", requests[i].args, text)
             results[i] = text
           bar.update(len(part))

@@ -17,6 +17,8 @@ def choose(logits, positions_BN, seeds_B, settings):
     int32 [B, N], and float32 [B, N]: the probability in the distribution that was chosen from.
   """
   if settings.temperature > 0:
+    # The best at 0, so that no temperature makes them infinite.
+    logits -= jnp.max(logits, axis=-1, keepdims=True)
     logits = _filter(logits / settings.temperature, settings)
 
     def gumbel(seed, position):

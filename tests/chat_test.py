@@ -160,7 +160,7 @@ def test_fallback_template_is_for_tokenizers_without_one():
 
 @pytest.mark.parametrize("prompt", [None, 3, [], [{"role": "user"}]])
 def test_what_is_no_prompt_is_the_users_error(prompt):
-  with pytest.raises(UserError, match="Not a prompt"):
+  with pytest.raises(UserError, match="is no prompt"):
     chat.encode_prompt(make_tokenizer(), prompt)
 
 

@@ -121,6 +121,12 @@ def test_generation_stops_where_the_task_says(ours, theirs):
   assert got[3].split() == greedy[3][:5]
 
 
+def test_samples_of_one_context_differ_from_batch_to_batch(ours):
+  options = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
+  requests = [request("w5 w6 w7", options) for _ in range(2 * ours.batch_size)]
+  assert len(set(ours.generate_until(requests, disable_tqdm=True))) > ours.batch_size
+
+
 @pytest.mark.filterwarnings("ignore")  # the harness's own, and its data sets library's
 def test_the_command_runs_a_local_task(directory, tmp_path, monkeypatch, capsys):
   rows = [{"question": f"w{i} w{i + 1}", "answer": "w5"} for i in range(5, 9)]

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sampler_fixtures
@@ -11,6 +13,7 @@ import train_fixtures as tiny
 
 import refine_jax
 from refine_jax import loading
+from refine_jax.errors import UserError
 
 MODES = ("exact", "fixed", "threshold", "ar")
 CONTEXT = 24
@@ -41,6 +44,50 @@ def test_budgets_and_the_models_length_hold_for_each_row(copier, mode, block, ne
   for row in (0, 1):
     alone = refine_jax.generate(copier, [prompts[row]], **options)
     assert (alone.tokens[0], alone.passes[0]) == (together.tokens[row], together.passes[row])
+
+
+def test_a_budget_has_no_greatest_number(copier):
+  out = refine_jax.generate(copier, [[1]], max_new_tokens=2**31 - 1)
+  assert len(out.tokens[0]) == CONTEXT - 1
+  assert refine_jax.generate(copier, [[1]], max_new_tokens=2**40).tokens == out.tokens
+
+
+@pytest.mark.parametrize(
+  "option",
+  [{"block_size": 0}, {"block_size": 2.5}, {"max_new_tokens": 0}, {"refine_iter": 1.5},
+   {"top_k": 2.5}, {"top_k": -1}, {"seed": 0.5}, {"first_row": -1}, {"stream": -1},
+   {"stream": 2.5}, {"mode": "best"}, {"draft": "none"}, {"tau": -1}, {"temperature": -1},
+   {"top_p": 0}],
+  ids=str,
+)  # fmt: skip
+def test_an_option_that_cannot_be_is_named(copier, option):
+  (name,) = option
+  with pytest.raises(UserError, match=f"^{name}=.* cannot be"):
+    refine_jax.generate(copier, [[1]], **({"max_new_tokens": 3} | option))
+
+
+def test_prompts_come_in_any_list(copier):
+  want = refine_jax.generate(copier, [[1, 2]], max_new_tokens=3, stop=None).tokens
+  for prompts in (np.array([[1, 2]]), jnp.array([[1, 2]]), iter([[1, 2]]), [jnp.array([1, 2])]):
+    assert refine_jax.generate(copier, prompts, max_new_tokens=3).tokens == want
+  for prompts in ("text", None, 3):
+    with pytest.raises(UserError, match="^prompts is .* give a list"):
+      refine_jax.generate(copier, prompts)
+
+
+def test_models_of_one_shape_may_lie_on_different_devices(copier):
+  want = refine_jax.generate(copier, [[1, 2]], max_new_tokens=3).tokens
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  for place in (jax.devices()[1], everywhere):
+    moved = dataclasses.replace(copier, params=jax.device_put(copier.params, place))
+    assert refine_jax.generate(moved, [[1, 2]], max_new_tokens=3).tokens == want
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-38])
+def test_a_sample_without_warmth_is_greedy(copier, temperature):
+  out = refine_jax.generate(copier, [[1]], max_new_tokens=5, temperature=temperature)
+  assert out.tokens == [[2, 3, 4, 5, 6]]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -160,7 +160,7 @@ def test_an_interrupt_cuts_an_answer_of_a_chat_and_not_the_chat(run, model, monk
     ([], b'{"prompt": []}', "Prompt 1"),
     ([], b'a\n{"prompt": [3, "x"]}', "Prompt 2"),
     ([], b'{"prompt": [3, 100000]}', "vocabulary"),
-    ([], b'{"prompt": [{"role": "user"}]}', "Not a prompt"),
+    ([], b'{"prompt": [{"role": "user"}]}', "Prompt 1 is no prompt"),
     ([], b'{"prompt": "\\ud800"}', "Unicode"),
     ([], b"\xff\xfe", "UTF-8"),
     (["--batch_size=1"], b"a\n" + b"fox " * 2000, "Prompt 2 has"),

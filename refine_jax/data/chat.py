@@ -70,7 +70,7 @@ def prompt_text(tokenizer, prompt, fallback_template: str = "") -> str:
     messages = _messages(prompt)
   try:
     return _render(tokenizer, messages, fallback_template)
-  except jinja2.TemplateError as error:
+  except (jinja2.TemplateError, TypeError) as error:
     raise BadExample(f"refused by the chat template: {error}") from error
 
 
@@ -110,19 +110,29 @@ def response_text(response, prompt: str, eos: str = "") -> str:
   return response
 
 
-def encode_prompt(tokenizer, prompt, chat_template: str = "") -> list[int]:
+def encode_prompt(
+  tokenizer, prompt, chat_template: str = "", name: str = "The prompt"
+) -> list[int]:
   """A prompt's ids, as in training: the one path for training and sampling.
+
+  Args:
+    name: what errors call it.
 
   Raises:
     UserError: no chat template, or not a prompt.
   """
   _check_template(tokenizer, chat_template)
   try:
-    ids = encode(tokenizer, [prompt_text(tokenizer, prompt, chat_template)])[0]
+    text = prompt_text(tokenizer, prompt, chat_template)
   except BadExample as error:
-    raise UserError(f"Not a prompt: {error}; give a string or chat messages.") from error
+    raise UserError(f"{name} is no prompt: {error}; give a string or chat messages.") from error
+  try:
+    text.encode()
+  except UnicodeEncodeError:  # lone surrogates: bytes that were no text
+    raise UserError(f"{name} is not valid Unicode.") from None
+  ids = encode(tokenizer, [text])[0]
   if not ids:
-    raise UserError("The prompt has no tokens; give one that is not empty.")
+    raise UserError(f"{name} has no tokens; give one that is not empty.")
   return ids
 
 
