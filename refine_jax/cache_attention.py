@@ -141,8 +141,7 @@ def _read(q_BTHh, k_BKSh, v_BKSh, start_B, positions_BT, reach, window):
   scores = jnp.einsum("bknh,bksh->bkns", q, k_BKSh, preferred_element_type=jnp.float32)
   scores = scores.reshape(*split, places) * head_dim**-0.5
   seen_BTS = _seen(start_B, positions_BT, reach, window, places)
-  lowest = -0.7 * jnp.finfo(jnp.float32).max
-  scores = jnp.where(seen_BTS[:, None, :, None, :], scores, lowest)
+  scores = jnp.where(seen_BTS[:, None, :, None, :], scores, cache_kernel.LOWEST)
   weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSh.dtype)
   weights = weights.reshape(batch, kv_heads, count * groups, places)
   out = jnp.einsum("bkns,bksh->bknh", weights, v_BKSh)

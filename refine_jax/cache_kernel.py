@@ -24,7 +24,8 @@ _KEYS = 64
 _LEAST_QUERIES, _MOST_QUERIES = 16, 64
 _PROGRAMS, _MOST_STRETCHES = 264, 16
 _WARPS, _STAGES = 4, 3
-_LOWEST = -0.7 * float(np.finfo(np.float32).max)
+# The score of a place that a query does not see; differences of -inf would be no numbers.
+LOWEST = -0.7 * float(np.finfo(np.float32).max)
 
 
 def attend(
@@ -135,7 +136,7 @@ def _kernel(
   def over(k_ref, v_ref, here, seen, carry):
     out, highest, total = carry
     scores = _product(q, k_ref[here, :], 1) * (math.log2(math.e) * head_dim**-0.5)
-    scores = jnp.where(seen, scores, _LOWEST)
+    scores = jnp.where(seen, scores, LOWEST)
     new_highest = jnp.maximum(highest, jnp.max(scores, axis=1))
     weights = jnp.exp2(scores - new_highest[:, None])
     v = v_ref[here, :]
@@ -167,7 +168,7 @@ def _kernel(
     first_turn = jnp.clip((lowest - begin) // keys, 0, turns)
     first_new = jnp.clip((lowest - start) // size, 0, new_turns)
   zeros = jnp.zeros(size, jnp.float32)
-  carry = jnp.zeros((size, head_dim), jnp.float32), zeros + _LOWEST, zeros
+  carry = jnp.zeros((size, head_dim), jnp.float32), zeros + LOWEST, zeros
   carry = jax.lax.fori_loop(first_turn, turns, cached, carry)
   out_ref[...], highest_ref[...], total_ref[...] = jax.lax.fori_loop(
     first_new, new_turns, new, carry

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from refine_jax import executables
+from refine_jax import model as model_lib
 from refine_jax.errors import UserError
 from refine_jax.generation import generate
-from refine_jax.loading import Model, hidden_and_head
+from refine_jax.loading import Model, hidden_states
 from refine_jax.result import Generation
 
 _SMALLEST_BUCKET = 64
@@ -85,7 +86,7 @@ def compare_with_ar(
   if options.get("stream"):
     raise UserError("Answers cannot be compared as a stream; leave stream out.")
   answers = generate(model, prompts, trace=trace, **options)
-  ar = generate(model, prompts, **(options | {"mode": "ar"}))
+  ar = generate(model, answers.prompts, **(options | {"mode": "ar"}))
   rows = [
     _difference(model, prompt, *both)
     for prompt, *both in zip(answers.prompts, answers.tokens, ar.tokens, strict=True)
@@ -120,5 +121,5 @@ def _difference(model, prompt, tokens, ar_tokens) -> Difference:
 @functools.partial(jax.jit, static_argnames="config")
 def _logits_at(params, ids_1T, index, config):
   """The next token's logits [V] after the token at `index`."""
-  x_1TD, head = hidden_and_head(params, config, ids_1T)
-  return jnp.einsum("d,vd->v", x_1TD[0, index], head, preferred_element_type=jnp.float32)
+  x_1TD = hidden_states(params, config, ids_1T, jnp.ones_like(ids_1T))
+  return model_lib.logits(params, x_1TD[0, index])

@@ -231,8 +231,8 @@ def check_options(
   Raises:
     UserError: names the option, its value and what it may be.
   """
-  _require("mode", mode, mode in MODES, f"one of {', '.join(MODES)}")
-  _require("draft", draft, draft in (None, *DRAFTS), f"one of {', '.join(DRAFTS)}")
+  require("mode", mode, mode in MODES, f"one of {', '.join(MODES)}")
+  require("draft", draft, draft in (None, *DRAFTS), f"one of {', '.join(DRAFTS)}")
   if (mode, draft) == ("fixed", "branches"):
     raise UserError("draft='branches' needs a mode that verifies, and mode='fixed' does not.")
   block_size = _BLOCK_SIZE if block_size is None else block_size
@@ -242,15 +242,16 @@ def check_options(
     ("first_row", first_row, 0),
   ):  # fmt: skip
     good = isinstance(value, numbers.Integral) and value >= least
-    _require(name, value, good, f"a whole number of at least {least}")
-  _require("tau", tau, tau >= 0, "a probability")
-  _require("temperature", temperature, 0 <= temperature < np.inf, "0 or a positive number")
-  _require("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")
+    require(name, value, good, f"a whole number of at least {least}")
+  require("tau", tau, tau >= 0, "a probability")
+  require("temperature", temperature, 0 <= temperature < np.inf, "0 or a positive number")
+  require("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")
   if stop == "" or "" in tuple(stop or ()):
     raise UserError("A stop string is empty; it would end every answer at once.")
 
 
-def _require(name, value, good, what):
+def require(name, value, good, what):
+  """Raises UserError, which names the option and says what it must be, unless it is good."""
   if not good:
     raise UserError(f"{name}={value!r} cannot be; it must be {what}.")
 

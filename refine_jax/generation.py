@@ -1,10 +1,11 @@
 """What users call: `generate` for texts or token ids, `iterative_generate` for arrays."""
 
+import numbers
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from refine_jax.decoding import Decoder
+from refine_jax.decoding import Decoder, require
 from refine_jax.errors import UserError
 from refine_jax.loading import Model
 from refine_jax.result import Generation
@@ -63,8 +64,8 @@ def generate(
   Raises:
     UserError: an option that cannot be, an empty or too long prompt, text without a tokenizer.
   """
-  if not isinstance(stream, int) or stream < 0:
-    raise UserError(f"stream={stream!r} cannot be; give True, or how many passes make a piece.")
+  good = isinstance(stream, numbers.Integral) and stream >= 0
+  require("stream", stream, good, "True, or how many passes make a piece")
   if stream:
     model.require_tokenizer()
   decoder = Decoder(

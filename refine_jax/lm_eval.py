@@ -10,6 +10,7 @@ of the model are those of RefineLM. Needs the package: pip install 'refine_jax[e
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -26,6 +27,7 @@ except ImportError:
   ) from None
 
 from refine_jax import executables, generation, head, loading
+from refine_jax import model as model_lib
 from refine_jax.cli import entry_point
 
 _SMALLEST_BUCKET = 64
@@ -169,7 +171,8 @@ class RefineLM(TemplateLM):
 @functools.partial(jax.jit, static_argnames="config")
 def _token_losses(params, ids_BT, targets_BT, weights_BT, *, config):
   """Weighted cross-entropies, and whether each target is the most likely token: [B, T]."""
-  x_BTD, matrix = loading.hidden_and_head(params, config, ids_BT)
+  x_BTD = loading.hidden_states(params, config, ids_BT, jnp.ones_like(ids_BT))
+  matrix = model_lib.head_matrix(params).astype(x_BTD.dtype)
   _, output = head.cross_entropy(x_BTD, matrix, targets_BT, weights_BT)
   return output.losses * weights_BT, output.predictions == targets_BT
 

@@ -88,13 +88,8 @@ class Model:
     return self.tokenizer
 
 
-def hidden_and_head(params, config: ModelConfig, ids_BT) -> tuple:
-  """Hidden states [B, T, D] of rows of one sequence and the output matrix [V, D], in one dtype."""
-  x_BTD = _hidden(params, config, ids_BT, jnp.ones_like(ids_BT))
-  return x_BTD, model_lib.head_matrix(params).astype(x_BTD.dtype)
-
-
-def _hidden(params, config: ModelConfig, ids_BT, segment_ids_BT):
+def hidden_states(params, config: ModelConfig, ids_BT, segment_ids_BT):
+  """Of whole sequences, segments as in Model.__call__: [B, T, D] in the layers' dtype."""
   positions = attention.segment_positions(segment_ids_BT)
   dtype = jax.tree.leaves(params["layers"])[0].dtype
   return model_lib.hidden_states(
@@ -104,7 +99,7 @@ def _hidden(params, config: ModelConfig, ids_BT, segment_ids_BT):
 
 @functools.partial(jax.jit, static_argnames="config")
 def _logits(params, ids_BT, segment_ids_BT, config):
-  return model_lib.logits(params, _hidden(params, config, ids_BT, segment_ids_BT))
+  return model_lib.logits(params, hidden_states(params, config, ids_BT, segment_ids_BT))
 
 
 def load(name, *, dtype=None, step: int | None = None) -> Model:

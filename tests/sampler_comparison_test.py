@@ -32,6 +32,11 @@ def test_exact_answers_are_equal_in_float32(model):
   assert str(out).splitlines()[2] == "answer 3: equal to ar"
 
 
+def test_prompts_are_read_once(model):
+  out = refine_jax.compare_with_ar(model, iter(PROMPTS), block_size=5, max_new_tokens=4)
+  assert out.answers.prompts == out.ar.prompts == PROMPTS
+
+
 def first_differences(out):
   """Written otherwise than in the library, on padded arrays."""
   width = max(map(len, out.answers.tokens + out.ar.tokens)) + 1
