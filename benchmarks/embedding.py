@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from refine_jax import model as model_lib
+from refine_jax.model import transformer
 
 
 def _scatter(dtype):
@@ -36,7 +36,7 @@ def _model_gradient(config, dtype):
       scale = jnp.ones((config.width,))
       params = {"embedding": table, "layers": [], "final_norm": {"scale": scale}}
       positions = jnp.zeros((1, ids_N.size), jnp.int32)
-      return model_lib.hidden_states(
+      return transformer.hidden_states(
         params, config, ids_N[None], positions, lambda _: None, dtype=dtype
       )[0]
 
@@ -81,17 +81,19 @@ def main(argv=None) -> dict:
       seconds = timing.median_seconds(
         lambda run=run, ids=ids: run(table, ids, cotangents), arguments.repeats
       )
-      rows.append({
-        "strategy": name,
-        "noise_share": share,
-        "ms": seconds * 1e3,
-        "tokens_per_second": tokens / seconds,
-        "share_of_ceiling": moved / seconds / bandwidth,
-        "error": _error(run(table, ids, cotangents), table, ids, cotangents, name, config),
-        "compile_seconds": compile_seconds,
-        "peak_gib": timing.peak_gibibytes(),
-        **timing.memory(run),
-      })
+      rows.append(
+        {
+          "strategy": name,
+          "noise_share": share,
+          "ms": seconds * 1e3,
+          "tokens_per_second": tokens / seconds,
+          "share_of_ceiling": moved / seconds / bandwidth,
+          "error": _error(run(table, ids, cotangents), table, ids, cotangents, name, config),
+          "compile_seconds": compile_seconds,
+          "peak_gib": timing.peak_gibibytes(),
+          **timing.memory(run),
+        }
+      )
   summary = {
     "shape": f"{tokens} tokens, width {config.width}, vocabulary {config.vocab_size}",
     "device": jax.local_devices()[0].device_kind,

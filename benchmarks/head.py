@@ -1,6 +1,6 @@
 """The output head with cross-entropy and greedy prediction, forward and backward.
 
-    python -m benchmarks.head --shape=1.5b
+python -m benchmarks.head --shape=1.5b
 """
 
 import functools
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import timing
-from refine_jax.head import cross_entropy
+from refine_jax.model.head import cross_entropy
 
 
 def main(argv=None) -> dict:
@@ -17,9 +17,7 @@ def main(argv=None) -> dict:
   parser.add_argument("--chunks", default="1024,2048,4096,8192", type=timing.integers)
   arguments = parser.parse_args(argv)
   shape = timing.SHAPES[arguments.shape]
-  tokens, width, vocabulary = (
-    shape.rows * shape.length, shape.model.width, shape.model.vocab_size
-  )  # fmt: skip
+  tokens, width, vocabulary = (shape.rows * shape.length, shape.model.width, shape.model.vocab_size)
   keys = jax.random.split(jax.random.key(0), 3)
   x = jax.random.normal(keys[0], (tokens, width), timing.default_dtype())
   head = jax.random.normal(keys[1], (vocabulary, width)) * 0.02
@@ -37,17 +35,19 @@ def main(argv=None) -> dict:
       seconds = timing.median_seconds(
         lambda run=run: run(x, head, targets, weights), arguments.repeats
       )
-      rows.append({
-        "chunk": chunk,
-        "gradient": gradient,
-        "ms": seconds * 1e3,
-        "tokens_per_second": tokens / seconds,
-        "tflops_per_second": flops / seconds / 1e12,
-        "share_of_ceiling": flops / seconds / ceiling,
-        "compile_seconds": compile_seconds,
-        "peak_gib": timing.peak_gibibytes(),
-        **timing.memory(run),
-      })
+      rows.append(
+        {
+          "chunk": chunk,
+          "gradient": gradient,
+          "ms": seconds * 1e3,
+          "tokens_per_second": tokens / seconds,
+          "tflops_per_second": flops / seconds / 1e12,
+          "share_of_ceiling": flops / seconds / ceiling,
+          "compile_seconds": compile_seconds,
+          "peak_gib": timing.peak_gibibytes(),
+          **timing.memory(run),
+        }
+      )
   summary = {
     "shape": f"{tokens} tokens, width {width}, vocabulary {vocabulary}",
     "device": jax.local_devices()[0].device_kind,

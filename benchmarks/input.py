@@ -24,9 +24,9 @@ import tokenizers
 import transformers
 
 from benchmarks import timing
-from refine_jax import hf
 from refine_jax.config import DataConfig
 from refine_jax.data import load_examples, train_iterator, train_rows
+from refine_jax.hf import weights as hf_weights
 
 # Examples, and milliseconds that a step is taken to last.
 _DEFAULTS = {"tiny": (2000, 20.0), "135m": (20000, 150.0), "1.5b": (20000, 600.0)}
@@ -66,16 +66,23 @@ def _measure(arguments, directory: Path) -> tuple:
   length, batch_size = arguments.max_length or shape.length, arguments.batch or shape.rows
   step_ms = step_ms if arguments.step_ms is None else arguments.step_ms
   if arguments.data:
-    files, tokenizer = arguments.data, hf.load_tokenizer(arguments.tokenizer)
+    files, tokenizer = arguments.data, hf_weights.load_tokenizer(arguments.tokenizer)
   else:
     texts = synthetic_texts(arguments.examples or count, length)
     files, tokenizer = _write(texts, directory), byte_tokenizer()
   data = DataConfig(
-    train_files=files, val_files="", prompt_key=arguments.prompt_key,
-    response_key=arguments.response_key, max_length=length, truncation="right", pack=True,
-    max_segments=arguments.max_segments, chat_template="", cache_dir="",
+    train_files=files,
+    val_files="",
+    prompt_key=arguments.prompt_key,
+    response_key=arguments.response_key,
+    max_length=length,
+    truncation="right",
+    pack=True,
+    max_segments=arguments.max_segments,
+    chat_template="",
+    cache_dir="",
     prefetch=arguments.prefetch,
-  )  # fmt: skip
+  )
 
   def load():
     start = time.perf_counter()
@@ -92,15 +99,17 @@ def _measure(arguments, directory: Path) -> tuple:
     pack_seconds = time.perf_counter() - start
     rate = throughput(made, arguments.prefetch, arguments.batches)
     wait = host_wait(made, arguments.prefetch, step_ms / 1e3)
-    rows.append({
-      "variant": "packed" if packed else "one example a row",
-      "rows_an_epoch": made.packing.rows,
-      "most_examples_a_row": made.max_segments,
-      "packing_efficiency": made.packing_efficiency,
-      "pack_seconds": pack_seconds,
-      **rate,
-      **wait,
-    })
+    rows.append(
+      {
+        "variant": "packed" if packed else "one example a row",
+        "rows_an_epoch": made.packing.rows,
+        "most_examples_a_row": made.max_segments,
+        "packing_efficiency": made.packing_efficiency,
+        "pack_seconds": pack_seconds,
+        **rate,
+        **wait,
+      }
+    )
   summary = {
     "shape": f"batches of {batch_size} x {length}, prefetch {arguments.prefetch}",
     "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -24,16 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from refine_jax import (
-  compute,
-  executables,
-  generation,
-  hf_export,
-  loading,
-  sampler,
-  sampler_settings,
-)
-from refine_jax import model as model_lib
+from refine_jax.decoding import compile_cache, generation, loading, sampler
+from refine_jax.decoding import settings as sampler_settings
+from refine_jax.hf import export as hf_export
+from refine_jax.model import transformer
+from refine_jax.training import compute
 
 _PASSES = 32
 # The document's add_eos_length of 7.
@@ -63,13 +58,15 @@ def main(argv=None) -> dict:
   }
   passes = [
     timing.told(_measure_passes(model, rows, block, arguments, ceilings))
-    for rows in arguments.batches for block in arguments.blocks
-  ]  # fmt: skip
+    for rows in arguments.batches
+    for block in arguments.blocks
+  ]
   prompts = {rows: _prompts(config, rows, arguments.prompt) for rows in arguments.batches}
   results = {
     (mode, rows): _measure_mode(model, prompts[rows], mode, arguments)
-    for rows in arguments.batches for mode in filter(None, arguments.modes.split(","))
-  }  # fmt: skip
+    for rows in arguments.batches
+    for mode in filter(None, arguments.modes.split(","))
+  }
   rows = [row for row, _ in results.values()]
   # Last, so that our numbers are there if it fails.
   if results and (arguments.peer or arguments.torch_model):
@@ -95,7 +92,7 @@ def _model(arguments, dtype) -> loading.Model:
 
   @jax.jit
   def init(key):
-    return jax.tree.map(lambda x: x.astype(dtype), model_lib.init_params(config, key))
+    return jax.tree.map(lambda x: x.astype(dtype), transformer.init_params(config, key))
 
   return loading.Model(config, init(jax.random.key(0)), None, (), None, Path())
 
@@ -106,7 +103,7 @@ def _prompts(config, rows, length) -> list[list[int]]:
 
 def weight_bytes(config, itemsize: int) -> int:
   """What a pass reads of the parameters: all but an embedding that is not the head as well."""
-  shapes = model_lib.param_shapes(config)
+  shapes = transformer.param_shapes(config)
   if not config.tied_head:
     shapes = {k: v for k, v in shapes.items() if k != "embedding"}
   return itemsize * sum(x.size for x in jax.tree.leaves(shapes))
@@ -130,11 +127,15 @@ def pass_cost(
 
 def _settings(model, rows, block, draft) -> sampler_settings.Settings:
   # As `generate` makes them: with tails, the modes find these programs again.
-  least = sampler_settings.least_window(executables.bucket(rows, 1))
+  least = sampler_settings.least_window(compile_cache.bucket(rows, 1))
   return sampler_settings.Settings(
-    mode="exact", block=block, draft=draft, noise_token=model.config.vocab_size - 1,
-    engine=model.cache_engine, least_window=least,
-  )  # fmt: skip
+    mode="exact",
+    block=block,
+    draft=draft,
+    noise_token=model.config.vocab_size - 1,
+    engine=model.cache_engine,
+    least_window=least,
+  )
 
 
 def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
@@ -142,15 +143,19 @@ def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
   settings = _settings(model, rows, block, arguments.draft)
   prefill = sampler.prefill_program(config)
   decode = sampler.programs(config, settings)[0]
-  size = executables.bucket(arguments.prompt + arguments.new + settings.reach, 16)
+  size = compile_cache.bucket(arguments.prompt + arguments.new + settings.reach, 16)
   ids = np.asarray(_prompts(config, rows, arguments.prompt), np.int32)
   full = np.full(rows, arguments.prompt, np.int32)
   limits = np.full(rows, size - settings.reach, np.int32)
   inputs = (params, ids, full, np.int32(settings.noise_token))
-  run_prefill, prefill_compile = executables.compiled(
-    prefill, inputs, sampler.compiler_options(ids.size + rows * settings.drafts_of_prompt),
-    size=size, ahead=settings.drafts_of_prompt, engine=settings.engine,
-  )  # fmt: skip
+  run_prefill, prefill_compile = compile_cache.compiled(
+    prefill,
+    inputs,
+    sampler.compiler_options(ids.size + rows * settings.drafts_of_prompt),
+    size=size,
+    ahead=settings.drafts_of_prompt,
+    engine=settings.engine,
+  )
   prefill_seconds = timing.median_seconds(lambda: run_prefill(*inputs), arguments.repeats)
 
   def fresh():
@@ -163,7 +168,7 @@ def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
   state = fresh()
   options = sampler.compiler_options(rows * settings.tokens)
   inputs_of_one = (params, state, np.int32(1))
-  run_decode, decode_compile = executables.compiled(decode, inputs_of_one, options)
+  run_decode, decode_compile = compile_cache.compiled(decode, inputs_of_one, options)
 
   def fixed_loop(params, state):
     body = lambda _, s: sampler.one_pass(params, s, config=config, settings=settings)[0]  # noqa: E731
@@ -174,17 +179,21 @@ def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
   # The first of each is not timed.
   for _ in range(arguments.repeats + 1):
     # A pass over rows that are done costs the same, so this loop needs no room to go on.
-    seconds["pass"].append(executables.timed(program, params, fresh())[1] / _PASSES)
-    after, spent = executables.timed(run_decode, params, fresh(), np.int32(_PASSES))
+    seconds["pass"].append(compile_cache.timed(program, params, fresh())[1] / _PASSES)
+    after, spent = compile_cache.timed(run_decode, params, fresh(), np.int32(_PASSES))
     looped = int(np.max(after.passes))
     seconds["loop"].append(spent / looped)
     seconds["call"].append(_one_by_one(run_decode, params, fresh()))
   times = {name: statistics.median(values[1:]) for name, values in seconds.items()}
   itemsize = params["embedding"].dtype.itemsize
   moved, flops = pass_cost(
-    config, rows=rows, tokens=settings.tokens if settings.branched else block,
-    predictions=settings.width, context=arguments.prompt, itemsize=itemsize,
-  )  # fmt: skip
+    config,
+    rows=rows,
+    tokens=settings.tokens if settings.branched else block,
+    predictions=settings.width,
+    context=arguments.prompt,
+    itemsize=itemsize,
+  )
   return {
     "batch": rows,
     "block": block,
@@ -239,9 +248,15 @@ def _measure_mode(model, prompts, mode, arguments) -> tuple:
   def run():
     start = time.perf_counter()
     out = generation.generate(
-      model, prompts, mode=mode, block_size=block, max_new_tokens=arguments.new,
-      eos_token_id=(), noise_token=model.config.vocab_size - 1, refine_iter=_FIXED_PASSES,
-    )  # fmt: skip
+      model,
+      prompts,
+      mode=mode,
+      block_size=block,
+      max_new_tokens=arguments.new,
+      eos_token_id=(),
+      noise_token=model.config.vocab_size - 1,
+      refine_iter=_FIXED_PASSES,
+    )
     return time.perf_counter() - start, out
 
   compile_seconds = run()[1].compile_seconds
@@ -282,9 +297,13 @@ def _measure_peers(model, prompts, results, arguments, dtype) -> list[dict]:
     net = torch_generate.load(place, dtype)
   greedy = functools.partial(torch_generate.greedy, net, new=arguments.new)
   refine = functools.partial(
-    torch_generate.refine, net, new=arguments.new, block=_FIXED_BLOCK, passes=_FIXED_PASSES,
+    torch_generate.refine,
+    net,
+    new=arguments.new,
+    block=_FIXED_BLOCK,
+    passes=_FIXED_PASSES,
     noise_token=model.config.vocab_size - 1,
-  )  # fmt: skip
+  )
   peers = {"ar": ("torch generate", greedy), "exact": ("torch generate", greedy)}
   peers |= {"fixed": ("torch refinement", refine)}
   measured = {}

@@ -1,7 +1,7 @@
 """The training step: time, tokens per second, MFU, memory; beside a PyTorch step where asked.
 
-    python -m benchmarks.step --shape=1.5b --rounds=2 --peer
-    python -m benchmarks.step --shape=tiny --json        # a CPU, seconds
+python -m benchmarks.step --shape=1.5b --rounds=2 --peer
+python -m benchmarks.step --shape=tiny --json        # a CPU, seconds
 """
 
 import json
@@ -14,14 +14,19 @@ import jax
 import numpy as np
 
 from benchmarks import timing
-from refine_jax import attention, layout, model, train_step
-from refine_jax import compute as compute_lib
-from refine_jax import remat as remat_lib
+from refine_jax.attention.choose import choose_backend
 from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
+from refine_jax.model import layout, transformer
+from refine_jax.model import remat as remat_lib
+from refine_jax.training import compute as compute_lib
+from refine_jax.training import train_step
 
 _JOINS = {
-  "attention": ("attention",), "mlp": ("mlp",), "yes": layout.MODULES, "no": (),
-}  # fmt: skip
+  "attention": ("attention",),
+  "mlp": ("mlp",),
+  "yes": layout.MODULES,
+  "no": (),
+}
 
 
 def random_batch(shape: timing.Shape, *, packed: bool, prompt: int) -> dict:
@@ -61,43 +66,67 @@ def make_recipe(shape: timing.Shape, rounds: int) -> train_step.Recipe:
       kind="uniform", block_size=8, offset_decay=1.0, noise_min=0.1, noise_max=0.9, token=-1
     ),
     optim=OptimConfig(
-      batch_size=shape.rows, accumulation=1, total_epochs=1, total_steps=-1, lr=1e-5,
-      warmup_ratio=0.05, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01, clip_grad=1.0,
-      moment_dtype="float32", max_nonfinite=5,
+      batch_size=shape.rows,
+      accumulation=1,
+      total_epochs=1,
+      total_steps=-1,
+      lr=1e-5,
+      warmup_ratio=0.05,
+      betas=(0.9, 0.95),
+      eps=1e-8,
+      weight_decay=0.01,
+      clip_grad=1.0,
+      moment_dtype="float32",
+      max_nonfinite=5,
     ),
     noise_token=shape.model.vocab_size - 1,
     eos_token=shape.model.vocab_size - 1,
     total_steps=1000,
     seed=0,
-  )  # fmt: skip
+  )
 
 
 def measure(shape: timing.Shape, arguments, *, packed: bool) -> dict:
   """One variant: compiles, runs, and reads what it cost."""
   dtype = timing.default_dtype()
   segments = shape.segments if packed else 1
-  engine = attention.choose_backend(
-    arguments.attention, heads=shape.model.heads, kv_heads=shape.model.kv_heads,
-    head_dim=shape.model.head_dim, dtype=dtype, max_segments=segments, packed=packed,
-  )  # fmt: skip
-  parameters = sum(x.size for x in jax.tree.leaves(model.param_shapes(shape.model)))
+  engine = choose_backend(
+    arguments.attention,
+    heads=shape.model.heads,
+    kv_heads=shape.model.kv_heads,
+    head_dim=shape.model.head_dim,
+    dtype=dtype,
+    max_segments=segments,
+    packed=packed,
+  )
+  parameters = sum(x.size for x in jax.tree.leaves(transformer.param_shapes(shape.model)))
   remat = compute_lib.choose_remat(
-    arguments.remat, shape.model, dtype=dtype, tokens=shape.rows * shape.length,
-    parameters=parameters, head_chunk=arguments.head_chunk, memory=compute_lib.device_memory(),
-  )  # fmt: skip
+    arguments.remat,
+    shape.model,
+    dtype=dtype,
+    tokens=shape.rows * shape.length,
+    parameters=parameters,
+    head_chunk=arguments.head_chunk,
+    memory=compute_lib.device_memory(),
+  )
   compute = compute_lib.Compute(
-    model=shape.model, dtype=dtype, attention=engine, max_segments=segments, remat=remat,
+    model=shape.model,
+    dtype=dtype,
+    attention=engine,
+    max_segments=segments,
+    remat=remat,
     unroll=compute_lib.choose_unroll(arguments.unroll, remat, shape.model.layers),
-    head_chunk=arguments.head_chunk, head_gradient=arguments.head_gradient,
+    head_chunk=arguments.head_chunk,
+    head_gradient=arguments.head_gradient,
     join=_JOINS[arguments.joined],
-  )  # fmt: skip
+  )
   recipe = make_recipe(shape, arguments.rounds)
   # Each example attends to itself alone.
   batch = random_batch(shape, packed=packed, prompt=min(128, shape.length // 16))
   flops = compute_lib.train_flops_per_token(shape.model, example_length(batch), arguments.rounds)
   batch = jax.device_put(batch)
   state = jax.jit(
-    lambda key: train_step.init_state(model.init_params(shape.model, key), recipe.optim)
+    lambda key: train_step.init_state(transformer.init_params(shape.model, key), recipe.optim)
   )(jax.random.key(0))
   start = time.perf_counter()
   step = train_step.jit_train_step(recipe, compute).lower(state, batch).compile()
@@ -149,9 +178,12 @@ def measure_peers(arguments, shape: timing.Shape) -> list[dict]:
   rows = []
   for backward, count in (("joint", max(shape.rows // 2, 1)), ("round", shape.rows)):
     options = [
-      f"--shape={arguments.shape}", f"--rounds={arguments.rounds}", f"--rows={count}",
-      f"--repeats={arguments.repeats}", f"--backward={backward}",
-    ]  # fmt: skip
+      f"--shape={arguments.shape}",
+      f"--rounds={arguments.rounds}",
+      f"--rows={count}",
+      f"--repeats={arguments.repeats}",
+      f"--backward={backward}",
+    ]
     if not torch.cuda.is_available():
       from benchmarks import torch_step
 
@@ -160,9 +192,7 @@ def measure_peers(arguments, shape: timing.Shape) -> list[dict]:
     command = [sys.executable, "-m", "benchmarks.torch_step", *options]
     # It counts with our functions, but must not let JAX take memory there.
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-      command, stdout=subprocess.PIPE, text=True, check=False, env=environment
-    )
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
       print(f"The PyTorch step failed: {' '.join(command)}")
@@ -178,7 +208,9 @@ def main(argv=None) -> dict:
   parser.add_argument("--remat", choices=("auto", *remat_lib.POLICIES), default="auto")
   parser.add_argument("--attention", default="auto")
   parser.add_argument(
-    "--unroll", type=int, default=0,
+    "--unroll",
+    type=int,
+    default=0,
     help="layers a turn of the scan; all of them: no scan; default: as for a run",
   )
   parser.add_argument(
@@ -203,10 +235,16 @@ def main(argv=None) -> dict:
   for row in rows:
     row["times_peer"] = row["tokens_per_second"] / best if best else None
   first = {
-    name: rows[0][name] for name in (
-      "tokens_per_second", "mfu", "peak_gib", "compile_seconds", "temp_bytes", "times_peer"
+    name: rows[0][name]
+    for name in (
+      "tokens_per_second",
+      "mfu",
+      "peak_gib",
+      "compile_seconds",
+      "temp_bytes",
+      "times_peer",
     )
-  }  # fmt: skip
+  }
   summary = {
     "shape": arguments.shape,
     "rounds": arguments.rounds,

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from refine_jax.errors import UserError
-from refine_jax.model import ModelConfig
-from refine_jax.rope import RopeConfig
+from refine_jax.model.rope import RopeConfig
+from refine_jax.model.transformer import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +27,22 @@ class Shape:
 
 def _model(**changes) -> ModelConfig:
   base = dict(
-    vocab_size=256, width=64, feed_forward=128, layers=2, heads=4, kv_heads=2, head_dim=16,
-    norm_eps=1e-6, rope=RopeConfig(), tied_head=False, qkv_bias=True, output_bias=False,
-    mlp_bias=False, qk_norm=False, max_length=131072,
-  )  # fmt: skip
+    vocab_size=256,
+    width=64,
+    feed_forward=128,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    norm_eps=1e-6,
+    rope=RopeConfig(),
+    tied_head=False,
+    qkv_bias=True,
+    output_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    max_length=131072,
+  )
   base |= changes
   return ModelConfig(windows=(None,) * base["layers"], **base)
 
@@ -40,27 +52,53 @@ SHAPES = {
   "tiny": Shape(_model(), rows=2, length=128, segments=4),
   "135m": Shape(
     _model(
-      vocab_size=49152, width=576, feed_forward=1536, layers=30, heads=9, kv_heads=3, head_dim=64,
-      tied_head=True, qkv_bias=False,
+      vocab_size=49152,
+      width=576,
+      feed_forward=1536,
+      layers=30,
+      heads=9,
+      kv_heads=3,
+      head_dim=64,
+      tied_head=True,
+      qkv_bias=False,
     ),
-    rows=64, length=512, segments=4,
+    rows=64,
+    length=512,
+    segments=4,
   ),
   "1.5b": Shape(
     _model(
-      vocab_size=151936, width=1536, feed_forward=8960, layers=28, heads=12, kv_heads=2,
+      vocab_size=151936,
+      width=1536,
+      feed_forward=8960,
+      layers=28,
+      heads=12,
+      kv_heads=2,
       head_dim=128,
     ),
-    rows=8, length=2048, segments=4,
+    rows=8,
+    length=2048,
+    segments=4,
   ),
-}  # fmt: skip
+}
 
 # Bytes a second of one device's memory as its maker states it, by a part of its device_kind.
 _BANDWIDTHS = (
-  ("H100 PCIe", 2.0e12), ("H100", 3.35e12), ("H200", 4.8e12), ("B200", 8.0e12),
-  ("L40S", 0.864e12), ("L4", 0.3e12), ("T4", 0.32e12),
-  ("v6 lite", 1.64e12), ("v6e", 1.64e12), ("v5 lite", 0.819e12), ("v5e", 0.819e12),
-  ("v5p", 2.765e12), ("v5", 2.765e12), ("v4", 1.228e12),
-)  # fmt: skip
+  ("H100 PCIe", 2.0e12),
+  ("H100", 3.35e12),
+  ("H200", 4.8e12),
+  ("B200", 8.0e12),
+  ("L40S", 0.864e12),
+  ("L4", 0.3e12),
+  ("T4", 0.32e12),
+  ("v6 lite", 1.64e12),
+  ("v6e", 1.64e12),
+  ("v5 lite", 0.819e12),
+  ("v5e", 0.819e12),
+  ("v5p", 2.765e12),
+  ("v5", 2.765e12),
+  ("v4", 1.228e12),
+)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -110,9 +148,7 @@ def memory(program) -> dict:
 
 def matmul_flops_per_second(size: int, repeats: int) -> float:
   """The device's ceiling for bfloat16 products: size^3, on random data."""
-  a, b = (
-    jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2)
-  )
+  a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
   # Ten in a row, so that dispatch does not count.
   product = jax.jit(lambda a, b: jax.lax.fori_loop(0, 10, lambda _, x: (x @ b) * 0.01, a))
   return 10 * 2 * size**3 / median_seconds(lambda: product(a, b), repeats)
@@ -152,6 +188,7 @@ def peak_gibibytes() -> float | None:
 
 def table(rows: list) -> str:
   """Dicts as aligned columns; a key that a row does not have is left empty in it."""
+
   def cell(value):
     if isinstance(value, float):
       return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
@@ -161,10 +198,12 @@ def table(rows: list) -> str:
   lines = [names, *([cell(row.get(name)) for name in names] for row in rows)]
   widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
   return "\n".join(
-    "  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in
-              enumerate(zip(line, widths, strict=True)))
+    "  ".join(
+      text.rjust(w) if i else text.ljust(w)
+      for i, (text, w) in enumerate(zip(line, widths, strict=True))
+    )
     for line in lines
-  )  # fmt: skip
+  )
 
 
 def told(row: dict) -> dict:

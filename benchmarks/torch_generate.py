@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from benchmarks.torch_step import hf_values
-from refine_jax.model import ModelConfig
+from refine_jax.model.transformer import ModelConfig
 
 
 def write_config(config: ModelConfig, directory: Path) -> Path:

@@ -17,8 +17,9 @@ import transformers
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import timing
-from refine_jax import compute, hf_config
-from refine_jax.model import ModelConfig
+from refine_jax.hf import config as hf_config
+from refine_jax.model.transformer import ModelConfig
+from refine_jax.training import compute
 
 _CHUNK = 2048
 
@@ -59,6 +60,7 @@ def make_model(config: ModelConfig, device: str):
 
 def head_loss(head, x_ND, targets_N, scale: float):
   """(scale * sum of cross-entropies, greedy predictions), logits made again for the gradient."""
+
   def piece(x, targets):
     logits = head(x).float()
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum"), logits.argmax(-1)
@@ -108,20 +110,27 @@ class Step:
     with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
       x = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
       loss, predictions = head_loss(
-        self.model.lm_head, x.flatten(0, 1)[self.scored], clean[self.scored + 1],
+        self.model.lm_head,
+        x.flatten(0, 1)[self.scored],
+        clean[self.scored + 1],
         1 / len(self.scored),
-      )  # fmt: skip
+      )
     following = clean.clone()
     following[self.scored + 1] = predictions
     return loss, following.view_as(ids)
 
 
 def measure(
-  shape: timing.Shape, *, rounds: int, rows: int, backward: str, checkpointing: bool,
-  compiled: bool, repeats: int,
-) -> dict:  # fmt: skip
-  """One variant, as a row for the table of benchmarks/step.py; without numbers where it is too big.
-  """
+  shape: timing.Shape,
+  *,
+  rounds: int,
+  rows: int,
+  backward: str,
+  checkpointing: bool,
+  compiled: bool,
+  repeats: int,
+) -> dict:
+  """One variant, as a row of benchmarks/step.py's table; without numbers where it is too big."""
   device = "cuda" if torch.cuda.is_available() else "cpu"
   result = {
     "variant": f"torch, backward {backward}" + (", checkpointing" if checkpointing else ""),
@@ -161,9 +170,14 @@ def _make_step(shape, rounds, rows, backward, checkpointing, compiled, device):
     for i, layer in enumerate(model.model.layers):
       model.model.layers[i] = torch.compile(layer)
   step = Step(
-    model, rows, shape.length, rounds=rounds, backward=backward,
-    prompt=min(128, shape.length // 16), device=device,
-  )  # fmt: skip
+    model,
+    rows,
+    shape.length,
+    rounds=rounds,
+    backward=backward,
+    prompt=min(128, shape.length // 16),
+    device=device,
+  )
   loss = float(step())
   for _ in range(2):
     step()
@@ -185,18 +199,24 @@ def main(argv=None) -> dict:
   parser.add_argument("--rounds", type=int, default=2)
   parser.add_argument("--rows", type=int, help="default: the shape's")
   parser.add_argument(
-    "--backward", choices=("joint", "round"), default="round",
+    "--backward",
+    choices=("joint", "round"),
+    default="round",
     help="one pass over all rounds, or one a round, which frees a round's activations",
-  )  # fmt: skip
+  )
   parser.add_argument("--checkpointing", action="store_true")
   parser.add_argument("--no_compile", action="store_true")
   arguments = parser.parse_args(argv)
   shape = timing.SHAPES[arguments.shape]
   result = measure(
-    shape, rounds=arguments.rounds, rows=arguments.rows or shape.rows,
-    backward=arguments.backward, checkpointing=arguments.checkpointing,
-    compiled=torch.cuda.is_available() and not arguments.no_compile, repeats=arguments.repeats,
-  )  # fmt: skip
+    shape,
+    rounds=arguments.rounds,
+    rows=arguments.rows or shape.rows,
+    backward=arguments.backward,
+    checkpointing=arguments.checkpointing,
+    compiled=torch.cuda.is_available() and not arguments.no_compile,
+    repeats=arguments.repeats,
+  )
   print(json.dumps(result))
   return result
 

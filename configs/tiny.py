@@ -1,7 +1,7 @@
 """The quickstart: a decoder of under a million parameters, from scratch, on a CPU.
 
-    python scripts/make_tiny_data.py
-    python -m refine_jax.main --config=configs/tiny.py --workdir=runs/tiny
+python scripts/make_tiny_data.py
+python -m refine_jax.main --config=configs/tiny.py --workdir=runs/tiny
 """
 
 from configs import base

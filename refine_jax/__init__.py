@@ -6,14 +6,14 @@ Importing this is cheap: what is named here is loaded when it is first used.
 import importlib
 
 _WHERE = {
-  "Generation": "result",
-  "Model": "loading",
-  "Stream": "generation",
+  "Generation": "decoding.result",
+  "Model": "decoding.loading",
+  "Stream": "decoding.generation",
   "UserError": "errors",
-  "compare_with_ar": "comparison",
-  "generate": "generation",
-  "iterative_generate": "generation",
-  "load": "loading",
+  "compare_with_ar": "decoding.comparison",
+  "generate": "decoding.generation",
+  "iterative_generate": "decoding.generation",
+  "load": "decoding.loading",
 }
 __all__ = list(_WHERE)
 

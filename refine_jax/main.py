@@ -29,12 +29,13 @@ def main(argv):
   # After the flags: importing jax takes seconds, and --help should not.
   import jax
 
-  from refine_jax import config, train
+  from refine_jax.config import from_config_dict
+  from refine_jax.training import train
 
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
   logging.set_verbosity(logging.INFO if os.environ.get("REFINE_JAX_VERBOSE") else logging.WARNING)
-  return train.run(config.from_config_dict(_CONFIG.value), _WORKDIR.value)
+  return train.run(from_config_dict(_CONFIG.value), _WORKDIR.value)
 
 
 def _parse_flags(argv):

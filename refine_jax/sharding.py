@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from refine_jax.config import MeshConfig, OptimConfig
 from refine_jax.errors import UserError
+from refine_jax.tree import leaf_name
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -75,11 +76,6 @@ def check_fit(mesh: Mesh, optim: OptimConfig, heads: int, kv_heads: int, max_len
       )
 
 
-def leaf_name(path) -> str:
-  """'layers/mlp/up/kernel' for a key path of jax.tree_util."""
-  return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-
-
 def shardings(tree, mesh: Mesh):
   """A NamedSharding for each leaf of a tree of arrays or shapes, by the table above.
 
@@ -109,6 +105,4 @@ def batch_sharding(mesh: Mesh, *, accumulated: bool) -> NamedSharding:
 def put_batch(batch: dict, mesh: Mesh, *, accumulated: bool) -> dict:
   """This process's rows (numpy, [A, B_local, T] or [B_local, T]) as global device arrays."""
   sharding = batch_sharding(mesh, accumulated=accumulated)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()
-  }
+  return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}

@@ -15,9 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from refine_jax import evaluate
 from refine_jax.cli import entry_point
 from refine_jax.errors import UserError
+from refine_jax.evaluation import evaluate
 
 # The modes that each recipe is decoded with, and how many of the seeds it gets.
 _MODES = {
@@ -42,13 +42,21 @@ def run_all(arguments, extra: list[str]) -> dict:
       evaluation = workdir / "evaluation"
       if not (evaluation / "results.json").exists():
         _command(
-          "refine_jax.main", f"--config={arguments.config}:{recipe}", f"--workdir={workdir}",
-          f"--config.seed={seed}", *extra,
-        )  # fmt: skip
+          "refine_jax.main",
+          f"--config={arguments.config}:{recipe}",
+          f"--workdir={workdir}",
+          f"--config.seed={seed}",
+          *extra,
+        )
         _evaluate(
-          arguments, workdir, evaluation, modes, arguments.block_sizes, arguments.dtype,
+          arguments,
+          workdir,
+          evaluation,
+          modes,
+          arguments.block_sizes,
+          arguments.dtype,
           f"--batch_size={arguments.batch_size}",
-        )  # fmt: skip
+        )
       results.setdefault(recipe, {})[seed] = json.loads((evaluation / "results.json").read_text())
   return results
 
@@ -59,9 +67,15 @@ def wall_clock(arguments) -> dict:
   output = workdir / "one_at_a_time"
   if not (output / "results.json").exists():
     _evaluate(
-      arguments, workdir, output, "ar,exact:branches", str(arguments.block_size), "bfloat16",
-      "--batch_size=1", f"--limit={arguments.timed}",
-    )  # fmt: skip
+      arguments,
+      workdir,
+      output,
+      "ar,exact:branches",
+      str(arguments.block_size),
+      "bfloat16",
+      "--batch_size=1",
+      f"--limit={arguments.timed}",
+    )
   ar, exact = json.loads((output / "results.json").read_text())
   seconds = {"ar": ar["seconds_per_problem"], "exact": exact["seconds_per_problem"]}
   return {"seconds_per_problem": seconds, "speedup": seconds["ar"] / seconds["exact"]}
@@ -69,10 +83,17 @@ def wall_clock(arguments) -> dict:
 
 def _evaluate(arguments, workdir, output, modes, block_sizes, dtype, *options):
   _command(
-    "refine_jax.evaluate", f"--model={workdir}", f"--data={arguments.test}", f"--modes={modes}",
-    f"--block_sizes={block_sizes}", f"--output={output}", f"--scorer={arguments.scorer}",
-    f"--dtype={dtype}", f"--max_new_tokens={arguments.max_new_tokens}", *options,
-  )  # fmt: skip
+    "refine_jax.evaluate",
+    f"--model={workdir}",
+    f"--data={arguments.test}",
+    f"--modes={modes}",
+    f"--block_sizes={block_sizes}",
+    f"--output={output}",
+    f"--scorer={arguments.scorer}",
+    f"--dtype={dtype}",
+    f"--max_new_tokens={arguments.max_new_tokens}",
+    *options,
+  )
 
 
 def _command(module, *options):
@@ -122,8 +143,10 @@ def plot(summary: dict, path: Path) -> bool:
 
 
 def table(summary: dict) -> str:
-  lines = ["| recipe | mode | block | solved | tokens a pass | not stopped |",
-           "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+  lines = [
+    "| recipe | mode | block | solved | tokens a pass | not stopped |",
+    "| --- | --- | --- | --- | --- | --- |",
+  ]
   for recipe, modes in summary.items():
     for entry in modes.values():
       seeds = entry["seeds"]["solved"].values()

@@ -1,13 +1,14 @@
 """Converts a run's checkpoint into a Hugging Face directory.
 
-    python scripts/export_hf.py --workdir=runs/mine --output=models/mine [--step=N] [--dtype=...]
+python scripts/export_hf.py --workdir=runs/mine --output=models/mine [--step=N] [--dtype=...]
 """
 
 import argparse
 from pathlib import Path
 
-from refine_jax import checkpoint, hf_export
+from refine_jax.checkpoint import checkpointer
 from refine_jax.cli import entry_point
+from refine_jax.hf import export as hf_export
 
 
 @entry_point
@@ -19,7 +20,7 @@ def main():
   parser.add_argument("--dtype", default="bfloat16", help=", ".join(hf_export.DTYPES))
   arguments = parser.parse_args()
   hf_export.refuse_used(Path(arguments.output))  # before the weights are read
-  params, step = checkpoint.restore_params(arguments.workdir, arguments.step)
+  params, step = checkpointer.restore_params(arguments.workdir, arguments.step)
   output = hf_export.export(
     params,
     Path(arguments.workdir) / "model",

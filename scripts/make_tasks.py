@@ -26,9 +26,9 @@ try:
 except ImportError:
   raise SystemExit("error: reasoning-gym is not installed; pip install '.[tasks]'") from None
 
-from refine_jax import scoring
 from refine_jax.cli import entry_point
 from refine_jax.errors import UserError
+from refine_jax.evaluation import scoring
 
 TASKS = {
   "chain_sum": {"min_terms": 2, "max_terms": 5, "min_digits": 1, "max_digits": 3},
@@ -148,9 +148,7 @@ def build(split: str, count: int, seen: set) -> tuple[list[dict], dict]:
   # The one task whose words can run out goes first, and chain_sum makes up for what it lacks.
   for task in sorted(names, key=lambda t: t != "spell_backward"):
     wanted = quota[task] + (short if task == "chain_sum" else 0)
-    problems = reasoning_gym.create_dataset(
-      task, seed=_SEEDS[split], size=1_000_000, **TASKS[task]
-    )
+    problems = reasoning_gym.create_dataset(task, seed=_SEEDS[split], size=1_000_000, **TASKS[task])
     before = len(rows)
     for index in range(6 * quota[task] + 2000):
       if len(rows) - before == wanted:

@@ -39,8 +39,9 @@ _SPLITS = {
   "sums": {"train": 60000, "val": 200, "test": 300},
 }
 _VOCABULARIES = {
-  "words": (*sorted(_TASKS), " ", *_LETTERS), "sums": ("answer", *" +-=;", *"0123456789")
-}  # fmt: skip
+  "words": (*sorted(_TASKS), " ", *_LETTERS),
+  "sums": ("answer", *" +-=;", *"0123456789"),
+}
 _MODEL = {
   "architectures": ["LlamaForCausalLM"],
   "model_type": "llama",

@@ -16,9 +16,11 @@ import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
 
-from refine_jax import generation, loading, sampler_settings, scoring
 from refine_jax.cli import entry_point
+from refine_jax.decoding import generation, loading
+from refine_jax.decoding import settings as sampler_settings
 from refine_jax.errors import UserError
+from refine_jax.evaluation import scoring
 
 
 def relabel(model, rows: list[dict], arguments, score) -> tuple[list[str | None], list[str]]:
@@ -27,9 +29,12 @@ def relabel(model, rows: list[dict], arguments, score) -> tuple[list[str | None]
   prompts = [row[arguments.prompt_key] for row in rows]
   prompts += prompts[:1] * (arguments.batch_size - len(rows))
   out = generation.generate(
-    model, prompts, block_size=arguments.block_size, draft=arguments.draft,
+    model,
+    prompts,
+    block_size=arguments.block_size,
+    draft=arguments.draft,
     max_new_tokens=arguments.max_new_tokens,
-  )  # fmt: skip
+  )
   answers, reasons = [], []
   for row, text, stopped in zip(rows, out.texts, out.stopped, strict=False):
     reason = "relabelled"
@@ -75,8 +80,12 @@ def main():
   parser.add_argument("--response_key", default="target")
   parser.add_argument("--scorer", help="only right answers: auto, " + ", ".join(scoring.SCORERS))
   parser.add_argument("--block_size", type=int, default=8)
-  parser.add_argument("--draft", default="ngram", choices=sampler_settings.DRAFTS,
-                      help="of the exact mode; the text is the same")  # fmt: skip
+  parser.add_argument(
+    "--draft",
+    default="ngram",
+    choices=sampler_settings.DRAFTS,
+    help="of the exact mode; the text is the same",
+  )
   parser.add_argument("--max_new_tokens", type=int, default=512)
   parser.add_argument("--batch_size", type=int, default=64)
   parser.add_argument("--dtype", help="of the parameters; default: as stored")

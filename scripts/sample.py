@@ -17,18 +17,12 @@ import json
 import sys
 from pathlib import Path
 
-from refine_jax import (
-  comparison,
-  decoding,
-  generation,
-  hf_export,
-  loading,
-  refinement_html,
-  result,
-  sampler_settings,
-)
 from refine_jax.cli import entry_point
+from refine_jax.decoding import comparison, generation, loading, result, trace_html
+from refine_jax.decoding import settings as sampler_settings
+from refine_jax.decoding.options import check_options
 from refine_jax.errors import UserError
+from refine_jax.hf import export as hf_export
 from refine_jax.interrupt import Interrupt
 
 _FORGET = "/new"  # a line of a chat
@@ -71,9 +65,12 @@ def parse() -> tuple[argparse.Namespace, dict]:
 
 def check(arguments, options):
   """Raises UserError for what would fail after the model is loaded."""
-  decoding.check_options(**options)
-  given = [n for n in ("prompt", "prompts_file", "jsonl", "html", "check")
-           if getattr(arguments, n) not in (None, False)]  # fmt: skip
+  check_options(**options)
+  given = [
+    n
+    for n in ("prompt", "prompts_file", "jsonl", "html", "check")
+    if getattr(arguments, n) not in (None, False)
+  ]
   if arguments.chat and given:
     raise UserError(f"--{given[0]} goes with prompts, not with --chat.")
   if given[:2] == ["prompt", "prompts_file"]:
@@ -85,7 +82,7 @@ def check(arguments, options):
   if arguments.check and arguments.temperature:
     raise UserError("--check compares greedy answers; leave --temperature out.")
   if arguments.html:
-    refinement_html.refuse_existing(arguments.html)
+    trace_html.refuse_existing(arguments.html)
 
 
 def read_prompts(arguments) -> list:
@@ -198,13 +195,18 @@ def answer(model, prompts, arguments, options):
   out = result.joined(parts)
   print(f"[{out.numbers}]", file=sys.stderr)
   if arguments.html:
-    refinement_html.write(out, arguments.html)
+    trace_html.write(out, arguments.html)
 
 
 def print_answers(prompts, out, as_json, differences=None):
   for i, prompt in enumerate(prompts):
-    line = {"prompt": prompt, "text": out.texts[i], "tokens": len(out.tokens[i]),
-            "passes": out.passes[i], "stopped": out.stopped[i]}  # fmt: skip
+    line = {
+      "prompt": prompt,
+      "text": out.texts[i],
+      "tokens": len(out.tokens[i]),
+      "passes": out.passes[i],
+      "stopped": out.stopped[i],
+    }
     if differences:
       line |= {"differs_from_ar_at": differences[i].offset, "margin": differences[i].margin}
     # Flushed, so that a reader sees each batch, and one that has left is noticed here.

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from refine_jax import attention, sharding
+from refine_jax import sharding
+from refine_jax.attention import choose, packed
 from refine_jax.config import MeshConfig
 from refine_jax.errors import UserError
 
@@ -38,9 +39,8 @@ def loop_over_segments(q, k, v, ids, window):
     out = []
     for t in range(q.shape[1]):
       seen = [
-        s for s in range(t + 1)
-        if ids[b, s] == ids[b, t] and (window is None or t - s < window)
-      ]  # fmt: skip
+        s for s in range(t + 1) if ids[b, s] == ids[b, t] and (window is None or t - s < window)
+      ]
       keys, values = (x[b, seen].repeat_interleave(H // K, dim=1) for x in (k, v))
       scores = torch.einsum("hd,shd->hs", q[b, t], keys) / q.shape[-1] ** 0.5
       out.append(torch.einsum("hs,shd->hd", scores.softmax(-1), values))
@@ -57,7 +57,7 @@ def test_engines_equal_a_loop_over_segments(backend, window):
 
   @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
   def engine(q, k, v):
-    attend = attention.attend_with(segments, backend=backend, max_segments=3, interpret=True)
+    attend = packed.attend_with(segments, backend=backend, max_segments=3, interpret=True)
     out = attend(window)(q, k, v, None)[0] * (segments > 0)[..., None, None]
     return jnp.sum(out * weight), out
 
@@ -73,7 +73,7 @@ def test_engines_equal_a_loop_over_segments(backend, window):
 
 def test_padding_gives_finite_values():
   q, k, v, _ = tensors()
-  out, _ = attention.attend_with(segment_ids(((3,), ())), backend="xla")(None)(q, k, v, None)
+  out, _ = packed.attend_with(segment_ids(((3,), ())), backend="xla")(None)(q, k, v, None)
   assert np.isfinite(out).all()
 
 
@@ -81,21 +81,21 @@ def test_a_mesh_does_not_change_the_answer():
   q, k, v, _ = tensors()
   ids = segment_ids()
   mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, tensor=2))
-  one = attention.attend_with(ids, backend="xla")(7)(q, k, v, None)[0]
+  one = packed.attend_with(ids, backend="xla")(7)(q, k, v, None)[0]
   split = jax.jit(
-    lambda q, k, v: attention.attend_with(ids, backend="xla", mesh=mesh)(7)(q, k, v, None)[0]
+    lambda q, k, v: packed.attend_with(ids, backend="xla", mesh=mesh)(7)(q, k, v, None)[0]
   )
   np.testing.assert_allclose(split(q, k, v), one, atol=1e-6)
 
 
 def test_segment_layout_lists_lengths_and_starts_with_the_padding_as_one_more():
-  lengths, starts = attention.segment_layout(segment_ids(), max_segments=3)
+  lengths, starts = packed.segment_layout(segment_ids(), max_segments=3)
   np.testing.assert_array_equal(lengths, [[17, 1, 12, 10], [25, 9, 6, -1]])
   np.testing.assert_array_equal(starts, [[0, 17, 18, 30, -1], [0, 25, 34, -1, -1]])
 
 
 def test_segment_layout_of_rows_that_are_full_or_empty():
-  lengths, starts = attention.segment_layout(segment_ids(((20, 20), ())), max_segments=2)
+  lengths, starts = packed.segment_layout(segment_ids(((20, 20), ())), max_segments=2)
   np.testing.assert_array_equal(lengths, [[20, 20, -1], [40, -1, -1]])
   np.testing.assert_array_equal(starts, [[0, 20, -1, -1], [0, -1, -1, -1]])
 
@@ -104,32 +104,32 @@ CHOICE = dict(heads=4, kv_heads=2, head_dim=8, dtype="bfloat16", max_segments=3)
 
 
 def test_auto_is_the_reference_on_a_cpu():
-  assert attention.choose_backend("auto", packed=True, **CHOICE) == "xla"
+  assert choose.choose_backend("auto", packed=True, **CHOICE) == "xla"
 
 
 def test_an_engine_by_name_that_cannot_run_here_says_so():
   with pytest.raises(UserError, match="needs a gpu"):
-    attention.choose_backend("cudnn_packed", packed=True, **CHOICE)
+    choose.choose_backend("cudnn_packed", packed=True, **CHOICE)
   with pytest.raises(UserError, match="across the examples"):
-    attention.choose_backend("cudnn", packed=True, **CHOICE)
+    choose.choose_backend("cudnn", packed=True, **CHOICE)
 
 
 def test_the_probe_catches_an_engine_that_ignores_segments(monkeypatch):
   def blind(q, k, v, ids, *, window, interpret):
     return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
-  monkeypatch.setattr(attention, "_splash", blind)
-  assert "differs from the reference" in attention._probe("splash", 4, 2, 8, 3, False)
+  monkeypatch.setattr(packed, "_splash", blind)
+  assert "differs from the reference" in choose._probe("splash", 4, 2, 8, 3, False)
 
 
 @pytest.mark.parametrize("blocks", [False, True])
 def test_the_probe_accepts_the_reference(blocks):
-  assert attention._probe("xla", 4, 2, 8, 3, blocks) is None
+  assert choose._probe("xla", 4, 2, 8, 3, blocks) is None
 
 
 def test_auto_falls_back_with_a_warning(monkeypatch, caplog):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  monkeypatch.setattr(attention, "_PACKED_SINCE", (0, 0, 1))
-  monkeypatch.setattr(attention, "_probe", lambda *a: "a reason")
-  assert attention.choose_backend("auto", packed=True, **CHOICE) == "xla"
+  monkeypatch.setattr(packed, "_PACKED_SINCE", (0, 0, 1))
+  monkeypatch.setattr(choose, "_probe", lambda *a: "a reason")
+  assert choose.choose_backend("auto", packed=True, **CHOICE) == "xla"
   assert "a reason" in caplog.text

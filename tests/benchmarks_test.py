@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from benchmarks import attention, embedding, head, input, sampler, step, timing
-from refine_jax import attention as attention_lib
-from refine_jax import compute as compute_lib
-from refine_jax import hf_config, model
+from refine_jax.attention import packed
 from refine_jax.data import load_examples, train_rows
+from refine_jax.hf import config as hf_config
+from refine_jax.model import transformer
+from refine_jax.training import compute as compute_lib
 from tests import data_fixtures
 
 TINY = timing.SHAPES["tiny"]
@@ -39,12 +40,12 @@ def run(capsys, monkeypatch):
 
 def matmul_parameters(config) -> int:
   """From the parameters themselves: matrices that a token is multiplied with."""
-  leaves = jax.tree_util.tree_leaves_with_path(model.param_shapes(config))
+  leaves = jax.tree_util.tree_leaves_with_path(transformer.param_shapes(config))
   return sum(x.size for path, x in leaves if path[-1].key in ("kernel", "head"))
 
 
 def seen_pairs(segment_ids_BT) -> int:
-  return int(np.sum(attention_lib.mask_BTT(jnp.asarray(segment_ids_BT), None)))
+  return int(np.sum(packed.mask_BTT(jnp.asarray(segment_ids_BT), None)))
 
 
 def check_step_row(row, rounds):
@@ -79,7 +80,7 @@ def test_step(run):
 
 
 def compute_parameters() -> int:
-  return sum(x.size for x in jax.tree.leaves(model.param_shapes(TINY.model)))
+  return sum(x.size for x in jax.tree.leaves(transformer.param_shapes(TINY.model)))
 
 
 def test_step_beside_pytorch(run):
@@ -108,9 +109,7 @@ def test_pytorch_step_is_a_training_step_of_the_rounds():
     torch.manual_seed(0)
     net = torch_step.make_model(TINY.model, "cpu")
     before = net.lm_head.weight.detach().clone()
-    run_step = torch_step.Step(
-      net, 2, 32, rounds=2, backward=backward, prompt=4, device="cpu"
-    )  # fmt: skip
+    run_step = torch_step.Step(net, 2, 32, rounds=2, backward=backward, prompt=4, device="cpu")
     run_step()
     after[backward] = net.lm_head.weight.detach()
     assert not torch.equal(before, after[backward])
@@ -142,8 +141,11 @@ def test_head(run):
   ceiling = result["matmul_ceiling_tflops"] * 1e12
   assert result["floor_ms"] == pytest.approx(result["flops"] / ceiling * 1e3)
   assert [(r["chunk"], r["gradient"]) for r in result["rows"]] == [
-    (64, "forward"), (64, "recompute"), (256, "forward"), (256, "recompute")
-  ]  # fmt: skip
+    (64, "forward"),
+    (64, "recompute"),
+    (256, "forward"),
+    (256, "recompute"),
+  ]
   assert result["best_ms"] == min(row["ms"] for row in result["rows"])
   for row in result["rows"]:
     assert row["tokens_per_second"] == pytest.approx(TOKENS / row["ms"] * 1e3)
@@ -226,9 +228,14 @@ def test_input_from_a_file(run, tmp_path):
   targets = ["the answer is simple " * (i % 5 + 1) for i in range(40)]
   path = data_fixtures.write_parquet(tmp_path / "a.parquet", prompts, targets)
   result = run(
-    input, f"--data={path}", f"--tokenizer={tmp_path / 'tokenizer'}", "--max_length=64",
-    "--batch=2", "--batches=5", "--step_ms=1",
-  )  # fmt: skip
+    input,
+    f"--data={path}",
+    f"--tokenizer={tmp_path / 'tokenizer'}",
+    "--max_length=64",
+    "--batch=2",
+    "--batches=5",
+    "--step_ms=1",
+  )
   config = data_fixtures.data_config()
   examples = load_examples(path, config, tokenizer, name="train")
   assert (result["examples"], result["tokens"]) == (len(examples), len(examples.tokens))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import train_fixtures as tiny
 
-from refine_jax import block_metrics, noise
+from refine_jax.objective import block_metrics, noise
 
 BLOCK, PASSES, EOS = 4, 3, 1
 
@@ -29,9 +29,14 @@ def batch_of(packed):
 
 
 def oracle(batch, noised):
-  sums = {"right": np.zeros((PASSES, BLOCK)), "ended": np.zeros((PASSES, BLOCK)),
-          "run": np.zeros(PASSES), "fixed": np.zeros(PASSES), "count": np.zeros(BLOCK),
-          "blocks": 0.0}  # fmt: skip
+  sums = {
+    "right": np.zeros((PASSES, BLOCK)),
+    "ended": np.zeros((PASSES, BLOCK)),
+    "run": np.zeros(PASSES),
+    "fixed": np.zeros(PASSES),
+    "count": np.zeros(BLOCK),
+    "blocks": 0.0,
+  }
   for example in sorted(set(batch["example_ids"].ravel().tolist()) - {-1}):
     row = int(np.nonzero((batch["example_ids"] == example).any(axis=1))[0][0])
     places = np.nonzero((batch["example_ids"][row] == example) & noised.trained[row])[0]
@@ -56,9 +61,7 @@ def test_sums_equal_a_loop_over_examples():
     batch = batch_of(packed)
     noised = noise.block_noise(jax.random.key(5), batch, BLOCK, tiny.NOISE_TOKEN)
     noised = jax.tree.map(np.asarray, noised)
-    got = block_metrics.block_sums(
-      predict, batch, noised, block_size=BLOCK, passes=PASSES, eos=EOS
-    )
+    got = block_metrics.block_sums(predict, batch, noised, block_size=BLOCK, passes=PASSES, eos=EOS)
     want = oracle(batch, noised)
     assert want["run"][-1] > want["run"][0] and want["ended"].any() and want["fixed"][-1] > 0
     assert got.keys() == want.keys()
@@ -67,9 +70,14 @@ def test_sums_equal_a_loop_over_examples():
 
 
 def test_names_and_shares():
-  sums = {"blocks": np.float32(4), "count": np.array([4, 2.0]), "run": np.array([2.0, 6.0]),
-          "fixed": np.array([0.0, 3.0]), "right": np.array([[4, 0], [4, 1.0]]),
-          "ended": np.array([[0, 1.0], [0, 0]])}  # fmt: skip
+  sums = {
+    "blocks": np.float32(4),
+    "count": np.array([4, 2.0]),
+    "run": np.array([2.0, 6.0]),
+    "fixed": np.array([0.0, 3.0]),
+    "right": np.array([[4, 0], [4, 1.0]]),
+    "ended": np.array([[0, 1.0], [0, 0]]),
+  }
   named = block_metrics.named(sums)
   assert named["block/run_s1"] == 1.5 and named["block/fixed_s1"] == 0.75
   assert named["block/accuracy_s0/offset_0"] == 1.0

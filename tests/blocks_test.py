@@ -10,13 +10,18 @@ import torch
 import torch_model
 import train_fixtures as tiny
 
-from refine_jax import attention, noise
+from refine_jax.attention import packed
 from refine_jax.config import NoiseConfig
+from refine_jax.objective import noise
 
 NOISE = NoiseConfig(
-  kind="block", block_size=5, offset_decay=1.0, noise_min=0.2, noise_max=0.8,
+  kind="block",
+  block_size=5,
+  offset_decay=1.0,
+  noise_min=0.2,
+  noise_max=0.8,
   token=tiny.NOISE_TOKEN,
-)  # fmt: skip
+)
 DRAFTS = NOISE.block_size - 1
 
 
@@ -165,7 +170,7 @@ def test_the_mask_is_that_of_the_clean_text_and_of_the_own_block(window):
   total = doubled["ids"].shape[1]
   keys = jax.random.split(jax.random.key(0), 3)
   q, k, v = (jax.random.normal(key, (2, total, 2, 4)) for key in keys)
-  attend = attention.beside(jax.tree.map(jnp.asarray, doubled))(window)
+  attend = packed.beside(jax.tree.map(jnp.asarray, doubled))(window)
   reads = np.abs(jax.jacobian(lambda v: attend(q, k, v, None)[0].sum((2, 3)))(v)).sum((4, 5)) > 0
   want = np.zeros((2, total, total), bool)
   for row, prefix, block in blocks_of(doubled):

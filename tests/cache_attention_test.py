@@ -8,14 +8,10 @@ import numpy as np
 import pytest
 import train_fixtures as tiny
 
-from refine_jax import (
-  cache_attention,
-  cache_kernel,
-  drafts,
-  layout,
-  sampler,
-  sampler_settings,
-)
+from refine_jax.attention import cached, cached_triton
+from refine_jax.decoding import drafts, sampler
+from refine_jax.decoding import settings as sampler_settings
+from refine_jax.model import layout
 
 PLACES = 32
 
@@ -33,8 +29,8 @@ def by_numpy(q_THh, k_SKh, v_SKh, window):
 
 @pytest.fixture(params=["xla", "kernel"])
 def engine(request, monkeypatch):
-  interpreted = functools.partial(cache_kernel.attend, interpret=True)
-  monkeypatch.setattr(cache_kernel, "attend", interpreted)
+  interpreted = functools.partial(cached_triton.attend, interpret=True)
+  monkeypatch.setattr(cached_triton, "attend", interpreted)
   return request.param
 
 
@@ -47,7 +43,7 @@ def test_blocks_over_a_cache_equal_the_whole(rows, window, engine):
   q, k, v = (
     rng.normal(size=(rows, length, n, config.head_dim)).astype(np.float32) for n in (6, 2, 2)
   )
-  cache = cache_attention.empty_caches(config, rows, PLACES, jnp.float32)[0]
+  cache = cached.empty_caches(config, rows, PLACES, jnp.float32)[0]
   got = np.zeros_like(q)
   # A prompt, a block, the same once more with a junk tail before it, a single token.
   for start, stop, junk in ((0, 7, 0), (7, 11, 4), (7, 14, 0), (14, 15, 0)):
@@ -57,8 +53,8 @@ def test_blocks_over_a_cache_equal_the_whole(rows, window, engine):
     if junk:
       part = [x + 100 for x in part]
     at = jnp.asarray(at)
-    new = cache_attention.following(at, stop - start)
-    attend = cache_attention.attend_with(at, *new, engine)(window)
+    new = cached.following(at, stop - start)
+    attend = cached.attend_with(at, *new, engine)(window)
     out, cache = attend(*map(jnp.asarray, part), cache)
     np.put_along_axis(got, index[:, :, None, None], np.asarray(out), axis=1)
   ends = [15 - b for b in range(rows)]
@@ -80,8 +76,8 @@ def test_the_kernel_gives_branches_what_xla_does(rows, window):
   keys = jax.random.split(jax.random.key(0), 5)
   q, k, v, *cache = (jax.random.normal(key, x) for key, x in zip(keys, shapes, strict=True))
   holed = [x.at[:, :, 448:].set(jnp.nan) for x in cache]  # no turn of the loop comes there
-  got, after = cache_kernel.attend(q, k, v, holed, start, *new, window, interpret=True)
-  want, want_after = cache_attention._attend(q, k, v, cache, start, *new, window)
+  got, after = cached_triton.attend(q, k, v, holed, start, *new, window, interpret=True)
+  want, want_after = cached._attend(q, k, v, cache, start, *new, window)
   np.testing.assert_allclose(got, want, atol=2e-5)
   for x, y in zip(after, want_after, strict=True):
     np.testing.assert_array_equal(x[:, :, :448], y[:, :, :448])
@@ -92,13 +88,13 @@ def test_the_kernel_is_taken_where_it_is_right(monkeypatch, caplog, head_dim, po
   config = tiny.tiny_config(head_dim=head_dim)
 
   def choose(dtype, kernel=None):
-    cache_attention.choose_engine.cache_clear()
+    cached.choose_engine.cache_clear()
     caplog.clear()
     if kernel:
-      monkeypatch.setattr(cache_kernel, "attend", kernel)
-    return cache_attention.choose_engine(config, dtype)
+      monkeypatch.setattr(cached_triton, "attend", kernel)
+    return cached.choose_engine(config, dtype)
 
-  right = functools.partial(cache_kernel.attend, interpret=True)
+  right = functools.partial(cached_triton.attend, interpret=True)
   assert choose(jnp.bfloat16) == "xla" and not caplog.records  # a CPU
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   assert choose(jnp.float32) == "xla" and not caplog.records
@@ -116,7 +112,7 @@ def test_the_kernel_is_taken_where_it_is_right(monkeypatch, caplog, head_dim, po
   }
   for name, kernel in wrong.items():
     assert choose(jnp.bfloat16, kernel) == "xla" and "differs" in caplog.text, name
-  cache_attention.choose_engine.cache_clear()
+  cached.choose_engine.cache_clear()
 
 
 @pytest.mark.parametrize("rows", [1, 4])

@@ -4,8 +4,9 @@ import data_fixtures
 import pytest
 from data_fixtures import BARE_TEMPLATE, EOS, THINK_TEMPLATE, make_tokenizer, message
 
-from refine_jax.data import chat, tokenize
+from refine_jax.data import tokenize
 from refine_jax.errors import UserError
+from refine_jax.text import chat
 
 
 def encode_response(tokenizer, response, prompt=""):

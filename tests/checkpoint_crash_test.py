@@ -10,8 +10,8 @@ import grain
 import jax
 import jax.numpy as jnp
 
-from refine_jax import checkpoint
-from refine_jax.checkpoint import Checkpointer
+from refine_jax.checkpoint import checkpointer
+from refine_jax.checkpoint.checkpointer import Checkpointer
 
 # Saves a small step 1 and then starts to save a large step 2, whose writing is watched or hindered.
 _SAVES = """
@@ -56,14 +56,14 @@ def test_killed_while_saving_leaves_the_one_before(tmp_path):
   assert _run(tmp_path, _KILLED).returncode == -signal.SIGKILL
   directory = tmp_path / "checkpoints"
   assert any("tmp" in p.name for p in directory.iterdir())
-  assert checkpoint.steps(directory) == [1]
-  checkpointer, state = Checkpointer(tmp_path, max_to_keep=1), {"x": jnp.ones(100)}
+  assert checkpointer.steps(directory) == [1]
+  writer, state = Checkpointer(tmp_path, max_to_keep=1), {"x": jnp.ones(100)}
   iterator = iter(grain.MapDataset.source(list(range(9))).to_iter_dataset())
   abstract = jax.ShapeDtypeStruct((100,), jnp.float32, sharding=state["x"].sharding)
-  got, step = checkpointer.restore(None, {"x": abstract}, iterator, {})
+  got, step = writer.restore(None, {"x": abstract}, iterator, {})
   assert step == 1 and not got["x"].any()
-  checkpointer.save(3, state, iterator, {}, {})
-  checkpointer.close()
+  writer.save(3, state, iterator, {}, {})
+  writer.close()
   assert {p.name for p in directory.iterdir()} == {"3"}  # the killed one's remains are gone
 
 
@@ -72,4 +72,4 @@ def test_a_save_that_fails_in_the_background_is_one_clear_error(tmp_path):
   assert result.returncode == 0, result.stderr
   for words in ("could not be written", "File too large", "GiB are free"):
     assert words in result.stdout
-  assert checkpoint.steps(tmp_path / "checkpoints") == [1]
+  assert checkpointer.steps(tmp_path / "checkpoints") == [1]

@@ -17,8 +17,9 @@ from data_fixtures import (
   write_parquet,
 )
 
-from refine_jax.data import chat, parquet, tokenize
+from refine_jax.data import parquet, tokenize
 from refine_jax.errors import UserError
+from refine_jax.text import chat
 
 
 @pytest.fixture
@@ -126,9 +127,13 @@ def test_reading_holds_a_small_part_of_the_file(tmp_path, row_group_size):
   """Of twenty row groups of 1 MB, and of one of 20 MB."""
   cells = [f"{i:010}" * 50 for i in range(20_000)]
   file = write_parquet(
-    tmp_path / "a.parquet", cells, cells, row_group_size=row_group_size, compression="none",
+    tmp_path / "a.parquet",
+    cells,
+    cells,
+    row_group_size=row_group_size,
+    compression="none",
     use_dictionary=False,
-  )  # fmt: skip
+  )
   assert Path(file).stat().st_size > 20_000_000
   before, most, rows = pyarrow.total_allocated_bytes(), 0, 0
   for _, prompts, _ in parquet.batches(file, "prompt", "target"):

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from refine_jax import evaluate, generation, scoring
+from refine_jax.decoding import generation
 from refine_jax.errors import UserError
+from refine_jax.evaluation import evaluate, scoring
 
 CONFIGS = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -62,8 +63,9 @@ def test_wilson_solves_its_equation():
   for successes, count in ((0, 10), (3, 10), (10, 10), (293, 500)):
     for bound in evaluate.wilson(successes, count):
       distance = abs(successes / count - bound)
-      assert math.isclose(distance, 1.96 * math.sqrt(max(bound * (1 - bound), 0) / count),
-                          abs_tol=1e-9)  # fmt: skip
+      assert math.isclose(
+        distance, 1.96 * math.sqrt(max(bound * (1 - bound), 0) / count), abs_tol=1e-9
+      )
 
 
 @pytest.mark.parametrize(
@@ -120,13 +122,19 @@ def test_tokens_a_pass_count_rows_that_stopped(monkeypatch, tmp_path):
   def generate(model, prompts, **options):
     texts, stopped, tokens, passes = zip(*(answers[p] for p in prompts), strict=True)
     return SimpleNamespace(
-      texts=texts, stopped=stopped, tokens=[[0] * n for n in tokens], passes=passes,
-      prefill_seconds=1.0, decode_seconds=2.0,
-    )  # fmt: skip
+      texts=texts,
+      stopped=stopped,
+      tokens=[[0] * n for n in tokens],
+      passes=passes,
+      prefill_seconds=1.0,
+      decode_seconds=2.0,
+    )
 
   monkeypatch.setattr(generation, "generate", generate)
-  rows = [{"prompt": p, "answer": a, "task": t} for p, a, t in
-          (("a", "1", "x"), ("b", "2", "x"), ("c", "3", "y"))]  # fmt: skip
+  rows = [
+    {"prompt": p, "answer": a, "task": t}
+    for p, a, t in (("a", "1", "x"), ("b", "2", "x"), ("c", "3", "y"))
+  ]
   numbers, outcomes = evaluate.evaluate(None, rows, scoring.exact, batch_size=2)
   assert numbers["tokens_per_pass"] == 12 / 6 and numbers["not_stopped"] == 1
   assert numbers["solved"] == 2 / 3 and numbers["by_task"] == {"x": 0.5, "y": 1.0}

@@ -16,13 +16,28 @@ import experiment_tasks  # noqa: E402
 
 def test_means_over_seeds_keep_the_seeds_values(tmp_path):
   def setting(mode, block, solved):
-    return {"mode": mode, "block_size": block, "solved": solved, "tokens_per_pass": 2.0,
-            "seconds_per_problem": 0.1, "not_stopped": 1, "problems": 50}  # fmt: skip
+    return {
+      "mode": mode,
+      "block_size": block,
+      "solved": solved,
+      "tokens_per_pass": 2.0,
+      "seconds_per_problem": 0.1,
+      "not_stopped": 1,
+      "problems": 50,
+    }
 
-  results = {"blocks": {seed: [setting("ar", 1, solved), setting("exact", 8, solved),
-                               setting("exact", 16, solved), setting("exact:ngram", 8, solved),
-                               setting("threshold:0.9", 8, solved)]
-                        for seed, solved in (("0", 0.5), ("1", 0.7))}}  # fmt: skip
+  results = {
+    "blocks": {
+      seed: [
+        setting("ar", 1, solved),
+        setting("exact", 8, solved),
+        setting("exact", 16, solved),
+        setting("exact:ngram", 8, solved),
+        setting("threshold:0.9", 8, solved),
+      ]
+      for seed, solved in (("0", 0.5), ("1", 0.7))
+    }
+  }
   summary = experiment_tasks.summarise(results, 8)["best"]
   assert list(summary) == ["ar", "exact", "exact@16", "exact_ngram", "threshold"]
   assert summary["exact"]["solved"] == pytest.approx(0.6)
@@ -36,10 +51,12 @@ def test_means_over_seeds_keep_the_seeds_values(tmp_path):
 
 def test_the_script_trains_evaluates_and_goes_on(tmp_path):
   environment = os.environ | {
-    "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "",
     "REFINE_JAX_CACHE": str(tmp_path / "cache"),
     "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-  }  # fmt: skip
+  }
 
   def script(*arguments):
     return subprocess.run(
@@ -48,12 +65,21 @@ def test_the_script_trains_evaluates_and_goes_on(tmp_path):
 
   script(str(ROOT / "scripts/make_tiny_data.py"), "data/tiny")
   command = [
-    str(ROOT / "scripts/experiment_tasks.py"), "--runs=runs", "--output=out/tasks.json",
-    f"--config={ROOT}/configs/tiny.py", "--test=data/tiny/val.parquet", "--seeds=0",
-    "--recipes=ar_sft,blocks", "--block_sizes=4", "--block_size=4", "--max_new_tokens=8",
+    str(ROOT / "scripts/experiment_tasks.py"),
+    "--runs=runs",
+    "--output=out/tasks.json",
+    f"--config={ROOT}/configs/tiny.py",
+    "--test=data/tiny/val.parquet",
+    "--seeds=0",
+    "--recipes=ar_sft,blocks",
+    "--block_sizes=4",
+    "--block_size=4",
+    "--max_new_tokens=8",
     "--timed=2",
-    "--config.optim.total_steps=2", "--config.optim.batch_size=2", "--config.data.max_length=48",
-  ]  # fmt: skip
+    "--config.optim.total_steps=2",
+    "--config.optim.batch_size=2",
+    "--config.data.max_length=48",
+  ]
   first = script(*command)
   assert first.returncode == 0, first.stderr
   summary = json.loads((tmp_path / "out" / "tasks.json").read_text())

@@ -7,7 +7,7 @@ import pytest
 
 from refine_jax import sharding
 from refine_jax.config import MeshConfig
-from refine_jax.head import cross_entropy
+from refine_jax.model.head import cross_entropy
 
 B, T, D, V = 4, 24, 16, 101
 
@@ -87,8 +87,8 @@ def test_the_logits_never_exist_as_a_whole(problem):
   head = jax.ShapeDtypeStruct((vocabulary, D), jnp.float32)
   targets = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
   weights = jax.ShapeDtypeStruct((1, tokens), jnp.float32)
-  run = jax.jit(jax.value_and_grad(
-    lambda *a: cross_entropy(*a, chunk=64), argnums=(0, 1), has_aux=True
-  ))  # fmt: skip
+  run = jax.jit(
+    jax.value_and_grad(lambda *a: cross_entropy(*a, chunk=64), argnums=(0, 1), has_aux=True)
+  )
   temporary = run.lower(x, head, targets, weights).compile().memory_analysis().temp_size_in_bytes
   assert temporary < tokens * vocabulary * 4 / 4

@@ -4,14 +4,22 @@ import json
 
 import pytest
 
-from refine_jax import hf_config, hf_rope
 from refine_jax.errors import UserError
+from refine_jax.hf import config as hf_config
+from refine_jax.hf import rope as hf_rope
 
 LLAMA = {
-  "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 61,
-  "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-  "num_key_value_heads": 2, "max_position_embeddings": 256, "hidden_act": "silu",
-}  # fmt: skip
+  "model_type": "llama",
+  "architectures": ["LlamaForCausalLM"],
+  "vocab_size": 61,
+  "hidden_size": 32,
+  "intermediate_size": 48,
+  "num_hidden_layers": 3,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "max_position_embeddings": 256,
+  "hidden_act": "silu",
+}
 QWEN2 = LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 QWEN3 = QWEN2 | {"model_type": "qwen3", "architectures": None}
 MISTRAL = LLAMA | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
@@ -67,9 +75,14 @@ def test_so_does_what_a_family_fixes(base, changes, named):
 
 def test_bookkeeping_is_harmless_and_null_is_absence():
   extra = {
-    "torch_dtype": "bfloat16", "temperature": 0.6, "use_cache": True, "pretraining_tp": 1,
-    "transformers.js_config": {}, "quantization_config": None, "some_future_key": None,
-  }  # fmt: skip
+    "torch_dtype": "bfloat16",
+    "temperature": 0.6,
+    "use_cache": True,
+    "pretraining_tp": 1,
+    "transformers.js_config": {},
+    "quantization_config": None,
+    "some_future_key": None,
+  }
   assert hf_config.from_hf(LLAMA | extra) == hf_config.from_hf(LLAMA)
 
 

@@ -12,9 +12,11 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from refine_jax import hf, hf_export, loading
-from refine_jax.checkpoint import Checkpointer
+from refine_jax.checkpoint.checkpointer import Checkpointer
+from refine_jax.decoding import loading
 from refine_jax.errors import UserError
+from refine_jax.hf import export as hf_export
+from refine_jax.hf import weights as hf_weights
 from tests.hf_fixtures import random_ids, tiny_hf_model, torch_logits
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "export_hf.py"
@@ -42,10 +44,14 @@ def run(tmp_path):
   directory, torch_model = tiny_hf_model("qwen3", tmp_path)
   workdir = tmp_path / "run"
   workdir.mkdir()
-  hf.save_model_files(directory, _tokenizer(), workdir / "model")
+  hf_weights.save_model_files(directory, _tokenizer(), workdir / "model")
   (workdir / "config.json").write_text(json.dumps(RUN_CONFIG))
-  lines = [{"step": 5, "loss_total": 2.5}, {"step": 7, "loss_total": 1.25},
-           {"step": 7, "eval/loss_total": 1.5}, {"step": 9, "loss_total": 0.125}]  # fmt: skip
+  lines = [
+    {"step": 5, "loss_total": 2.5},
+    {"step": 7, "loss_total": 1.25},
+    {"step": 7, "eval/loss_total": 1.5},
+    {"step": 9, "loss_total": 0.125},
+  ]
   text = "\n".join(map(json.dumps, lines)) + '\n{"step": 9, "lo'  # as a killed run leaves it
   (workdir / "metrics.jsonl").write_text(text)
   params = loading.load(directory).params
@@ -78,8 +84,10 @@ def test_the_script_writes_what_transformers_loads(run, tmp_path, monkeypatch):
 
 def test_a_used_output_or_an_absent_step_is_one_line(run, tmp_path, monkeypatch, capsys):
   workdir, *_ = run
-  cases = [([f"--output={workdir}"], "not empty"),
-           ([f"--output={tmp_path / 'new'}", "--step=3"], "no step 3")]  # fmt: skip
+  cases = [
+    ([f"--output={workdir}"], "not empty"),
+    ([f"--output={tmp_path / 'new'}", "--step=3"], "no step 3"),
+  ]
   for arguments, named in cases:
     assert _script(monkeypatch, f"--workdir={workdir}", *arguments) == 1
     error = capsys.readouterr().err.strip().splitlines()
@@ -117,7 +125,7 @@ def test_the_card_has_base_metrics_of_that_step_and_config(run):
 def test_model_files_already_there_are_kept(run, tmp_path):
   other, _ = tiny_hf_model("llama", tmp_path, seed=5)
   before = (run[0] / "model" / "config.json").read_bytes()
-  hf.save_model_files(other, None, run[0] / "model")
+  hf_weights.save_model_files(other, None, run[0] / "model")
   assert (run[0] / "model" / "config.json").read_bytes() == before
 
 
@@ -126,12 +134,16 @@ def test_an_export_ends_and_talks_as_the_training_did(tmp_path):
   directory, _ = tiny_hf_model("llama", tmp_path, eos_token_id=5)
   tokenizer = _tokenizer()
   tokenizer.chat_template = None
-  hf.save_model_files(directory, tokenizer, tmp_path / "files", chat_template="{{ messages }}")
+  hf_weights.save_model_files(
+    directory, tokenizer, tmp_path / "files", chat_template="{{ messages }}"
+  )
   saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "files")
   assert saved.chat_template == "{{ messages }}" and tokenizer.chat_template is None
   ends = json.loads((tmp_path / "files" / "generation_config.json").read_text())["eos_token_id"]
   assert ends == [5, 1]
-  hf.save_model_files(directory, _tokenizer(), tmp_path / "own", chat_template="{{ messages }}")
+  hf_weights.save_model_files(
+    directory, _tokenizer(), tmp_path / "own", chat_template="{{ messages }}"
+  )
   saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "own")
   assert saved.chat_template == _tokenizer().chat_template
 

@@ -27,11 +27,19 @@ def tiny_hf_model(family: str, tmp_path, *, dtype=torch.float32, seed: int = 0, 
   """
   config_class, own = FAMILIES[family]
   values = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
     "attn_implementation": "eager",
-  }  # fmt: skip
+  }
   config = config_class(**(values | own | overrides))
   torch.manual_seed(seed)
   model = transformers.AutoModelForCausalLM.from_config(config).eval()

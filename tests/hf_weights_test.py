@@ -10,8 +10,11 @@ import safetensors.numpy
 import torch
 import transformers
 
-from refine_jax import hf, hf_config, hf_export, loading
+from refine_jax.decoding import loading
 from refine_jax.errors import UserError
+from refine_jax.hf import config as hf_config
+from refine_jax.hf import export as hf_export
+from refine_jax.hf import weights as hf_weights
 from tests.hf_fixtures import FAMILIES, random_ids, tiny_hf_model, torch_logits
 
 
@@ -77,8 +80,11 @@ def test_missing_unknown_and_misshapen_are_listed_together(tmp_path):
   _rewrite(directory, damage)
   with pytest.raises(UserError) as error:
     loading.load(directory)
-  for part in ("missing model.layers.1.mlp.up_proj.weight", "unknown model.layers.0.extra.weight",
-               "model.norm.weight has shape [5], not [32]"):  # fmt: skip
+  for part in (
+    "missing model.layers.1.mlp.up_proj.weight",
+    "unknown model.layers.0.extra.weight",
+    "model.norm.weight has shape [5], not [32]",
+  ):
     assert part in str(error.value)
 
 
@@ -124,11 +130,15 @@ def test_a_missing_shard_and_a_damaged_index_are_named(tmp_path):
 
 def test_a_second_copy_under_names_of_another_library_is_not_read(tmp_path):
   directory, _ = tiny_hf_model("mistral", tmp_path)
-  want = hf.load_params(directory, hf_config.read_model_config(directory))
-  safetensors.numpy.save_file({"tok_embeddings.weight": np.ones(3)},
-                              directory / "consolidated.safetensors")  # fmt: skip
-  jax.tree.map(np.testing.assert_array_equal, want,
-               hf.load_params(directory, hf_config.read_model_config(directory)))  # fmt: skip
+  want = hf_weights.load_params(directory, hf_config.read_model_config(directory))
+  safetensors.numpy.save_file(
+    {"tok_embeddings.weight": np.ones(3)}, directory / "consolidated.safetensors"
+  )
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    want,
+    hf_weights.load_params(directory, hf_config.read_model_config(directory)),
+  )
 
 
 def test_pickles_are_refused(tmp_path):
@@ -142,7 +152,9 @@ def test_leaves_are_placed_one_by_one_under_our_names(tmp_path):
   directory, _ = tiny_hf_model("qwen3", tmp_path)
   config = hf_config.read_model_config(directory)
   placed = {}
-  params = hf.load_params(directory, config, place=lambda name, x: placed.setdefault(name, x))
+  params = hf_weights.load_params(
+    directory, config, place=lambda name, x: placed.setdefault(name, x)
+  )
   assert placed["layers/attention/query/kernel"].shape == (3, 32, 32)
   assert len(placed) == len(jax.tree.leaves(params))
 

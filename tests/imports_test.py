@@ -1,12 +1,44 @@
-"""The modules' one direction, read from their sources."""
+"""The package's one direction of imports, read from its sources, as a table of folders."""
 
 import ast
+import functools
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 PACKAGE = Path(__file__).parents[1] / "refine_jax"
 
+# A folder (or a module beside them) -> the folders that it may import from, itself included.
+_LEAVES = {"errors", "tree", "files"}
+MAY_IMPORT = {
+  "errors": set(),
+  "tree": set(),
+  "files": {"errors"},
+  "cli": {"errors"},
+  "interrupt": set(),
+  "config": _LEAVES,
+  "sharding": _LEAVES | {"config"},
+  "text": _LEAVES,
+  "model": {"sharding"},
+  "checkpoint": _LEAVES,
+  "attention": {"errors", "model", "sharding"},
+  "objective": {"config"},
+  "data": _LEAVES | {"config", "text"},
+  "hf": _LEAVES | {"model", "text"},
+  "decoding": _LEAVES | {"attention", "checkpoint", "hf", "model", "text"},
+  "evaluation": _LEAVES | {"cli", "data", "decoding", "hf", "model"},
+  "training": {
+    *_LEAVES, "attention", "decoding", "checkpoint", "config", "data", "evaluation", "hf", "interrupt", "model",
+    "objective", "sharding",
+  },
+}  # fmt: skip
+DOORS = {"main", "evaluate", "lm_eval", "__init__"}
 
-def imports(path: Path) -> set[str]:
+
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
   """Every module that a file names in an import, functions' own imports included."""
   found = set()
   for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -14,52 +46,74 @@ def imports(path: Path) -> set[str]:
       found |= {alias.name for alias in node.names}
     if isinstance(node, ast.ImportFrom):
       found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-  return found
+  return frozenset(found)
 
 
-def graph() -> dict[str, set[str]]:
-  names = {p.stem if p.parent == PACKAGE else "data": p for p in PACKAGE.rglob("*.py")}
-  names.pop("__init__", None)
-  result: dict[str, set[str]] = {}
-  for path in PACKAGE.rglob("*.py"):
-    name = "data" if path.parent.name == "data" else path.stem
-    if name == "__init__":
-      continue
-    own = {m.split(".")[1] for m in imports(path) if m.startswith("refine_jax.")}
-    result.setdefault(name, set()).update(own - {name})
-  return {name: own & result.keys() for name, own in result.items()}
+def folder_of(path: Path) -> str:
+  relative = path.relative_to(PACKAGE)
+  return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def module_name(path: Path) -> str:
+  parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+  return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("folder", sorted({folder_of(p) for p in PACKAGE.rglob("*.py")} - DOORS))
+def test_a_folder_imports_only_what_the_table_allows(folder):
+  assert folder in MAY_IMPORT, f"{folder} is new: say in MAY_IMPORT what it may import."
+  names = {p.name.removesuffix(".py") for p in PACKAGE.iterdir()}
+  for path in (p for p in PACKAGE.rglob("*.py") if folder_of(p) == folder):
+    used = {m.split(".")[1] for m in imports(path) if m.startswith("refine_jax.")} & names
+    assert used <= MAY_IMPORT[folder] | {folder}, path
 
 
 def test_no_module_is_reached_from_what_it_imports():
-  edges, order = graph(), []
+  files = {module_name(p): p for p in PACKAGE.rglob("*.py")}
+  # A folder's __init__ is run before any module of it, and is no import of theirs.
+  edges = {
+    name: {m for m in imports(p) if m in files and not f"{name}.".startswith(f"{m}.")}
+    for name, p in files.items()
+  }
+  done = set()
 
   def visit(name, path=()):
     assert name not in path, " -> ".join((*path, name))
-    for other in sorted(edges[name]):
-      visit(other, (*path, name))
-    order.append(name)
+    if name not in done:
+      for other in sorted(edges[name]):
+        visit(other, (*path, name))
+      done.add(name)
 
   for name in edges:
     visit(name)
 
 
+def naming(prefix: str) -> set[str]:
+  """Files, by their path in the package, that import something under this prefix."""
+  return {
+    path.relative_to(PACKAGE).as_posix()
+    for path in PACKAGE.rglob("*.py")
+    if any(f == prefix or f.startswith(prefix + ".") for f in imports(path))
+  }
+
+
 def test_libraries_stay_behind_their_one_module():
-  users = {path.stem: imports(path) for path in PACKAGE.rglob("*.py")}
-
-  def naming(prefix):
-    return {name for name, found in users.items() if any(f.startswith(prefix) for f in found)}
-
-  assert naming("flax.linen") == {"model"}
-  assert naming("orbax") == {"checkpoint"}
+  assert naming("flax.linen") == {"model/transformer.py"}
+  assert naming("orbax") == {"checkpoint/checkpointer.py"}
   assert not naming("torch")
 
 
-def test_the_objective_knows_no_model_and_data_knows_no_jax():
-  edges = graph()
-  assert edges["objective"] == {"noise"} and edges["noise"] == {"config"}
-  assert edges["data"] <= {"config", "errors"}
-  assert not any(m.split(".")[0] == "jax" for p in (PACKAGE / "data").glob("*.py")
-                 for m in imports(p))  # fmt: skip
+def test_data_and_text_know_no_jax():
+  assert not [name for name in naming("jax") if name.startswith(("data/", "text/"))]
+
+
+def test_generating_loads_no_library_of_training():
+  code = (
+    "import refine_jax, sys; refine_jax.generate;"
+    "print([m for m in ('grain', 'pyarrow', 'orbax', 'optax') if m in sys.modules])"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_no_file_is_long():

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import train_fixtures as tiny
 
-from refine_jax import attention, layout, model, sharding
-from refine_jax import compute as compute_lib
-from refine_jax import remat as remat_lib
+from refine_jax import sharding
+from refine_jax.attention import packed
 from refine_jax.config import MeshConfig
-from refine_jax.train_step import init_state, jit_train_step
+from refine_jax.model import layout, transformer
+from refine_jax.model import remat as remat_lib
+from refine_jax.training import compute as compute_lib
+from refine_jax.training.train_step import init_state, jit_train_step
 
 FAMILIES = {
   "qwen2": {"qkv_bias": True},
@@ -48,10 +50,14 @@ def states_and_gradients(config, params, **options):
   batch = tiny.packed_batch()
 
   def run(params):
-    x_BTD = model.hidden_states(
-      params, config, batch["ids"], batch["positions"],
-      attention.attend_with(batch["segment_ids"], max_segments=3), **options,
-    )  # fmt: skip
+    x_BTD = transformer.hidden_states(
+      params,
+      config,
+      batch["ids"],
+      batch["positions"],
+      packed.attend_with(batch["segment_ids"], max_segments=3),
+      **options,
+    )
     return jnp.sum(jnp.sin(x_BTD)), x_BTD
 
   (_, x_BTD), gradients = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
@@ -61,9 +67,7 @@ def states_and_gradients(config, params, **options):
 @pytest.mark.parametrize("form", FORMS)
 def test_back_again_is_exact(config, form):
   params = random_params(config)
-  assert_trees(
-    np.testing.assert_array_equal, layout.canonical(FORMS[form](params), config), params
-  )
+  assert_trees(np.testing.assert_array_equal, layout.canonical(FORMS[form](params), config), params)
   assert_trees(np.testing.assert_array_equal, layout.canonical(params, config), params)
 
 
@@ -123,9 +127,12 @@ def step_on(mesh, batch, recipe, compute):
 @pytest.mark.parametrize(
   ("sizes", "join"),
   [
-    ((1, 1, 1), layout.MODULES), ((4, 1, 1), ("attention",)), ((2, 2, 1), ()), ((1, 2, 2), ()),
+    ((1, 1, 1), layout.MODULES),
+    ((4, 1, 1), ("attention",)),
+    ((2, 2, 1), ()),
+    ((1, 2, 2), ()),
   ],
-)  # fmt: skip
+)
 def test_the_step_is_the_same_with_layers_apart(sizes, join):
   # Adam divides by the gradient's size: eps keeps rounding small where that is next to nothing.
   batch, recipe = tiny.split(tiny.packed_batch(24), 2), tiny.recipe(eps=1e-5)

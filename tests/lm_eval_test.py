@@ -9,7 +9,7 @@ import torch
 import transformers
 from hf_fixtures import tiny_hf_model, words_tokenizer
 
-from refine_jax import lm_eval as adapter
+from refine_jax.evaluation import lm_eval as adapter
 
 TASK = """
 task: weekdays
@@ -139,10 +139,22 @@ def test_the_command_runs_a_local_task(directory, tmp_path, monkeypatch, capsys)
   monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
   monkeypatch.setattr(
     "sys.argv",
-    ["lm_eval", "--model", "refine_jax", "--model_args", f"pretrained={directory},block_size=4",
-     "--tasks", "weekdays", "--include_path", str(tmp_path / "tasks"),
-     "--output_path", str(tmp_path / "out"), "--batch_size", "2"],
-  )  # fmt: skip
+    [
+      "lm_eval",
+      "--model",
+      "refine_jax",
+      "--model_args",
+      f"pretrained={directory},block_size=4",
+      "--tasks",
+      "weekdays",
+      "--include_path",
+      str(tmp_path / "tasks"),
+      "--output_path",
+      str(tmp_path / "out"),
+      "--batch_size",
+      "2",
+    ],
+  )
   with pytest.raises(SystemExit) as ended:
     adapter.main()
   assert not ended.value.code

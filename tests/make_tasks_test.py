@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from refine_jax import scoring
 from refine_jax.errors import UserError
+from refine_jax.evaluation import scoring
 from scripts import make_tasks
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from refine_jax import metrics
+from refine_jax.training import metrics
 
 
 @pytest.fixture

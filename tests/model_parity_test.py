@@ -6,14 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from refine_jax import attention, hf_config, loading, model, rope
+from refine_jax.attention import packed
+from refine_jax.decoding import loading
+from refine_jax.hf import config as hf_config
+from refine_jax.model import rope, transformer
 from tests.hf_fixtures import random_ids, tiny_hf_model, torch_logits
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
-  "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+  "rope_type": "llama3",
+  "factor": 8.0,
+  "low_freq_factor": 1.0,
+  "high_freq_factor": 4.0,
   "original_max_position_embeddings": 32,
-}  # fmt: skip
+}
 BASE = {"rope_theta": 10000.0}
 CASES = {
   "llama": ("llama", {}),
@@ -30,12 +36,14 @@ CASES = {
   "qwen2": ("qwen2", {}),
   "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
   "qwen2 windows": (
-    "qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen2",
+    {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
   ),
   "qwen2 yarn": ("qwen2", {"rope_parameters": BASE | YARN}),
   "qwen2 yarn factor": ("qwen2", {"rope_parameters": BASE | YARN | {"attention_factor": 1.3}}),
   "qwen2 yarn mscale": (
-    "qwen2", {"rope_parameters": BASE | YARN | {"mscale": 0.7, "mscale_all_dim": 1.4}},
+    "qwen2",
+    {"rope_parameters": BASE | YARN | {"mscale": 0.7, "mscale_all_dim": 1.4}},
   ),
   "qwen2 yarn ramp": (
     "qwen2",
@@ -46,11 +54,12 @@ CASES = {
   "qwen3 layer_types": (
     "qwen3",
     {
-      "use_sliding_window": True, "sliding_window": 4,
+      "use_sliding_window": True,
+      "sliding_window": 4,
       "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
   ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -79,9 +88,7 @@ def test_packed_segments_equal_the_same_rows_alone(tmp_path):
 def blocks(request, tmp_path_factory):
   """(torch model, ours, the parameters of our layer 1, an input [B, T, D])."""
   extra = {"attention_bias": True, "mlp_bias": True} if request.param == "llama" else {}
-  directory, torch_model = tiny_hf_model(
-    request.param, tmp_path_factory.mktemp("blocks"), **extra
-  )
+  directory, torch_model = tiny_hf_model(request.param, tmp_path_factory.mktemp("blocks"), **extra)
   ours = loading.load(directory)
   layer = jax.tree.map(lambda x: x[1], ours.params["layers"])
   x = np.random.default_rng(1).normal(size=(2, 9, ours.config.width)).astype(np.float32)
@@ -99,7 +106,7 @@ def _torch_rotation(torch_model, x):
 def _context(ours, x):
   positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
   rotation = rope.rotation(ours.config.rope, ours.config.head_dim, positions)
-  return rotation, attention.attend_with(jnp.ones(x.shape[:2], jnp.int32))(None)
+  return rotation, packed.attend_with(jnp.ones(x.shape[:2], jnp.int32))(None)
 
 
 def _causal_mask(length):
@@ -109,36 +116,42 @@ def _causal_mask(length):
 def test_norm(blocks):
   torch_model, ours, layer, x = blocks
   theirs = torch_model.model.layers[1].input_layernorm(torch.from_numpy(x)).detach()
-  got = _run(model.RMSNorm(ours.config.norm_eps), layer["attention_norm"], x)
+  got = _run(transformer.RMSNorm(ours.config.norm_eps), layer["attention_norm"], x)
   np.testing.assert_allclose(got, theirs, atol=1e-5)
 
 
 def test_mlp(blocks):
   torch_model, ours, layer, x = blocks
   theirs = torch_model.model.layers[1].mlp(torch.from_numpy(x)).detach()
-  np.testing.assert_allclose(_run(model.MLP(ours.config), layer["mlp"], x), theirs, atol=1e-5)
+  np.testing.assert_allclose(_run(transformer.MLP(ours.config), layer["mlp"], x), theirs, atol=1e-5)
 
 
 def test_attention(blocks):
   torch_model, ours, layer, x = blocks
-  theirs = torch_model.model.layers[1].self_attn(
-    hidden_states=torch.from_numpy(x), position_embeddings=_torch_rotation(torch_model, x),
-    attention_mask=_causal_mask(x.shape[1]),
-  )[0].detach()  # fmt: skip
+  theirs = (
+    torch_model.model.layers[1]
+    .self_attn(
+      hidden_states=torch.from_numpy(x),
+      position_embeddings=_torch_rotation(torch_model, x),
+      attention_mask=_causal_mask(x.shape[1]),
+    )[0]
+    .detach()
+  )
   rotation, attend = _context(ours, x)
-  got, _ = _run(model.Attention(ours.config), layer["attention"], x, rotation, attend)
+  got, _ = _run(transformer.Attention(ours.config), layer["attention"], x, rotation, attend)
   np.testing.assert_allclose(got, theirs, atol=1e-5)
 
 
 def test_layer(blocks):
   torch_model, ours, layer, x = blocks
   theirs = torch_model.model.layers[1](
-    torch.from_numpy(x), position_embeddings=_torch_rotation(torch_model, x),
+    torch.from_numpy(x),
+    position_embeddings=_torch_rotation(torch_model, x),
     attention_mask=_causal_mask(x.shape[1]),
-  )  # fmt: skip
+  )
   theirs = theirs[0] if isinstance(theirs, tuple) else theirs
   rotation, attend = _context(ours, x)
-  got, _ = _run(model.Layer(ours.config), layer, x, rotation, attend)
+  got, _ = _run(transformer.Layer(ours.config), layer, x, rotation, attend)
   np.testing.assert_allclose(got, theirs.detach(), atol=1e-5)
 
 

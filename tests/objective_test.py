@@ -10,15 +10,19 @@ import torch
 import torch_model
 import train_fixtures as tiny
 
-from refine_jax import noise as noise_lib
-from refine_jax import objective
 from refine_jax.config import NoiseConfig
-from refine_jax.head import cross_entropy
+from refine_jax.model.head import cross_entropy
+from refine_jax.objective import noise as noise_lib
+from refine_jax.objective import rounds as objective
 
 NOISE = NoiseConfig(
-  kind="uniform", block_size=4, offset_decay=1.0, noise_min=0.2, noise_max=0.8,
+  kind="uniform",
+  block_size=4,
+  offset_decay=1.0,
+  noise_min=0.2,
+  noise_max=0.8,
   token=tiny.NOISE_TOKEN,
-)  # fmt: skip
+)
 
 
 def add_noise(batch, key=0, config=NOISE):

@@ -94,9 +94,12 @@ def test_shapes_and_types():
   types = {k: (x.shape, x.dtype) for k, x in batch.items()}
   shape = (2, 4, 32)
   assert types == {
-    "ids": (shape, np.int32), "segment_ids": (shape, np.int32), "positions": (shape, np.int32),
-    "response_mask": (shape, bool), "example_ids": (shape, np.int32),
-  }  # fmt: skip
+    "ids": (shape, np.int32),
+    "segment_ids": (shape, np.int32),
+    "positions": (shape, np.int32),
+    "response_mask": (shape, bool),
+    "example_ids": (shape, np.int32),
+  }
 
 
 def test_counts():

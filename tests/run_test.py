@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from refine_jax import checkpoint
+from refine_jax.checkpoint import checkpointer
 
 ROOT = Path(__file__).parents[1]
 # One directory of data and one of compiled steps for all runs of this file.
@@ -61,8 +61,15 @@ def script(directory, *arguments, check=True):
 
 def command(workdir, *extra):
   config = f"--config={ROOT}/configs/tiny.py"
-  return [sys.executable, "-m", "refine_jax.main", config, f"--workdir={workdir}",
-          *SETTINGS, *extra]  # fmt: skip
+  return [
+    sys.executable,
+    "-m",
+    "refine_jax.main",
+    config,
+    f"--workdir={workdir}",
+    *SETTINGS,
+    *extra,
+  ]
 
 
 def train(place, workdir, *extra, check=True):
@@ -81,7 +88,7 @@ def finished(place):
 
 
 def parameters(workdir, step=6):
-  return checkpoint.restore_params(workdir, step)[0]
+  return checkpointer.restore_params(workdir, step)[0]
 
 
 def assert_equal_trees(a, b):
@@ -113,7 +120,7 @@ def test_a_run_prints_and_writes_what_it_should(finished):
   debug = (workdir / "log" / "debug.log").read_text()
   assert "=== step 0" in debug and "=== step 3" in debug
   assert all(f"\n{name} " in debug for name in ("prompt", "t0", "s0", "s1", "out"))
-  assert checkpoint.steps(workdir / "checkpoints") == [2, 4, 6]
+  assert checkpointer.steps(workdir / "checkpoints") == [2, 4, 6]
 
 
 def test_a_finished_run_started_again_does_nothing(place, finished):
@@ -146,8 +153,11 @@ def test_sigterm_saves_and_the_next_start_goes_on(place, finished):
   workdir = place / "terminated"
   process = subprocess.Popen(
     command(workdir, "--config.checkpoint.save_every=100"),
-    cwd=place, env=environment(place), stdout=subprocess.PIPE, text=True,
-  )  # fmt: skip
+    cwd=place,
+    env=environment(place),
+    stdout=subprocess.PIPE,
+    text=True,
+  )
   out = ""
   for line in process.stdout:
     out += line
@@ -156,7 +166,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(place, finished):
   process.stdout.close()
   assert process.wait() == 128 + signal.SIGTERM
   assert "stopped by SIGTERM after step" in out
-  stopped = checkpoint.steps(workdir / "checkpoints")
+  stopped = checkpointer.steps(workdir / "checkpoints")
   assert len(stopped) == 1 and stopped[0] < 6
   again = train(place, workdir)
   assert f"resumed at step {stopped[0]}" in again.stdout and "read from" in again.stdout
@@ -167,9 +177,11 @@ def test_resume_path_goes_on_from_another_run(place, finished):
   source = finished[0] / "checkpoints" / "2"
   workdir = place / "branched"
   result = train(
-    place, workdir, "--config.checkpoint.resume_mode=resume_path",
+    place,
+    workdir,
+    "--config.checkpoint.resume_mode=resume_path",
     f"--config.checkpoint.resume_from_path={source}",
-  )  # fmt: skip
+  )
   assert f"resumed from {source}" in result.stdout
   assert_equal_trees(parameters(workdir), parameters(finished[0]))
 
@@ -196,12 +208,18 @@ def test_export_reload_and_sample(place, finished):
 def test_a_run_in_blocks_answers_problems_and_writes_every_checkpoint_for_transformers(place):
   workdir = place / "with_hf"
   result = train(
-    place, workdir, "--config.checkpoint.save_hf=True", "--config.optim.total_steps=3",
-    "--config.noise.kind=block", "--config.noise.block_size=3",
-    "--config.objective.clean_weight=0.5", "--config.eval.generate_every=2",
-    "--config.eval.generate_file=data/tiny/test.parquet", "--config.eval.generate_rows=3",
+    place,
+    workdir,
+    "--config.checkpoint.save_hf=True",
+    "--config.optim.total_steps=3",
+    "--config.noise.kind=block",
+    "--config.noise.block_size=3",
+    "--config.objective.clean_weight=0.5",
+    "--config.eval.generate_every=2",
+    "--config.eval.generate_file=data/tiny/test.parquet",
+    "--config.eval.generate_rows=3",
     "--config.eval.generate_tokens=8",
-  )  # fmt: skip
+  )
   assert "loss_clean" in result.stdout
   answered = [r for r in records(workdir) if "eval/solved" in r]
   assert [r["step"] for r in answered] == [2, 3]
@@ -217,22 +235,34 @@ def test_a_run_in_blocks_answers_problems_and_writes_every_checkpoint_for_transf
 def test_from_pretrained_weights(place, finished):
   output = place / "to_start_from"
   script(
-    place, "scripts/export_hf.py", f"--workdir={finished[0]}", f"--output={output}",
+    place,
+    "scripts/export_hf.py",
+    f"--workdir={finished[0]}",
+    f"--output={output}",
     "--dtype=float32",
-  )  # fmt: skip
+  )
   result = train(
-    place, place / "second", f"--config.model.pretrained={output}", "--config.model.config=",
-    "--config.optim.total_steps=2", "--config.optim.lr=0.0",
-  )  # fmt: skip
+    place,
+    place / "second",
+    f"--config.model.pretrained={output}",
+    "--config.model.config=",
+    "--config.optim.total_steps=2",
+    "--config.optim.lr=0.0",
+  )
   assert "pretrained weights" in result.stdout
   assert_equal_trees(parameters(place / "second", 2), parameters(finished[0]))
 
 
 def test_many_nonfinite_steps_in_a_row_stop_the_run(place):
   result = train(
-    place, place / "diverged", "--config.optim.lr=1e30", "--config.optim.max_nonfinite=2",
-    "--config.optim.clip_grad=0.0", "--config.optim.total_steps=30", check=False,
-  )  # fmt: skip
+    place,
+    place / "diverged",
+    "--config.optim.lr=1e30",
+    "--config.optim.max_nonfinite=2",
+    "--config.optim.clip_grad=0.0",
+    "--config.optim.total_steps=30",
+    check=False,
+  )
   assert result.returncode == 1
   assert "not finite for 2 steps in a row" in result.stderr and "Step " in result.stderr
   assert all(np.isfinite(parameters(place / "diverged", None)["embedding"]).ravel()[:5])

@@ -36,9 +36,7 @@ def passes(model, prompt, block, tau):
     right = [a == b for a, b in zip(own, drafts, strict=False)] + [False]
     verified = right.index(False)
     # Noise takes the place of the token after the verified run, and of those behind it.
-    branch, branch_sure = predictions(
-      model, text + drafts[:verified] + noise, len(text) + verified
-    )
+    branch, branch_sure = predictions(model, text + drafts[:verified] + noise, len(text) + verified)
     predicted = own[: verified + 1] + branch
     certain = [True] * (verified + 1) + [p >= tau for p in branch_sure] + [False]
     room = len(prompt) + NEW - len(text)
@@ -59,9 +57,16 @@ def test_each_pass_continues_what_was_verified(model, block, tau):
   prompts = sampler_fixtures.unequal_prompts(4, model.config.vocab_size, seed=block)
   mode = {"mode": "exact"} if tau is None else {"mode": "threshold", "tau": tau}
   out = refine_jax.generate(
-    model, prompts, draft="branches", block_size=block, max_new_tokens=NEW, eos_token_id=EOS,
-    noise_token=EOS, trace=True, **mode,
-  )  # fmt: skip
+    model,
+    prompts,
+    draft="branches",
+    block_size=block,
+    max_new_tokens=NEW,
+    eos_token_id=EOS,
+    noise_token=EOS,
+    trace=True,
+    **mode,
+  )
   compared = 0
   for row, prompt in zip(out.trace.rows, prompts, strict=True):
     want = list(passes(model, prompt, block, np.inf if tau is None else tau))

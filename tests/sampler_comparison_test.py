@@ -8,7 +8,7 @@ import pytest
 import sampler_fixtures
 
 import refine_jax
-from refine_jax import generation
+from refine_jax.decoding import generation
 from scripts import sample
 
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10]]
@@ -75,7 +75,7 @@ def test_an_answer_that_ends_early_differs_where_it_ends(model, monkeypatch):
     out = generation.generate(model, prompts, mode=mode, **options)
     return out if mode == "ar" else out.__class__(**(vars(out) | {"tokens": [out.tokens[0][:2]]}))
 
-  monkeypatch.setattr("refine_jax.comparison.generate", generate)
+  monkeypatch.setattr("refine_jax.decoding.comparison.generate", generate)
   (row,) = refine_jax.compare_with_ar(model, [[5]], max_new_tokens=4).rows
   assert (row.offset, row.token, row.ar_token) == (2, None, whole.tokens[0][2])
   assert row.margin > 0

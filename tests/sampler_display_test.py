@@ -12,8 +12,8 @@ import sampler_fixtures
 import scipy.special
 
 import refine_jax
-from refine_jax import refinement_html
-from refine_jax.result import Generation, Pass, Trace, token_texts
+from refine_jax.decoding import trace_html
+from refine_jax.decoding.result import Generation, Pass, Trace, token_texts
 
 MODES = ("exact", "fixed", "threshold", "ar")
 
@@ -121,7 +121,7 @@ def small_generation():
 
 
 def test_each_token_has_its_colour_and_probability():
-  rows = [row for row in Reader(refinement_html.page(small_generation())).rows if row]
+  rows = [row for row in Reader(trace_html.page(small_generation())).rows if row]
   assert [[state for _, state, _ in row] for row in rows] == [
     ["committed", "new", "new"],
     ["committed", "committed", "new"],
@@ -138,12 +138,12 @@ def test_changed_and_kept_are_against_the_pass_before():
   out = small_generation()
   passes = [Pass(0, [1, 2], [1.0, 1.0], 0), Pass(0, [1, 3], [1.0, 1.0], 0)]
   out.trace.rows[0][:] = passes
-  rows = [row for row in Reader(refinement_html.page(out)).rows if row]
+  rows = [row for row in Reader(trace_html.page(out)).rows if row]
   assert [[state for _, state, _ in row] for row in rows] == [["new", "new"], ["kept", "changed"]]
 
 
 def test_the_page_is_escaped_and_needs_nothing_else():
-  page = refinement_html.page(small_generation(), title="</title><script>")
+  page = trace_html.page(small_generation(), title="</title><script>")
   tags = Reader(page).tags
   assert not tags & {"script", "b", "link", "img", "iframe"}
   assert not re.search(r"https?:|url\(|@import|\u202e|\x00", page)
@@ -155,7 +155,7 @@ def test_the_page_is_escaped_and_needs_nothing_else():
 def test_texts_keep_their_lines_and_show_what_would_turn_them():
   out = small_generation()
   out.texts[0] = "one\n\n\ttwo <b>\u202e"
-  assert '<div class="text">one\n\n\ttwo &lt;b&gt;‹202E›</div>' in refinement_html.page(out)
+  assert '<div class="text">one\n\n\ttwo &lt;b&gt;‹202E›</div>' in trace_html.page(out)
 
 
 def test_a_notebook_shows_traced_and_plain_results(model):
@@ -173,11 +173,11 @@ def test_a_notebook_shows_traced_and_plain_results(model):
 
 def test_a_page_is_written_once(tmp_path):
   place = tmp_path / "new" / "out.html"
-  refinement_html.write(small_generation(), place)
+  trace_html.write(small_generation(), place)
   before = place.read_bytes()
   assert before.startswith(b"<!doctype html>")
   with pytest.raises(refine_jax.UserError, match="there already"):
-    refinement_html.write(small_generation(), place)
+    trace_html.write(small_generation(), place)
   assert place.read_bytes() == before and [p.name for p in place.parent.iterdir()] == ["out.html"]
 
 
@@ -237,8 +237,11 @@ def sample(directory, *arguments):
   script = Path(__file__).parents[1] / "scripts" / "sample.py"
   return subprocess.run(
     [sys.executable, script, f"--model={directory}", "--max_new_tokens=5", *arguments],
-    capture_output=True, text=True, input="", check=False,
-  )  # fmt: skip
+    capture_output=True,
+    text=True,
+    input="",
+    check=False,
+  )
 
 
 def test_the_script_writes_the_page_and_refuses_to_overwrite(directory, tmp_path):

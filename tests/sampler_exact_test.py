@@ -9,7 +9,8 @@ from hf_fixtures import tiny_hf_model
 from sampler_fixtures import EOS, greedy, unequal_prompts
 
 import refine_jax
-from refine_jax import cache_attention, cache_kernel, decoding
+from refine_jax.attention import cached, cached_triton
+from refine_jax.decoding import decoder as decoding
 
 NEW = 20
 BLOCKS = (1, 2, 3, 5, 8, 16, 32)
@@ -20,9 +21,11 @@ VARIANTS = {
   "qwen2": ("qwen2", {}),
   "qwen3": ("qwen3", {}),
   "mistral window": ("mistral", {"sliding_window": 5}),
-  "qwen2 window": ("qwen2", {"use_sliding_window": True, "sliding_window": 9,
-                             "max_window_layers": 1}),
-}  # fmt: skip
+  "qwen2 window": (
+    "qwen2",
+    {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+  ),
+}
 # Batches that share a program run one after another: it is compiling that takes the time.
 BATCHES = ((1,), (2,), (3, 4), (5, 6, 7, 8))
 
@@ -60,34 +63,40 @@ def test_exact_is_transformers_greedy(variant, name, block, draft, batches):
   for rows in batches:
     chosen = [(rows + i) % 8 for i in range(rows)]
     out = refine_jax.generate(
-      ours, [prompts[i] for i in chosen], block_size=block, draft=draft, max_new_tokens=NEW,
+      ours,
+      [prompts[i] for i in chosen],
+      block_size=block,
+      draft=draft,
+      max_new_tokens=NEW,
       eos_token_id=EOS,
-    )  # fmt: skip
+    )
     assert out.tokens == [want[i] for i in chosen]
     assert all(len(t) / block <= p <= len(t) for p, t in zip(out.passes, out.tokens, strict=True))
 
 
 @pytest.mark.parametrize(
   "name, block, draft, batches",
-  [("qwen3", 5, "branches", (3,)), ("mistral window", 1, "tail", (1,)),
-   ("qwen2 window", 8, "tail", (4,)), ("mistral window", 4, "branches", (1,))],
-)  # fmt: skip
+  [
+    ("qwen3", 5, "branches", (3,)),
+    ("mistral window", 1, "tail", (1,)),
+    ("qwen2 window", 8, "tail", (4,)),
+    ("mistral window", 4, "branches", (1,)),
+  ],
+)
 def test_what_a_gpu_does_is_exact_too(variant, monkeypatch, name, block, draft, batches):
   """The kernel, interpreted, and passes that run over 16 tokens at least."""
   calls = []
 
   def attend(*new, **arguments):
     calls.append(new[0].shape[1])
-    return cache_kernel.attend(*new, **arguments, interpret=True)
+    return cached_triton.attend(*new, **arguments, interpret=True)
 
-  monkeypatch.setattr(cache_attention, "choose_engine", lambda config, dtype: "kernel")
-  monkeypatch.setattr(cache_attention, "cache_kernel", type("kernel", (), {"attend": attend}))
+  monkeypatch.setattr(cached, "choose_engine", lambda config, dtype: "kernel")
+  monkeypatch.setattr(cached, "cache_kernel", type("kernel", (), {"attend": attend}))
   monkeypatch.setattr(decoding, "least_window", lambda rows: 16 // rows)
   ours, prompts, want = variant(name)
   fresh = dataclasses.replace(ours)  # an engine once chosen stays
-  test_exact_is_transformers_greedy(
-    lambda _: (fresh, prompts, want), name, block, draft, batches
-  )
+  test_exact_is_transformers_greedy(lambda _: (fresh, prompts, want), name, block, draft, batches)
   assert min(calls) >= 16 // max(batches)
 
 

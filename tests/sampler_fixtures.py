@@ -9,7 +9,7 @@ import torch
 import train_fixtures as tiny
 from hf_fixtures import tiny_hf_model
 
-from refine_jax import loading
+from refine_jax.decoding import loading
 
 EOS = 2
 
@@ -29,9 +29,13 @@ def text_model_directory(place, family: str = "llama"):
   """A Hugging Face directory of a tiny random model with a tokenizer and a chat template."""
   tokenizer = data_fixtures.make_tokenizer()
   directory, _ = tiny_hf_model(
-    family, place, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
-    pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-  )  # fmt: skip
+    family,
+    place,
+    vocab_size=len(tokenizer),
+    eos_token_id=tokenizer.eos_token_id,
+    pad_token_id=tokenizer.pad_token_id,
+    bos_token_id=None,
+  )
   tokenizer.save_pretrained(directory)
   assert json.loads((directory / "config.json").read_text())["vocab_size"] == len(tokenizer)
   return directory
@@ -52,7 +56,11 @@ def greedy(theirs, prompt, new):
   ids = torch.tensor([prompt])
   with torch.no_grad():
     out = theirs.generate(
-      ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
-      eos_token_id=EOS, pad_token_id=0,
-    )  # fmt: skip
+      ids,
+      attention_mask=torch.ones_like(ids),
+      max_new_tokens=new,
+      do_sample=False,
+      eos_token_id=EOS,
+      pad_token_id=0,
+    )
   return out[0, len(prompt) :].tolist()

@@ -12,7 +12,7 @@ import scipy.stats
 import train_fixtures as tiny
 
 import refine_jax
-from refine_jax import loading
+from refine_jax.decoding import loading
 from refine_jax.errors import UserError
 
 MODES = ("exact", "fixed", "threshold", "ar")
@@ -54,12 +54,25 @@ def test_a_budget_has_no_greatest_number(copier):
 
 @pytest.mark.parametrize(
   "option",
-  [{"block_size": 0}, {"block_size": 2.5}, {"max_new_tokens": 0}, {"refine_iter": 1.5},
-   {"top_k": 2.5}, {"top_k": -1}, {"seed": 0.5}, {"first_row": -1}, {"stream": -1},
-   {"stream": 2.5}, {"mode": "best"}, {"draft": "none"}, {"tau": -1}, {"temperature": -1},
-   {"top_p": 0}],
+  [
+    {"block_size": 0},
+    {"block_size": 2.5},
+    {"max_new_tokens": 0},
+    {"refine_iter": 1.5},
+    {"top_k": 2.5},
+    {"top_k": -1},
+    {"seed": 0.5},
+    {"first_row": -1},
+    {"stream": -1},
+    {"stream": 2.5},
+    {"mode": "best"},
+    {"draft": "none"},
+    {"tau": -1},
+    {"temperature": -1},
+    {"top_p": 0},
+  ],
   ids=str,
-)  # fmt: skip
+)
 def test_an_option_that_cannot_be_is_named(copier, option):
   (name,) = option
   with pytest.raises(UserError, match=f"^{name}=.* cannot be"):
@@ -160,10 +173,14 @@ def allowed(logits, *, temperature, top_k=0, top_p=1.0):
 
 @pytest.mark.parametrize(
   "options",
-  [{"temperature": 1.0}, {"temperature": 2.0, "top_k": 4}, {"temperature": 1.5, "top_p": 0.8},
-   {"temperature": 0.7, "top_k": 5, "top_p": 0.9}],
+  [
+    {"temperature": 1.0},
+    {"temperature": 2.0, "top_k": 4},
+    {"temperature": 1.5, "top_p": 0.8},
+    {"temperature": 0.7, "top_k": 5, "top_p": 0.9},
+  ],
   ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("draft", ["tail", "ngram"])
 def test_pairs_of_tokens_follow_the_models_distribution(sampled, options, draft):
   """Chi-square of what one block commits against the product of the model's conditionals."""

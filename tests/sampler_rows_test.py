@@ -6,7 +6,8 @@ import sampler_fixtures
 from hf_fixtures import tiny_hf_model
 
 import refine_jax
-from refine_jax import sampler, sampler_settings
+from refine_jax.decoding import sampler
+from refine_jax.decoding import settings as sampler_settings
 
 # Every mode and every draft once, and a sample.
 OPTIONS = (
@@ -36,13 +37,22 @@ def state_after(model, options, passes):
     prompts[row, : len(prompt)], lengths[row] = prompt, len(prompt)
   prefill = sampler.prefill_program(model.config)
   tokens, caches = prefill(
-    model.decoding_params, prompts, lengths, np.int32(EOS), size=size,
+    model.decoding_params,
+    prompts,
+    lengths,
+    np.int32(EOS),
+    size=size,
     ahead=settings.drafts_of_prompt,
-  )  # fmt: skip
+  )
   state = sampler.begin(
-    tokens, caches, lengths, lengths + 24, np.zeros(rows, bool), np.arange(rows, dtype=np.uint32),
+    tokens,
+    caches,
+    lengths,
+    lengths + 24,
+    np.zeros(rows, bool),
+    np.arange(rows, dtype=np.uint32),
     settings,
-  )  # fmt: skip
+  )
   for _ in range(passes):
     state = one_pass(model, settings, state)
   return state, settings
@@ -91,9 +101,15 @@ def test_a_rows_tokens_passes_and_counts_are_its_own(model, options):
   assert len(set(together.passes)) > 1
   np.testing.assert_allclose(
     np.array(together.accepted) * sum(together.passes),
-    np.sum([np.arange(4) < seen.committed for row in refine_jax.generate(
-      model, prompts, trace=True, **budget).trace.rows for seen in row], axis=0),
-  )  # fmt: skip
+    np.sum(
+      [
+        np.arange(4) < seen.committed
+        for row in refine_jax.generate(model, prompts, trace=True, **budget).trace.rows
+        for seen in row
+      ],
+      axis=0,
+    ),
+  )
   if "temperature" not in options:  # a sample depends on the row's place too
     for row, prompt in enumerate(prompts):
       alone = refine_jax.generate(model, [prompt], **budget)

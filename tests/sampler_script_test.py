@@ -184,7 +184,7 @@ def test_an_interrupt_cuts_an_answer_of_a_chat_and_not_the_chat(run, model, monk
     (["--prompt=a", "--dtype=int8"], b"", "bfloat16"),
     (["--prompt=a", "--check", "--temperature=1"], b"", "--temperature"),
   ],
-)  # fmt: skip
+)
 def test_what_goes_wrong_is_one_line(run, arguments, given, words):
   code, printed, errors = run(*arguments, "--max_new_tokens=2", given=given)
   assert code == 1 and words in errors
@@ -202,8 +202,11 @@ def test_options_are_checked_before_the_model_is_loaded(run, monkeypatch):
 def start(directory, *arguments):
   return subprocess.Popen(
     [sys.executable, SCRIPT, f"--model={directory}", *arguments],
-    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-  )  # fmt: skip
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
 
 
 def test_a_reader_that_leaves_and_an_interrupt_end_quietly(directory):

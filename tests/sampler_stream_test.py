@@ -8,8 +8,10 @@ import tokenizers
 import transformers
 
 import refine_jax
-from refine_jax import decoding, generation, growing_text
-from refine_jax.growing_text import GrowingAnswer, GrowingText
+from refine_jax.decoding import decoder as decoding
+from refine_jax.decoding import generation
+from refine_jax.text import detokenize
+from refine_jax.text.detokenize import GrowingAnswer, GrowingText
 
 WORDS = ["▁", "▁▁", "▁the", "s", "▁two", "<", "0", "\n", "é", "▁世"]
 
@@ -22,9 +24,13 @@ def byte_fallback():
   )
   decoders = tokenizers.decoders
   backend.decoder = decoders.Sequence(
-    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-     decoders.Strip(" ", 1, 0)]
-  )  # fmt: skip
+    [
+      decoders.Replace("▁", " "),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+      decoders.Strip(" ", 1, 0),
+    ]
+  )
   return transformers.PreTrainedTokenizerFast(
     tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
   )
@@ -79,7 +85,7 @@ class Counting:
 
 def random_ids(tokenizer, rng):
   """Runs of one kind: anything, characters of several tokens, tokens without text of their own."""
-  silent = [i for i in range(len(tokenizer)) if not growing_text.decode(tokenizer, [i])]
+  silent = [i for i in range(len(tokenizer)) if not detokenize.decode(tokenizer, [i])]
   characters = tokenizer.encode("é世🙂", add_special_tokens=False)
   ids = []
   for _ in range(rng.integers(1, 8)):
@@ -105,7 +111,7 @@ def chunks(ids, rng):
 def test_text_that_was_given_out_stays_and_the_pieces_are_the_text(tokenizer, seed):
   rng = np.random.default_rng(seed)
   ids = random_ids(tokenizer, rng)
-  want = growing_text.decode(tokenizer, ids)
+  want = detokenize.decode(tokenizer, ids)
   text = GrowingText(tokenizer)
   for chunk in chunks(ids, rng):
     before = text.settled
@@ -117,7 +123,7 @@ def test_text_that_was_given_out_stays_and_the_pieces_are_the_text(tokenizer, se
 
 def test_spaces_stay_as_they_were_written():
   tokenizer = metaspace()
-  assert growing_text.decode(tokenizer, tokenizer.convert_tokens_to_ids(["▁two", "▁."])) == "two ."
+  assert detokenize.decode(tokenizer, tokenizer.convert_tokens_to_ids(["▁two", "▁."])) == "two ."
 
 
 def test_only_the_end_is_decoded_again(tokenizer):
@@ -142,11 +148,11 @@ def test_whole_characters_do_not_wait():
 def first_stop(tokenizer, ids, stops):
   """The fewest tokens that hold a stop string, and the text before it; on whole texts."""
   for count in range(len(ids) + 1):
-    text = growing_text.decode(tokenizer, ids[:count])
+    text = detokenize.decode(tokenizer, ids[:count])
     found = [text.index(stop) for stop in stops if stop in text]
     if found:
       return ids[:count], text[: min(found)]
-  return ids, growing_text.decode(tokenizer, ids)
+  return ids, detokenize.decode(tokenizer, ids)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -164,7 +170,7 @@ def test_an_answer_ends_before_the_first_stop_string(stops, seed):
     answer.extend(part, finished=number == len(parts))
     assert answer.text.startswith(before) and want[1].startswith(answer.text)
   assert (answer.tokens, answer.text) == want
-  assert answer.stopped == any(s in growing_text.decode(tokenizer, ids) for s in stops)
+  assert answer.stopped == any(s in detokenize.decode(tokenizer, ids) for s in stops)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +198,7 @@ def test_a_special_token_can_be_a_stop_string(model):
   """It ends the row as EOS does, though the text lacks it."""
   options = {"max_new_tokens": 200, "temperature": 3.0, "seed": 1, "eos_token_id": []}
   free = refine_jax.generate(model, [[5]], **options).tokens[0]
-  special = growing_text.special_ids(model.tokenizer)
+  special = detokenize.special_ids(model.tokenizer)
   text, token = next(pair for pair in special.items() if pair[1] in free)
   out = refine_jax.generate(model, [[5]], stop=[text, "nowhere"], **options)
   assert out.tokens[0] == free[: free.index(token) + 1]

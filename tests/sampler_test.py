@@ -10,7 +10,8 @@ from hf_fixtures import tiny_hf_model
 from sampler_fixtures import EOS, greedy, unequal_prompts
 
 import refine_jax
-from refine_jax import decoding, generation, loading
+from refine_jax.decoding import decoder as decoding
+from refine_jax.decoding import generation, loading
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 
@@ -120,9 +121,7 @@ def copier():
 def test_right_drafts_are_committed_together(copier):
   # The tail of a pass over EOS drafts is wrong; n-grams repeat a period, and the text has one.
   prompt = list(range(10)) * 2
-  out = refine_jax.generate(
-    copier, [prompt[:12]], block_size=8, draft="ngram", max_new_tokens=8
-  )
+  out = refine_jax.generate(copier, [prompt[:12]], block_size=8, draft="ngram", max_new_tokens=8)
   assert out.tokens == [[2, 3, 4, 5, 6, 7, 8, 9]]
   assert out.passes == [1] and out.tokens_per_pass == 8
   assert out.accepted == [1.0] * 8
@@ -131,9 +130,7 @@ def test_right_drafts_are_committed_together(copier):
 def test_eos_ends_its_row_only_and_limits_are_kept(copier):
   rows = [[35], [1], [38], [37, 39, 20]]
   out = refine_jax.generate(copier, rows, block_size=4, max_new_tokens=6)
-  assert out.tokens == [
-    [36, 37, 38, 39], [2, 3, 4, 5, 6, 7], [39], [21, 22, 23, 24, 25, 26]
-  ]  # fmt: skip
+  assert out.tokens == [[36, 37, 38, 39], [2, 3, 4, 5, 6, 7], [39], [21, 22, 23, 24, 25, 26]]
   assert out.stopped == [True, False, True, False]
 
 
@@ -166,9 +163,14 @@ def test_sampling_in_blocks_is_sampling_one_by_one(models, options):
 
 def test_iterative_generate_has_the_documents_shape(copier):
   out = refine_jax.iterative_generate(
-    copier, np.array([[1, 2], [36, 37]]), eos_token_id=39, pad_token_id=0, max_new_tokens=5,
-    add_eos_length=3, refine_iter=4,
-  )  # fmt: skip
+    copier,
+    np.array([[1, 2], [36, 37]]),
+    eos_token_id=39,
+    pad_token_id=0,
+    max_new_tokens=5,
+    add_eos_length=3,
+    refine_iter=4,
+  )
   np.testing.assert_array_equal(out, [[1, 2, 3, 4, 5, 6, 7], [36, 37, 38, 39, 0, 0, 0]])
 
 
@@ -179,9 +181,14 @@ def test_iterative_generate_is_the_documents_loop(models, refine_iter):
   prompts = np.random.default_rng(0).integers(0, ours.config.vocab_size, (6, 5))
   eos = 46  # this model says it now and then
   out = refine_jax.iterative_generate(
-    ours, prompts, eos_token_id=eos, pad_token_id=7, max_new_tokens=40, add_eos_length=4,
+    ours,
+    prompts,
+    eos_token_id=eos,
+    pad_token_id=7,
+    max_new_tokens=40,
+    add_eos_length=4,
     refine_iter=refine_iter,
-  )  # fmt: skip
+  )
   want = [document_loop(ours, p.tolist(), 40, 5, refine_iter, eos)[0] for p in prompts]
   width = max(map(len, want))
   assert min(map(len, want)) < width
@@ -236,8 +243,10 @@ def test_what_a_model_was_trained_with_is_the_default(monkeypatch):
   assert (alone.block, alone.draft, alone.noise_token) == (16, "branches", 2)
   many = {mode: settings(trained, 32, mode) for mode in ("exact", "threshold", "fixed")}
   assert {mode: (s.block, s.draft) for mode, s in many.items()} == {
-    "exact": (8, "branches"), "threshold": (16, "branches"), "fixed": (16, "noise"),
-  }  # fmt: skip
+    "exact": (8, "branches"),
+    "threshold": (16, "branches"),
+    "fixed": (16, "noise"),
+  }
 
 
 def test_threshold_goes_on_in_the_branch_of_what_was_verified():
@@ -247,9 +256,15 @@ def test_threshold_goes_on_in_the_branch_of_what_was_verified():
   # which pass they were committed in.
   exact = refine_jax.generate(copier, [prompt], draft="branches", block_size=4, max_new_tokens=12)
   sure = refine_jax.generate(
-    copier, [prompt], mode="threshold", tau=0.0, draft="branches", block_size=4, max_new_tokens=12,
+    copier,
+    [prompt],
+    mode="threshold",
+    tau=0.0,
+    draft="branches",
+    block_size=4,
+    max_new_tokens=12,
     trace=True,
-  )  # fmt: skip
+  )
   ar = refine_jax.generate(copier, [prompt], mode="ar", max_new_tokens=12)
   assert exact.tokens == ar.tokens
   # The prompt's pass gave one right draft; the first pass commits it, the token after it, and the

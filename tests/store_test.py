@@ -40,12 +40,19 @@ def test_fingerprint_covers_what_decides_the_tokens(tmp_path, numbers):
   added = make_tokenizer()
   added.add_tokens(["quick"])
   names = [
-    name(), name(max_length=32), name(truncation="left"), name(response_key="prompt"),
-    name([other]), name([numbers, other]), name([other, numbers]), name(tokenizer=bos),
-    name(tokenizer=added), name(tokenizer=make_tokenizer(BARE_TEMPLATE)),
+    name(),
+    name(max_length=32),
+    name(truncation="left"),
+    name(response_key="prompt"),
+    name([other]),
+    name([numbers, other]),
+    name([other, numbers]),
+    name(tokenizer=bos),
+    name(tokenizer=added),
+    name(tokenizer=make_tokenizer(BARE_TEMPLATE)),
     name(tokenizer=make_tokenizer(None), chat_template="a"),
     name(tokenizer=make_tokenizer(None), chat_template="b"),
-  ]  # fmt: skip
+  ]
   assert len(set(names)) == len(names)
   used = make_tokenizer()
   used(["a", "b c"], padding=True, truncation=True, max_length=4)

@@ -4,14 +4,12 @@ import jax
 import numpy as np
 import torch
 
-from refine_jax import model
+from refine_jax.model import transformer
 
 
 def leaves(params):
   """Parameters as float64 tensors that gather gradients."""
-  return jax.tree.map(
-    lambda x: torch.tensor(np.asarray(x, np.float64), requires_grad=True), params
-  )
+  return jax.tree.map(lambda x: torch.tensor(np.asarray(x, np.float64), requires_grad=True), params)
 
 
 def forward(params, config, ids, segment_ids, positions):
@@ -52,12 +50,10 @@ def forward(params, config, ids, segment_ids, positions):
     gated = torch.nn.functional.silu(y @ m["gate"]["kernel"]) * (y @ m["up"]["kernel"])
     x = x + gated @ m["down"]["kernel"]
   x = norm(x, params["final_norm"]["scale"])
-  return x @ model.head_matrix(params).T
+  return x @ transformer.head_matrix(params).T
 
 
 def assert_equal(gradients, sums, want_losses, want):
   """What objective.refinement_gradients gave, and the losses and gradients of an oracle."""
   np.testing.assert_allclose(sums["loss"] / sums["count"], want_losses, rtol=1e-5)
-  jax.tree.map(
-    lambda g, w: np.testing.assert_allclose(g, w, atol=2e-6, rtol=1e-3), gradients, want
-  )
+  jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=2e-6, rtol=1e-3), gradients, want)

@@ -5,17 +5,18 @@ import dataclasses
 import jax
 import numpy as np
 
-from refine_jax import model, objective
-from refine_jax.compute import Compute
 from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
-from refine_jax.rope import RopeConfig
-from refine_jax.train_step import Recipe
+from refine_jax.model import transformer
+from refine_jax.model.rope import RopeConfig
+from refine_jax.objective import rounds as objective
+from refine_jax.training.compute import Compute
+from refine_jax.training.train_step import Recipe
 
 NOISE_TOKEN = 1
 
 
-def tiny_config(**changes) -> model.ModelConfig:
-  config = model.ModelConfig(
+def tiny_config(**changes) -> transformer.ModelConfig:
+  config = transformer.ModelConfig(
     vocab_size=37,
     width=32,
     feed_forward=48,
@@ -38,7 +39,7 @@ def tiny_config(**changes) -> model.ModelConfig:
 
 
 def tiny_params(config=None, seed=0):
-  return model.init_params(config or tiny_config(), jax.random.key(seed))
+  return transformer.init_params(config or tiny_config(), jax.random.key(seed))
 
 
 def params_with_biases(config, seed=0):
@@ -51,9 +52,13 @@ def params_with_biases(config, seed=0):
 
 
 def recipe(
-  num_iterations=2, loss_weights=None, noise=(0.2, 0.8), kind="uniform", clean_weight=0.0,
+  num_iterations=2,
+  loss_weights=None,
+  noise=(0.2, 0.8),
+  kind="uniform",
+  clean_weight=0.0,
   **optim_changes,
-) -> Recipe:  # fmt: skip
+) -> Recipe:
   optim = OptimConfig(
     batch_size=8,
     accumulation=1,
@@ -75,9 +80,13 @@ def recipe(
       clean_weight=clean_weight,
     ),
     noise=NoiseConfig(
-      kind=kind, block_size=4, offset_decay=1.0, noise_min=noise[0], noise_max=noise[1],
+      kind=kind,
+      block_size=4,
+      offset_decay=1.0,
+      noise_min=noise[0],
+      noise_max=noise[1],
       token=NOISE_TOKEN,
-    ),  # fmt: skip
+    ),
     optim=dataclasses.replace(optim, **optim_changes),
     noise_token=NOISE_TOKEN,
     eos_token=1,

@@ -9,9 +9,10 @@ import pytest
 import train_fixtures as tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
-from refine_jax import noise, sharding
+from refine_jax import sharding
 from refine_jax.config import MeshConfig
-from refine_jax.train_step import eval_step, init_state, jit_train_step
+from refine_jax.objective import noise
+from refine_jax.training.train_step import eval_step, init_state, jit_train_step
 
 
 def run(batch, recipe, compute, steps=1, params=None):

@@ -1,6 +1,5 @@
 """From parquet to packed rows: parquet -> chat -> tokenize -> store -> packing -> pipeline."""
 
-from refine_jax.data.chat import encode_prompt
 from refine_jax.data.pipeline import Rows, eval_batches, eval_rows, train_iterator, train_rows
 from refine_jax.data.store import Examples
 from refine_jax.data.tokenize import load_examples
@@ -8,7 +7,6 @@ from refine_jax.data.tokenize import load_examples
 __all__ = [
   "Examples",
   "Rows",
-  "encode_prompt",
   "eval_batches",
   "eval_rows",
   "load_examples",

@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 
 from refine_jax.config import DataConfig
-from refine_jax.data import chat, parquet, store
+from refine_jax.data import parquet, store
 from refine_jax.data.store import Examples
 from refine_jax.errors import UserError
+from refine_jax.text import chat
 
 # Part of the fingerprint: raise it with every change to what a row becomes.
 _FORMAT = 2

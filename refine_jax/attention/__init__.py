@@ -1,0 +1,1 @@
+"""Attention implementations: over packed rows in training, over a cache in decoding."""

@@ -1,0 +1,1 @@
+"""Text from a model: loading one, the sampler's programs, what users call and get."""

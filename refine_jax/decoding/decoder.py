@@ -1,0 +1,279 @@
+"""One call's rows on their way through the sampler's programs."""
+
+import numbers
+import time
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refine_jax.decoding import compile_cache, sampler
+from refine_jax.decoding.options import check_options, default_block_size, default_draft
+from refine_jax.decoding.result import Generation, Pass, Trace, token_texts
+from refine_jax.decoding.settings import Settings, least_window
+from refine_jax.errors import UserError
+from refine_jax.text import detokenize
+from refine_jax.text.chat import encode_prompt
+
+_SMALLEST_BUCKET = 16
+
+
+class Decoder:
+  """One call's rows on their way; `step` runs passes, `result` says where they are."""
+
+  def __init__(
+    self,
+    model,
+    prompts,
+    *,
+    mode,
+    block_size,
+    max_new_tokens,
+    draft,
+    refine_iter,
+    tau,
+    temperature,
+    top_k,
+    top_p,
+    seed,
+    first_row,
+    noise_token,
+    eos_token_id,
+    stop,
+    chat_template,
+    trace,
+    follow,
+  ):
+    """Options as in `generation.generate`; the prompts' pass is run here.
+
+    Args:
+      follow: keep `answers` after every `step`.
+    """
+    prompts = _listed(prompts)
+    check_options(
+      mode=mode,
+      block_size=block_size,
+      max_new_tokens=max_new_tokens,
+      draft=draft,
+      seed=seed,
+      refine_iter=refine_iter,
+      tau=tau,
+      temperature=temperature,
+      top_k=top_k,
+      top_p=top_p,
+      first_row=first_row,
+      stop=stop,
+    )
+    self.model = model
+    eos = model.eos_token_ids if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
+    trained = model.refinement
+    if noise_token is None:
+      noise_token = trained.noise_token if trained else eos[0] if eos else 0
+    if block_size is None:
+      block_size = default_block_size(trained, mode, draft, len(prompts))
+    if not 0 <= noise_token < model.config.vocab_size:
+      raise UserError(f"noise_token={noise_token} is outside the vocabulary.")
+    stops, stop_ids = _stops(model, stop)
+    rows = compile_cache.bucket(len(prompts), 1)
+    self.settings = Settings(
+      mode="exact" if mode == "ar" else mode,
+      block=1 if mode == "ar" else block_size,
+      draft=draft or default_draft(trained, mode),
+      refine_iter=refine_iter,
+      tau=tau,
+      temperature=temperature,
+      top_k=top_k,
+      top_p=top_p,
+      noise_token=int(noise_token),
+      eos_ids=(*map(int, eos), *stop_ids),
+      engine=model.cache_engine,
+      least_window=least_window(rows),
+    )
+    self.prompts = [
+      _ids(model, prompt, chat_template, number)
+      for number, prompt in enumerate(prompts, first_row + 1)
+    ]
+    self.max_new_tokens, self.seed, self.first_row = max_new_tokens, seed, first_row
+    self.compile_seconds = self.decode_seconds = self.prefill_seconds = 0.0
+    self._programs = {}
+    # Text as it comes, where something looks at it before the end.
+    self.answers = None
+    if stops or follow:
+      self.answers = [detokenize.GrowingAnswer(model.tokenizer, stops) for _ in self.prompts]
+    self.trace = [[] for _ in self.prompts] if trace else None
+    self.params = model.decoding_params
+    self.state = self._prefill(rows) if self.prompts else None
+
+  def _prefill(self, rows: int) -> sampler.State:
+    longest = max(map(len, self.prompts))
+    context = self.model.config.max_length
+    if longest >= context:
+      row = next(i for i, prompt in enumerate(self.prompts, 1) if len(prompt) >= context)
+      raise UserError(
+        f"Prompt {self.first_row + row} has {len(self.prompts[row - 1])} tokens, which leaves no"
+        f" room in the model's {context} positions."
+      )
+    width = compile_cache.bucket(longest, _SMALLEST_BUCKET)
+    ids = np.zeros((rows, width), np.int32)
+    lengths = np.ones(rows, np.int32)
+    for row, prompt in enumerate(self.prompts):
+      ids[row, : len(prompt)] = prompt
+      lengths[row] = len(prompt)
+    limits = np.minimum(lengths + min(self.max_new_tokens, context), context)
+    # Windows reach beyond the last token; a buffer that ended there would shift them.
+    ahead = self.settings.drafts_of_prompt
+    needed = max(int(limits.max()) + self.settings.reach, width + ahead)
+    done = np.arange(rows) >= len(self.prompts)
+    # Leading numbers do not depend on how many are drawn.
+    end = self.first_row + rows
+    seeds = np.random.default_rng(self.seed).integers(0, 2**32, end, dtype=np.uint32)[-rows:]
+    arguments = (self.params, ids, lengths, np.int32(self.settings.noise_token))
+    prefill = sampler.prefill_program(self.model.config)
+    run, self.compile_seconds = compile_cache.compiled(
+      prefill,
+      arguments,
+      sampler.compiler_options(rows * (width + ahead)),
+      size=compile_cache.bucket(needed, _SMALLEST_BUCKET),
+      ahead=ahead,
+      engine=self.settings.engine,
+    )
+    state, self.prefill_seconds = compile_cache.timed(run, *arguments)
+    return sampler.begin(*state, lengths, limits, done, seeds, self.settings)
+
+  def step(self, passes: int) -> bool:
+    """Runs up to `passes` passes; whether all rows are done."""
+    if self.state is None:
+      return True
+    if self.trace is None:
+      decode = sampler.programs(self.model.config, self.settings)[0]
+      self._run(decode, np.int32(passes))
+    else:
+      for _ in range(passes):
+        self._traced_pass()
+        if self._finished():
+          break
+    if self.answers is not None:
+      self._follow()
+    return self._finished()
+
+  def _finished(self) -> bool:
+    # numpy's all, given an array of jax, would run a program on the device.
+    return bool(np.asarray(self.state.done).all())
+
+  def _on_host(self) -> sampler.State:
+    """The state without its caches, fetched in one go."""
+    return jax.device_get(self.state._replace(caches=[]))
+
+  def _run(self, function, *more):
+    """What the program gives; the state in it becomes ours."""
+    arguments = (self.params, self.state, *more)
+    # Shapes stay as they are, and looking up those of all parameters takes as long as a pass.
+    if function not in self._programs:
+      tokens = len(self.state.done) * self.settings.tokens
+      options = sampler.compiler_options(tokens)
+      self._programs[function], seconds = compile_cache.compiled(function, arguments, options)
+      self.compile_seconds += seconds
+    start = time.perf_counter()
+    result = self._programs[function](*arguments)
+    # Before the wait, which an interrupt may end: the old state's memory is given away by now.
+    self.state = result if isinstance(result, sampler.State) else result[0]
+    jax.block_until_ready(result)
+    self.decode_seconds += time.perf_counter() - start
+    return result
+
+  def _traced_pass(self):
+    one_pass = sampler.programs(self.model.config, self.settings)[1]
+    # Copies, because the state's own buffers are given away to the program.
+    before = jax.tree.map(np.array, self._on_host())
+    _, seen = self._run(one_pass)
+    predicted, probabilities, counts = jax.device_get(seen)
+    for row, prompt in enumerate(self.prompts):
+      if not before.done[row]:
+        room = before.limit[row] - before.length[row]
+        self.trace[row].append(
+          Pass(
+            int(before.length[row]) - len(prompt),
+            predicted[row, :room].tolist(),
+            probabilities[row, :room].tolist(),
+            int(counts[row]),
+          )
+        )
+
+  def _follow(self):
+    """Lets the answers grow, and ends rows with a stop string."""
+    state = self._on_host()
+    done = np.array(state.done)
+    for row, (answer, tokens) in enumerate(zip(self.answers, self._new(state), strict=True)):
+      answer.extend(tokens[len(answer.tokens) :], bool(done[row]))
+      done[row] |= answer.stopped
+    self.state = self.state._replace(done=jnp.asarray(done))
+
+  def _new(self, state: sampler.State) -> list[list[int]]:
+    return [
+      state.tokens[row, len(prompt) : state.length[row]].tolist()
+      for row, prompt in enumerate(self.prompts)
+    ]
+
+  def result(self) -> Generation:
+    if self.state is None:
+      trace = None if self.trace is None else Trace([], [], {})
+      return Generation([], [], [], [], [], [], 0.0, 0.0, 0.0, trace)
+    state = self._on_host()
+    tokens = self._new(state)
+    stopped = [bool(row and row[-1] in self.settings.eos_ids) for row in tokens]
+    texts = self.model.tokenizer and [detokenize.decode(self.model.tokenizer, t) for t in tokens]
+    for row, answer in enumerate(self.answers or ()):
+      if answer.stopped:
+        tokens[row], texts[row], stopped[row] = answer.tokens, answer.text, True
+    passes = state.passes[: len(self.prompts)]
+    accepted = state.accepted / max(passes.sum(), 1)
+    return Generation(
+      self.prompts,
+      tokens,
+      texts,
+      passes.tolist(),
+      stopped,
+      accepted.tolist(),
+      self.prefill_seconds,
+      self.decode_seconds,
+      self.compile_seconds,
+      self._finished_trace(),
+    )
+
+  def _finished_trace(self) -> Trace | None:
+    if self.trace is None:
+      return None
+    tokenizer = self.model.tokenizer
+    ids = {t for passes in self.trace for seen in passes for t in seen.tokens}
+    texts = [str(p) if tokenizer is None else tokenizer.decode(p) for p in self.prompts]
+    return Trace([list(passes) for passes in self.trace], texts, token_texts(tokenizer, ids))
+
+
+def _listed(prompts) -> list:
+  if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+    raise UserError(f"prompts is {prompts!r}; give a list of prompts.")
+  return list(prompts)
+
+
+def _stops(model, stop) -> tuple[tuple[str, ...], list[int]]:
+  """Strings to look for in the text, and ids of those that are special tokens, which it lacks."""
+  stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+  special = detokenize.special_ids(model.require_tokenizer()) if stops else {}
+  return tuple(s for s in stops if s not in special), [special[s] for s in stops if s in special]
+
+
+def _ids(model, prompt, chat_template, number) -> list[int]:
+  """The ids of the prompt with this number, as errors call it."""
+  if isinstance(prompt, (np.ndarray, jax.Array)):
+    prompt = prompt.tolist()
+  if not isinstance(prompt, str) and not (isinstance(prompt, Sequence) and prompt):
+    raise UserError(f"Prompt {number} is {prompt!r}; give a string, chat messages or token ids.")
+  if isinstance(prompt, str) or isinstance(prompt[0], dict):
+    return encode_prompt(model.require_tokenizer(), prompt, chat_template, f"Prompt {number}")
+  if not all(isinstance(i, numbers.Integral) for i in prompt):
+    raise UserError(f"Prompt {number} mixes what is no token id into its ids.")
+  ids = [int(i) for i in prompt]
+  if not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
+    raise UserError(f"Prompt {number} has ids outside the vocabulary of {model.config.vocab_size}.")
+  return ids

@@ -1,0 +1,168 @@
+"""A model to look at and to sample from: `load`."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refine_jax.attention import cached, packed
+from refine_jax.errors import UserError
+from refine_jax.hf import config as hf_config
+from refine_jax.hf import weights as hf_weights
+from refine_jax.model import layout, transformer
+from refine_jax.model.transformer import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Refinement:
+  """What a training run leaves in generation_config.json for the sampler.
+
+  Attributes:
+    noise_token: what the rounds saw instead of tokens to be drafted.
+    block_size: of noise.kind "block"; None: it was trained without blocks.
+  """
+
+  noise_token: int
+  block_size: int | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """Parameters with what it takes to use them.
+
+  Attributes:
+    config: the shape.
+    params: nested dict of arrays, layers stacked (model.init_params).
+    tokenizer: None where the directory has none; then prompts are token ids.
+    eos_token_ids: any of them ends an answer; may be empty.
+    pad_token_id: or None.
+    refinement: what it was trained with; None where that is not known.
+    directory: where it was loaded from.
+  """
+
+  config: ModelConfig
+  params: dict
+  tokenizer: object | None
+  eos_token_ids: tuple[int, ...]
+  pad_token_id: int | None
+  directory: Path
+  refinement: Refinement | None = None
+
+  def __call__(self, ids, segment_ids=None):
+    """Logits of whole sequences: float32 [B, T, V].
+
+    Args:
+      ids: int [B, T].
+      segment_ids: int [B, T], contiguous from 1 (0: padding); positions start anew in each and
+        attention does not cross. Default: one segment a row.
+    """
+    ids = jnp.asarray(ids, jnp.int32)
+    segment_ids = jnp.ones_like(ids) if segment_ids is None else jnp.asarray(segment_ids)
+    return _logits(self.params, ids, segment_ids, self.config)
+
+  @functools.cached_property
+  def decoding_params(self) -> dict:
+    """The parameters with layers apart and joined (layout.py), made when first needed."""
+    return jax.jit(lambda params: layout.join_projections(layout.unstack_layers(params)))(
+      self.params
+    )
+
+  @functools.cached_property
+  def cache_engine(self) -> str:
+    """The engine of cache_attention for these parameters; the kernel knows one device only."""
+    leaf = jax.tree.leaves(self.decoding_params["layers"][0])[0]
+    one = len(leaf.sharding.device_set) == 1
+    return cached.choose_engine(self.config, leaf.dtype) if one else "xla"
+
+  def require_tokenizer(self):
+    """The tokenizer.
+
+    Raises:
+      UserError: there is none.
+    """
+    if self.tokenizer is None:
+      raise UserError(
+        f"{self.directory} has no tokenizer, so text cannot be used; give token ids instead."
+      )
+    return self.tokenizer
+
+
+def hidden_states(params, config: ModelConfig, ids_BT, segment_ids_BT):
+  """Of whole sequences, segments as in Model.__call__: [B, T, D] in the layers' dtype."""
+  positions = packed.segment_positions(segment_ids_BT)
+  dtype = jax.tree.leaves(params["layers"])[0].dtype
+  return transformer.hidden_states(
+    params, config, ids_BT, positions, packed.attend_with(segment_ids_BT), dtype=dtype
+  )
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _logits(params, ids_BT, segment_ids_BT, config):
+  return transformer.logits(params, hidden_states(params, config, ids_BT, segment_ids_BT))
+
+
+def load(name, *, dtype=None, step: int | None = None) -> Model:
+  """Loads a Hugging Face directory, a hub name, or the workdir of a run.
+
+  Args:
+    dtype: of the parameters; default: what the files have (float32 in a workdir).
+    step: of a workdir; default: its newest checkpoint.
+
+  Raises:
+    UserError: there is nothing to load, it does not fit its config.json, or dtype is no float.
+  """
+  try:
+    floating = dtype is None or jnp.issubdtype(dtype, jnp.floating)
+  except TypeError:
+    floating = False
+  if not floating:
+    raise UserError(f"dtype={dtype!r} is none of float32, bfloat16 and float16.")
+  place = Path(str(name)).expanduser()
+  if (place / "checkpoints").is_dir() and (place / "model").is_dir():
+    # Orbax takes seconds to import, and only workdirs need it.
+    from refine_jax.checkpoint import checkpointer
+
+    params, _ = checkpointer.restore_params(place, step)
+    directory = place / "model"
+    config = hf_config.read_model_config(directory)
+  else:
+    if step is not None:
+      raise UserError(f"step={step} goes with the workdir of a run, and {name} is none.")
+    directory = hf_weights.find(str(name))
+    config = hf_config.read_model_config(directory)
+    params = hf_weights.load_params(directory, config)
+  params = jax.tree.map(lambda x: jnp.asarray(x, dtype or x.dtype), params)
+  return around(params, config, directory)
+
+
+def around(params: dict, config: ModelConfig, directory: Path) -> Model:
+  """A Model of these parameters, with the tokenizer and the special ids of a directory."""
+  tokenizer = _tokenizer(directory)
+  generation = directory / "generation_config.json"
+  tokens = hf_config.read_json(directory, generation.name) if generation.exists() else {}
+  tokens = hf_config.read_json(directory) | {k: v for k, v in tokens.items() if v is not None}
+  eos = tokens.get("eos_token_id")
+  if eos is None and tokenizer is not None:
+    eos = tokenizer.eos_token_id
+  eos_ids = () if eos is None else tuple(np.atleast_1d(eos).tolist())
+  refinement = tokens.get("refinement")
+  return Model(
+    config,
+    params,
+    tokenizer,
+    eos_ids,
+    tokens.get("pad_token_id"),
+    directory,
+    Refinement(**refinement) if refinement else None,
+  )
+
+
+def _tokenizer(directory: Path):
+  """The directory's tokenizer, or None if it has no file of one."""
+  files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+  if not any((directory / name).exists() for name in files):
+    return None
+  return hf_weights.load_tokenizer(directory)

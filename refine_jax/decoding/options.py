@@ -1,0 +1,83 @@
+"""Which options a call may give, and what stands for those that it does not."""
+
+import math
+import numbers
+
+import numpy as np
+
+from refine_jax.decoding.settings import DRAFTS, MODES
+from refine_jax.errors import UserError
+
+_SMALLEST_BUCKET = 16
+
+_BLOCK_SIZE = 8
+
+
+# Most tokens that a pass takes in by default. Branches of N tokens come to N^2 a row, so with many
+# rows blocks become smaller, and never smaller than the least.
+_ROOM, _LEAST_BLOCK = 2048, 4
+
+
+def default_draft(trained, mode) -> str:
+  """The default: what suits the mode, and what the model was trained for."""
+  if mode == "fixed":
+    return "noise"
+  return "branches" if trained and trained.block_size else "tail"
+
+
+def default_block_size(trained, mode, draft, rows) -> int:
+  """The default: that of the training; in exact, whose text it does not change, what has room."""
+  if not (trained and trained.block_size):
+    return _BLOCK_SIZE
+  size = trained.block_size
+  if mode == "exact" and draft in (None, "branches"):
+    size = min(size, max(math.isqrt(_ROOM // max(rows, 1)), _LEAST_BLOCK))
+  return size
+
+
+def check_options(
+  *,
+  mode,
+  block_size,
+  max_new_tokens,
+  draft,
+  refine_iter,
+  tau,
+  temperature,
+  top_k,
+  top_p,
+  seed,
+  stop,
+  first_row=0,
+):
+  """What can be told of options before there is a model.
+
+  Raises:
+    UserError: names the option, its value and what it may be.
+  """
+  require("mode", mode, mode in MODES, f"one of {', '.join(MODES)}")
+  require("draft", draft, draft in (None, *DRAFTS), f"one of {', '.join(DRAFTS)}")
+  if (mode, draft) == ("fixed", "branches"):
+    raise UserError("draft='branches' needs a mode that verifies, and mode='fixed' does not.")
+  block_size = _BLOCK_SIZE if block_size is None else block_size
+  for name, value, least in (
+    ("block_size", block_size, 1),
+    ("max_new_tokens", max_new_tokens, 1),
+    ("refine_iter", refine_iter, 1),
+    ("top_k", top_k, 0),
+    ("seed", seed, 0),
+    ("first_row", first_row, 0),
+  ):
+    good = isinstance(value, numbers.Integral) and value >= least
+    require(name, value, good, f"a whole number of at least {least}")
+  require("tau", tau, tau >= 0, "a probability")
+  require("temperature", temperature, 0 <= temperature < np.inf, "0 or a positive number")
+  require("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")
+  if stop == "" or "" in tuple(stop or ()):
+    raise UserError("A stop string is empty; it would end every answer at once.")
+
+
+def require(name, value, good, what):
+  """Raises UserError, which names the option and says what it must be, unless it is good."""
+  if not good:
+    raise UserError(f"{name}={value!r} cannot be; it must be {what}.")

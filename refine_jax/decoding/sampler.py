@@ -1,0 +1,269 @@
+"""Block decoding with a KV cache: the jitted engine under `generation.generate`.
+
+A row is a buffer of tokens of which the first `length` are committed; behind them lie drafts. One
+pass runs the model over a window of the buffer and predicts the tokens at length, length + 1, ..;
+a mode says how many of them to commit. The window starts at the first token whose keys and values
+are not in the cache (or at the last committed one), so a pass overwrites the cache rows of its
+drafts, and a commit only moves a counter. The first drafts are those of the prompt's own pass, made
+from noise tokens behind it.
+
+A causal model's own greedy text is the only fixed point of this: a draft that equals the
+prediction made from the tokens before it, all of them committed or verified likewise, is right.
+So `exact` commits the longest verified run and one token more, and gives the text of
+autoregressive decoding, token for token, whatever the drafts are.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refine_jax.attention import cached
+from refine_jax.attention.cached import slice_rows, write_rows
+from refine_jax.decoding import drafts, sampling
+from refine_jax.decoding.settings import Settings
+from refine_jax.model import transformer
+from refine_jax.model.transformer import ModelConfig
+
+# Rows of a product from which on it is bound by arithmetic rather than by memory (H100).
+_MANY_ROWS = 256
+
+
+class State(NamedTuple):
+  """One entry a row.
+
+  Attributes:
+    tokens: int32 [B, S].
+    length: int32 [B], committed tokens, prompt included.
+    cached: int32 [B], leading tokens whose cache rows are right.
+    limit: int32 [B], the most that length may become.
+    done: bool [B].
+    turn: int32 [B], passes over the current block ("fixed").
+    passes: int32 [B].
+    accepted: int32 [Settings.most], how often a pass committed the place at this offset.
+    caches: for each layer keys and values (cached.empty_caches).
+    seeds: uint32 [B], for sampling.
+  """
+
+  tokens: jax.Array
+  length: jax.Array
+  cached: jax.Array
+  limit: jax.Array
+  done: jax.Array
+  turn: jax.Array
+  passes: jax.Array
+  accepted: jax.Array
+  caches: list
+  seeds: jax.Array
+
+
+class Seen(NamedTuple):
+  """What one pass saw: the places from State.length on, as they were predicted.
+
+  Attributes:
+    predicted: int32 [B, Settings.width].
+    probability: float32 likewise, of each predicted token.
+    count: int32 [B], how many were committed; 0 in rows that were done.
+  """
+
+  predicted: jax.Array
+  probability: jax.Array
+  count: jax.Array
+
+
+def prefill(
+  params, prompts_BP, lengths, noise_token, *, config, size, ahead=0, engine="xla"
+) -> tuple:
+  """The prompts, int32 [B, P] padded on the right, in buffers of `size`: (tokens, caches).
+
+  Args:
+    ahead: this many greedy drafts behind each prompt, made from noise tokens there; 0: none, noise
+      tokens are left in their place.
+  """
+  rows, width = prompts_BP.shape
+  dtype = jax.tree.leaves(params["layers"][0])[0].dtype
+  caches = cached.empty_caches(config, rows, size, dtype)
+  inside = jnp.arange(width)[None, :] < lengths[:, None]
+  tokens = jnp.broadcast_to(noise_token, (rows, size)).astype(jnp.int32)
+  tokens = tokens.at[:, :width].set(jnp.where(inside, prompts_BP, noise_token))
+  start_B = jnp.zeros(rows, jnp.int32)
+  count = width + max(ahead - 1, 0)
+  window = cached.following(start_B, count)
+  x, caches = _run(params, config, tokens[:, :count], start_B, window, caches, engine)
+  if ahead:
+    drafted = jnp.argmax(transformer.logits(params, slice_rows(x, lengths - 1, ahead)), axis=-1)
+    tokens = write_rows(tokens, drafted, lengths)
+  return tokens, caches
+
+
+def begin(tokens, caches, lengths, limits, done, seeds, settings: Settings) -> State:
+  """The state after `prefill`."""
+  # An array for each field: `decode` takes their memory over.
+  return State(
+    tokens=tokens,
+    length=np.array(lengths),
+    cached=np.array(lengths),
+    limit=limits,
+    done=done,
+    turn=np.zeros_like(lengths),
+    passes=np.zeros_like(lengths),
+    accepted=np.zeros(settings.most, np.int32),
+    caches=caches,
+    seeds=seeds,
+  )
+
+
+def decode(params, state: State, max_passes, *, config: ModelConfig, settings: Settings) -> State:
+  """Passes until every row is done, at most `max_passes` of them."""
+
+  def unfinished(carry):
+    count, state = carry
+    return (count < max_passes) & ~jnp.all(state.done)
+
+  def body(carry):
+    count, state = carry
+    # What the pass saw is dropped here, and XLA leaves out what only it would need.
+    return count + 1, one_pass(params, state, config=config, settings=settings)[0]
+
+  return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+
+def one_pass(
+  params, state: State, *, config: ModelConfig, settings: Settings
+) -> tuple[State, Seen]:
+  """One forward pass over each row's window, and what the mode commits of it."""
+  start = jnp.minimum(state.cached, state.length - 1)
+  tokens = state.tokens
+  if settings.draft == "ngram":
+    tokens = drafts.continue_ngrams(tokens, state.length, settings.block)
+  predicted, probability, verified, caches = _predict(
+    params, state, tokens, start, config, settings
+  )
+  count, turn = _commit_count(verified, probability, state.turn, settings)
+
+  # The end of a row: an EOS among the committed, or its limit.
+  count = jnp.minimum(count, state.limit - state.length)
+  is_eos = jnp.isin(predicted, jnp.asarray(settings.eos_ids, jnp.int32))
+  before_eos = _leading(~is_eos)
+  ends = before_eos < count
+  count = jnp.where(ends, before_eos + 1, count)
+  count = jnp.where(state.done, 0, count)
+  length = state.length + count
+  done = state.done | ends | (length >= state.limit)
+
+  keep = predicted
+  if settings.draft == "noise" and settings.mode != "fixed":
+    committed = jnp.arange(settings.width)[None, :] < count[:, None]
+    keep = jnp.where(committed, predicted, settings.noise_token)
+  written = write_rows(tokens, keep, state.length)
+  new = State(
+    tokens=jnp.where(state.done[:, None], state.tokens, written),
+    length=length,
+    # All that was committed before is cached now, and so are the drafts that were right.
+    cached=jnp.where(state.done, state.cached, jnp.minimum(state.length + verified, length - 1)),
+    limit=state.limit,
+    done=done,
+    turn=jnp.where(state.done, state.turn, turn),
+    passes=state.passes + ~state.done,
+    accepted=state.accepted
+    + jnp.sum(jnp.arange(settings.most)[None, :] < count[:, None], axis=0, dtype=jnp.int32),
+    caches=caches,
+    seeds=state.seeds,
+  )
+  return new, Seen(predicted, probability, count)
+
+
+def _predict(params, state, tokens, start, config, settings):
+  """What one forward pass says: predicted, probability [B, width], verified drafts [B], caches."""
+  block = settings.block
+  ids = slice_rows(tokens, start, settings.window)
+  base = state.length - 1 - start
+  if settings.branched:
+    noise = jnp.full((len(ids), drafts.branch_tokens(block)), settings.noise_token, ids.dtype)
+    ids = jnp.concatenate([ids, noise], axis=1)
+    window = drafts.following(start, base, settings.window, block)
+  else:
+    window = cached.following(start, settings.window)
+  x, caches = _run(params, config, ids, start, window, state.caches, settings.engine)
+
+  def choose(x_BND, first_B):
+    positions = first_B[:, None] + jnp.arange(x_BND.shape[1])[None, :]
+    return sampling.choose(transformer.logits(params, x_BND), positions, state.seeds, settings)
+
+  # Only the rows that predict the block meet the head.
+  predicted, probability = choose(slice_rows(x, base, block), state.length)
+  drafted = slice_rows(tokens, state.length, block)
+  verified = _leading(predicted[:, :-1] == drafted[:, :-1])
+  if settings.branched:
+    x_ahead = drafts.chosen(x, verified, settings.window, block)
+    ahead = choose(x_ahead, state.length + verified + 1)
+    predicted, probability = (
+      drafts.continued(own, new, verified)
+      for own, new in zip((predicted, probability), ahead, strict=True)
+    )
+  return predicted, probability, verified, caches
+
+
+def _commit_count(verified, probability, turn, settings):
+  """How many predictions each row commits, and its next turn."""
+  if settings.mode == "fixed":
+    turn = turn + 1
+    # A pass that changes no draft has reached the fixed point: further ones would repeat it.
+    full = (turn >= settings.refine_iter) | (verified == settings.block - 1)
+    return jnp.where(full, settings.block, 0), jnp.where(full, 0, turn)
+  if settings.mode == "threshold":
+    sure = probability >= settings.tau
+    if settings.branched:  # made behind the verified run, not beside it
+      places = jnp.arange(settings.width)[None, :] - verified[:, None]
+      sure = (sure | (places <= 0)) & (places < settings.block)  # where the branch ends
+    return jnp.maximum(verified + 1, _leading(sure)), turn
+  return verified + 1, turn
+
+
+def _run(params, config, ids_BT, start_B, window, caches, engine):
+  """Hidden states of ids behind the first `start` places of the caches, and these with them."""
+  positions_BT, reach = window
+  return transformer.hidden_states(
+    params,
+    config,
+    ids_BT,
+    positions_BT,
+    cached.attend_with(start_B, positions_BT, reach, engine),
+    dtype=caches[0][0].dtype,
+    caches=caches,
+  )
+
+
+def _leading(flags_BN):
+  """How many flags are true before the first that is not: int32 [B]."""
+  return jnp.sum(jnp.cumprod(flags_BN.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
+
+
+@functools.cache
+def programs(config: ModelConfig, settings: Settings) -> tuple:
+  """The jitted (decode, one_pass) of a model's shape; parameters are an argument."""
+  bound = {"config": config, "settings": settings}
+  return tuple(
+    jax.jit(functools.partial(function, **bound), donate_argnums=1)
+    for function in (decode, one_pass)
+  )
+
+
+@functools.cache
+def prefill_program(config: ModelConfig):
+  """The jitted `prefill`, whose options are static."""
+  return jax.jit(
+    functools.partial(prefill, config=config), static_argnames=("size", "ahead", "engine")
+  )
+
+
+def compiler_options(tokens: int) -> dict:
+  """XLA's, for a program whose products have so many rows.
+
+  Where arithmetic is what takes the time, cuBLAS is faster than XLA's own kernels, and adds biases
+  and the residual stream on the way; where memory is, it is slower.
+  """
+  own = jax.default_backend() != "gpu" or tokens < _MANY_ROWS
+  return {} if own else {"xla_gpu_enable_triton_gemm": False}

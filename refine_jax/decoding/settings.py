@@ -1,0 +1,89 @@
+"""How a call decodes: the static choices that its compiled programs are made for."""
+
+import dataclasses
+
+import jax
+
+from refine_jax.decoding import drafts
+
+# On a GPU, products of fewer rows than this take longer, not less.
+_LEAST_ROWS = 16
+
+MODES = ("exact", "fixed", "threshold", "ar")
+DRAFTS = ("tail", "noise", "ngram", "branches")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """Static choices of one compiled program.
+
+  Attributes:
+    mode: "exact"; "fixed" (refine_iter passes a block, then commit it: the document's
+      algorithm); "threshold" (commit while the probability is at least tau); "ar".
+    block: tokens that a pass can commit, block - 1 of them drafts ("threshold" with branches may
+      go on in the branch: `most`).
+    draft: for new places: "tail" keeps the last pass's predictions, "noise" puts the noise token,
+      "ngram" continues as the text did after its last two tokens occurred before; "branches" runs
+      over a run of noise for every place where the verified text may end (drafts.py).
+    refine_iter, tau: for "fixed" and "threshold".
+    temperature: 0 for greedy. Otherwise a token is the argmax of logits / temperature plus Gumbel
+      noise that depends on (seed, row, position) alone: a sample of the model's distribution that
+      is a function of the tokens before it, so "exact" stays exact and equal to "ar".
+    top_k, top_p: 0 and 1: off.
+    engine: of cache_attention.
+    least_window: see `least_window`.
+  """
+
+  mode: str = "exact"
+  block: int = 8
+  draft: str = "tail"
+  refine_iter: int = 2
+  tau: float = 0.9
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  noise_token: int = 0
+  eos_ids: tuple[int, ...] = ()
+  engine: str = "xla"
+  least_window: int = 1
+
+  @property
+  def window(self) -> int:
+    """Tokens a pass runs over: modes that commit unverified tokens run over those once more."""
+    needed = 2 * self.block - 1 if self.mode in ("fixed", "threshold") else self.block
+    return max(needed, self.least_window)
+
+  @property
+  def branched(self) -> bool:
+    """Whether passes carry branches; a block of one token has nothing to draft."""
+    return self.draft == "branches" and self.block > 1
+
+  @property
+  def tokens(self) -> int:
+    """Tokens a row that a pass runs over, those of branches among them."""
+    return self.window + (drafts.branch_tokens(self.block) if self.branched else 0)
+
+  @property
+  def drafts_of_prompt(self) -> int:
+    """Drafts that the prompt's pass makes for the first one."""
+    return 0 if self.mode == "fixed" or self.draft == "noise" else self.block - 1
+
+  @property
+  def width(self) -> int:
+    """Places that a pass predicts; those that it does not commit are drafts."""
+    return 2 * self.block - 1 if self.branched else self.block
+
+  @property
+  def most(self) -> int:
+    """Tokens that a pass can commit."""
+    return self.width if self.mode == "threshold" else self.block
+
+  @property
+  def reach(self) -> int:
+    """Places of the cache behind the committed tokens that a pass may write."""
+    return self.tokens + (0 if self.branched else self.block)
+
+
+def least_window(rows: int) -> int:
+  """Tokens a row that a pass should run over at least; those that it does not need are drafts."""
+  return max(_LEAST_ROWS // rows, 1) if jax.default_backend() == "gpu" else 1

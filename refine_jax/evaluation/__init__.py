@@ -1,0 +1,1 @@
+"""Accuracy beside tokens a pass, and EleutherAI's harness."""

@@ -1,0 +1,192 @@
+"""lm-evaluation-harness with a model that decodes in blocks.
+
+    python -m refine_jax.lm_eval --model refine_jax \
+        --model_args pretrained=DIR,mode=exact,block_size=8 --tasks gsm8k
+
+takes every argument of `lm_eval`; pretrained is what `refine_jax.load` takes. The other arguments
+of the model are those of RefineLM. Needs the package: pip install 'refine_jax[eval]'.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+try:
+  from lm_eval import utils
+  from lm_eval.__main__ import cli_evaluate
+  from lm_eval.api.model import TemplateLM
+  from lm_eval.api.registry import register_model
+except ImportError:
+  missing = "lm-eval is not installed; pip install 'refine_jax[eval]'"
+  # Of the program one line, of the module what an import raises.
+  raise (
+    SystemExit(f"error: {missing}") if __name__ == "__main__" else ImportError(missing)
+  ) from None
+
+from refine_jax.cli import entry_point
+from refine_jax.decoding import compile_cache, generation, loading
+from refine_jax.model import head, transformer
+
+_SMALLEST_BUCKET = 64
+
+
+@register_model("refine_jax")
+class RefineLM(TemplateLM):
+  """What the harness asks of a model.
+
+  Args:
+    pretrained: a Hugging Face directory, a hub name or the workdir of a run.
+    batch_size: requests at a time.
+    max_gen_toks: new tokens where the task does not say.
+    dtype: of the parameters; default: as stored.
+    device, max_batch_size: given by the harness for any model; JAX has its own way to choose.
+    options: of generation.generate: mode, block_size, draft, tau, refine_iter.
+  """
+
+  def __init__(
+    self,
+    pretrained,
+    batch_size=16,
+    max_gen_toks=256,
+    dtype=None,
+    device=None,
+    max_batch_size=None,
+    **options,
+  ):
+    super().__init__()
+    self.model = loading.load(pretrained, dtype=dtype)
+    self.tokenizer = self.model.require_tokenizer()
+    self.batch_size, self.max_gen_toks = int(batch_size), int(max_gen_toks)
+    self.options = options
+
+  @property
+  def eot_token_id(self) -> int:
+    return self.tokenizer.eos_token_id
+
+  @property
+  def prefix_token_id(self) -> int:
+    """What an empty context begins with."""
+    bos = self.tokenizer.bos_token_id
+    return self.eot_token_id if bos is None else bos
+
+  @property
+  def tokenizer_name(self) -> str:
+    return self.tokenizer.name_or_path.replace("/", "__")
+
+  def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
+    return self.tokenizer.apply_chat_template(
+      chat_history,
+      tokenize=False,
+      add_generation_prompt=add_generation_prompt,
+      continue_final_message=not add_generation_prompt,
+    )
+
+  def tok_encode(self, string, add_special_tokens=None, **kwargs) -> list[int]:
+    bos = self.tokenizer.bos_token
+    if add_special_tokens is None:  # a chat template has put it there already
+      add_special_tokens = not (bos and string.startswith(bos))
+    return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+  def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
+    """For each (texts, context ids, continuation ids): (its log-probability, whether greedy)."""
+    results = [None] * len(requests)
+    # Longest first: requests of one length share a batch, and too little memory shows at once.
+    order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i][1:])))
+    for part in tqdm(_chunks(order, self.batch_size), disable=disable_tqdm):
+      scored = self._score([requests[i][1:] for i in part])
+      for i, result in zip(part, scored, strict=True):
+        results[i] = result
+    return results
+
+  def _score(self, pairs):
+    limit = self.model.config.max_length
+    # The last token is predicted and not read.
+    rows = [(context + answer)[-(limit + 1) :] for context, answer in pairs]
+    width = compile_cache.bucket(max(map(len, rows)) - 1, _SMALLEST_BUCKET)
+    ids = np.zeros((self.batch_size, width), np.int32)
+    targets, weights = np.zeros_like(ids), np.zeros(ids.shape, np.float32)
+    for b, (row, (_, answer)) in enumerate(zip(rows, pairs, strict=True)):
+      length, count = len(row) - 1, min(len(answer), len(row) - 1)
+      ids[b, :length], targets[b, :length] = row[:-1], row[1:]
+      weights[b, length - count : length] = 1.0
+    losses, right = jax.device_get(
+      _token_losses(self.model.params, ids, targets, weights, config=self.model.config)
+    )
+    return [
+      (-float(losses[b].sum()), bool((right[b] | (weights[b] == 0)).all()))
+      for b in range(len(pairs))
+    ]
+
+  def loglikelihood_rolling(self, requests, disable_tqdm=False):
+    """Log-probabilities of whole texts, in disjoint windows of the model's length."""
+    results = []
+    for request in tqdm(requests, disable=disable_tqdm):
+      windows = utils.get_rolling_token_windows(
+        token_list=self.tok_encode(request.args[0]),
+        prefix_token=self.prefix_token_id,
+        max_seq_len=self.model.config.max_length,
+        context_len=1,
+      )
+      pairs = [(None, *utils.make_disjoint_window(window)) for window in windows]
+      total = sum(value for value, _ in self._loglikelihood_tokens(pairs, disable_tqdm=True))
+      self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+      results.append(total)
+    return results
+
+  def generate_until(self, requests, disable_tqdm=False):
+    """Answers up to the task's stop strings; requests of one kind go in batches."""
+    results = [None] * len(requests)
+    groups: dict = {}
+    for i, request in enumerate(requests):
+      groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
+    with tqdm(total=len(requests), disable=disable_tqdm) as bar:
+      for indices in groups.values():
+        options = self._options(requests[indices[0]].args[1])
+        for part in _chunks(indices, self.batch_size):
+          contexts = [requests[i].args[0] for i in part]
+          answers = self._answers(contexts, options | {"first_row": part[0]})
+          for i, text in zip(part, answers, strict=True):
+            self.cache_hook.add_partial("generate_until", requests[i].args, text)
+            results[i] = text
+          bar.update(len(part))
+    return results
+
+  def _options(self, arguments: dict) -> dict:
+    """The harness's generation arguments in the words of generation.generate."""
+    until = arguments.get("until") or []
+    sampled = arguments.get("do_sample", False) or arguments.get("temperature", 0.0) > 0
+    result = {
+      "stop": [s for s in ([until] if isinstance(until, str) else until) if s],
+      "max_new_tokens": int(arguments.get("max_gen_toks", self.max_gen_toks)),
+      "temperature": float(arguments.get("temperature", 1.0)) if sampled else 0.0,
+    }
+    result |= {name: arguments[name] for name in ("top_k", "top_p") if name in arguments}
+    return self.options | result
+
+  def _answers(self, contexts, options):
+    room = max(self.model.config.max_length - options["max_new_tokens"], 1)
+    prompts = [self.tok_encode(c)[-room:] for c in contexts]
+    # Filled up, so that the last batch needs no program of its own.
+    prompts += prompts[:1] * (self.batch_size - len(prompts))
+    return generation.generate(self.model, prompts, **options).texts[: len(contexts)]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _token_losses(params, ids_BT, targets_BT, weights_BT, *, config):
+  """Weighted cross-entropies, and whether each target is the most likely token: [B, T]."""
+  x_BTD = loading.hidden_states(params, config, ids_BT, jnp.ones_like(ids_BT))
+  matrix = transformer.head_matrix(params).astype(x_BTD.dtype)
+  _, output = head.cross_entropy(x_BTD, matrix, targets_BT, weights_BT)
+  return output.losses * weights_BT, output.predictions == targets_BT
+
+
+def _chunks(items: list, size: int) -> list:
+  return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+@entry_point
+def main():
+  cli_evaluate()

@@ -1,0 +1,1 @@
+"""Hugging Face's formats, both ways: config.json, safetensors, tokenizer files."""

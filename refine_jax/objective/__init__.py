@@ -1,0 +1,1 @@
+"""What a step minimises: noise, rounds, weights; what validation says of blocks. No model here."""

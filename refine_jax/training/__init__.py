@@ -1,0 +1,1 @@
+"""A run: start, step, loop, and what it writes."""

@@ -1,0 +1,77 @@
+"""The rows of a run, and how many steps they make."""
+
+import dataclasses
+
+import jax
+
+from refine_jax import data, sharding
+from refine_jax.config import Config
+from refine_jax.errors import UserError
+from refine_jax.training.source import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class DataPlan:
+  """The rows of the run and how this process reads them."""
+
+  config: Config
+  train: data.Rows
+  validation: data.Rows | None
+  total_steps: int
+
+  @property
+  def max_segments(self) -> int:
+    """The most examples in any row."""
+    return max(rows.max_segments for rows in (self.train, self.validation) if rows)
+
+  def train_iterator(self):
+    """A grain iterator over batches of this process's rows, whose state can be saved."""
+    return data.train_iterator(
+      self.train,
+      accumulation=self.config.optim.accumulation,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      prefetch=self.config.data.prefetch,
+    )
+
+  def eval_batches(self):
+    return data.eval_batches(
+      self.validation,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+
+def plan_data(config: Config, source: Source, mesh) -> DataPlan:
+  """Tokenises (or reads the cache), packs, and says how many steps the run has."""
+  optim_config = config.optim
+  micro = optim_config.batch_size // optim_config.accumulation
+  eval_size = config.eval.batch_size or micro
+  if eval_size % sharding.batch_shards(mesh):
+    raise UserError(
+      f"config.eval.batch_size={eval_size} is not divisible by the mesh's data x fsdp ="
+      f" {sharding.batch_shards(mesh)}."
+    )
+
+  def examples(files, name):
+    return data.load_examples(files, config.data, source.tokenizer, name=name)
+
+  validation = None
+  if config.data.val_files:
+    validation = data.eval_rows(
+      examples(config.data.val_files, "val"), config.data, batch_size=eval_size
+    )
+  rows = data.train_rows(
+    examples(config.data.train_files, "train"),
+    config.data,
+    batch_size=optim_config.batch_size,
+    total_epochs=optim_config.total_epochs,
+    seed=config.seed,
+  )
+  total_steps = optim_config.total_steps
+  if total_steps == -1:
+    total_steps = rows.num_batches
+  elif total_steps > rows.num_batches:  # as many epochs as that takes
+    epochs = -(-total_steps * optim_config.batch_size // rows.packing.rows)
+    rows = dataclasses.replace(rows, total_epochs=epochs)
+  return DataPlan(config, rows, validation, total_steps)

@@ -1,0 +1,34 @@
+"""Where a run's model comes from."""
+
+import dataclasses
+from pathlib import Path
+
+from refine_jax.config import Config
+from refine_jax.hf import config as hf_config
+from refine_jax.hf import weights as hf_weights
+from refine_jax.model.transformer import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Where the model comes from: `directory` has weights only if `pretrained`."""
+
+  directory: Path
+  pretrained: bool
+  model: ModelConfig
+  tokenizer: object
+
+
+def read_source(config: Config) -> Source:
+  """Reads config.json and the tokenizer; the weights come later, straight to their devices."""
+  name = config.model.pretrained or config.model.config
+  directory = hf_weights.find(name, weights=bool(config.model.pretrained))
+  tokenizer = hf_weights.load_tokenizer(
+    config.model.tokenizer or directory, trust_remote_code=config.model.trust_remote_code
+  )
+  return Source(
+    directory=directory,
+    pretrained=bool(config.model.pretrained),
+    model=hf_config.read_model_config(directory),
+    tokenizer=tokenizer,
+  )

@@ -1,0 +1,228 @@
+"""What happens before the first step: model, data, compute, state, and the printed summary."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from refine_jax import sharding
+from refine_jax.attention.choose import choose_backend
+from refine_jax.config import Config
+from refine_jax.errors import UserError
+from refine_jax.hf import weights as hf_weights
+from refine_jax.model import transformer
+from refine_jax.model.transformer import ModelConfig
+from refine_jax.objective import noise
+from refine_jax.training import compute as compute_lib
+from refine_jax.training import optim, train_step
+from refine_jax.training.data_plan import DataPlan
+from refine_jax.training.metrics import gibibytes
+from refine_jax.training.source import Source
+from refine_jax.training.train_step import Recipe
+from refine_jax.tree import leaf_name
+
+
+def choose_compute(config: Config, shape: ModelConfig, mesh, plan: DataPlan):
+  """Resolves every "auto"."""
+  source = config.model
+  dtype = source.compute_dtype
+  tensor = mesh.shape["tensor"]
+  if config.data.max_length > shape.max_length:
+    raise UserError(
+      f"config.data.max_length={config.data.max_length} is beyond the model's"
+      f" {shape.max_length} positions; lower it."
+    )
+  engine = choose_backend(
+    source.attention,
+    heads=shape.heads // tensor,
+    kv_heads=shape.kv_heads // tensor,
+    head_dim=shape.head_dim,
+    dtype=dtype,
+    max_segments=plan.max_segments,
+    packed=config.data.pack,
+    blocks=config.noise.kind == "block",
+  )
+  shapes = transformer.param_shapes(shape)
+  state_on_device = _bytes_per_device(shapes, sharding.shardings(shapes, mesh))
+  micro_rows = config.optim.batch_size // config.optim.accumulation
+  rows_on_device = micro_rows // sharding.batch_shards(mesh)
+  remat = compute_lib.choose_remat(
+    source.remat,
+    shape,
+    dtype=dtype,
+    tokens=rows_on_device * config.data.max_length * noise.columns_per_token(config.noise),
+    parameters=state_on_device // 4,
+    head_chunk=source.head_chunk,
+    memory=compute_lib.device_memory(),
+    moment_itemsize=jnp.dtype(config.optim.moment_dtype).itemsize,
+  )
+  gradient = source.head_gradient
+  if gradient == "auto":
+    gradient = "forward" if mesh.size == mesh.shape["data"] else "recompute"
+  unroll = compute_lib.choose_unroll(source.scan_unroll, remat, shape.layers)
+  return compute_lib.Compute(
+    model=shape,
+    dtype=dtype,
+    attention=engine,
+    max_segments=plan.max_segments,
+    remat=remat,
+    unroll=unroll,
+    head_chunk=source.head_chunk,
+    head_gradient=gradient,
+    mesh=mesh,
+    join=compute_lib.choose_join(mesh),
+  )
+
+
+def make_recipe(config: Config, source: Source, plan: DataPlan) -> Recipe:
+  """The noise token is EOS unless the config names an id of the vocabulary."""
+  token = config.noise.token
+  if token == -1:
+    token = source.tokenizer.eos_token_id
+  if token >= source.model.vocab_size:
+    raise UserError(
+      f"config.noise.token={token} is outside the model's vocabulary of {source.model.vocab_size}."
+    )
+  return Recipe(
+    objective=config.objective,
+    noise=config.noise,
+    optim=config.optim,
+    noise_token=token,
+    eos_token=source.tokenizer.eos_token_id,
+    total_steps=plan.total_steps,
+    seed=config.seed,
+  )
+
+
+def identity(shape: ModelConfig) -> dict:
+  """What a checkpoint says of its model, to be compared before it is loaded."""
+  return json.loads(json.dumps(dataclasses.asdict(shape)))
+
+
+def check_workdir(workdir: Path, config: Config):
+  """Refuses a used workdir where the config says not to go on from it."""
+  used = (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir())
+  if used and config.checkpoint.resume_mode == "disable":
+    raise UserError(
+      f"{workdir} holds checkpoints and config.checkpoint.resume_mode is 'disable';"
+      " choose another --workdir, or resume_mode='auto' to go on from them."
+    )
+
+
+def prepare_workdir(workdir: Path, config: Config, source: Source, noise_token: int):
+  """Writes the run's config and the model's files, which exports need."""
+  if jax.process_index() != 0:
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  block_size = config.noise.block_size if config.noise.kind == "block" else None
+  hf_weights.save_model_files(
+    source.directory,
+    source.tokenizer,
+    workdir / "model",
+    chat_template=config.data.chat_template,
+    refinement={"noise_token": noise_token, "block_size": block_size},
+  )
+  temporary = workdir / "config.json.new"
+  temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+  temporary.replace(workdir / "config.json")
+
+
+def start(config: Config, source: Source, recipe: Recipe, mesh, checkpointer, iterator) -> tuple:
+  """The state to go on from. The order: own workdir, resume path, pretrained weights, scratch.
+
+  Returns:
+    the TrainState, on its devices; a line that says where it is from.
+  """
+  shapes = jax.eval_shape(
+    lambda: train_step.init_state(
+      transformer.init_params(source.model, jax.random.key(0)), config.optim
+    )
+  )
+  places = sharding.shardings(shapes, mesh)
+  abstract = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places
+  )
+  ours = identity(source.model)
+  if checkpointer.latest_step() is not None:
+    state, step = checkpointer.restore(None, abstract, iterator, ours)
+    return state, f"resumed at step {step} from {checkpointer.directory}"
+  if config.checkpoint.resume_mode == "resume_path":
+    state, path = checkpointer.restore_from(
+      config.checkpoint.resume_from_path, abstract, iterator, ours
+    )
+    return state, f"resumed from {path}"
+  init_state = jax.jit(
+    lambda params: train_step.init_state(params, config.optim),
+    out_shardings=places,
+    donate_argnums=0,
+  )
+  if source.pretrained:
+    by_name = {leaf_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(places.params)}
+
+    def place(name, array):  # a leaf at a time: never two copies of the model on the host
+      return jax.make_array_from_callback(
+        array.shape, by_name[name], lambda index: array[index].astype("float32")
+      )
+
+    params = hf_weights.load_params(source.directory, source.model, place=place)
+    return init_state(params), f"pretrained weights from {source.directory}"
+  init_params = jax.jit(
+    lambda: transformer.init_params(source.model, jax.random.key(config.seed)),
+    out_shardings=places.params,
+  )
+  return init_state(init_params()), "scratch"
+
+
+def save_hf(workdir: Path, step: int, params) -> Path:
+  """This step's parameters as Hugging Face files."""
+  from refine_jax.hf import export as hf_export
+
+  return hf_export.export_step(workdir, step, params)
+
+
+def enable_compilation_cache():
+  """Keeps compiled steps between runs, where the user has not chosen a place for them."""
+  if not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
+    home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    path = Path(home).expanduser() / "refine_jax" / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+def _bytes_per_device(tree, places) -> int:
+  sizes = jax.tree.map(
+    lambda x, s: jnp.dtype(x.dtype).itemsize * math.prod(s.shard_shape(x.shape)), tree, places
+  )
+  return sum(jax.tree.leaves(sizes))
+
+
+def describe(config, source, plan, recipe, compute, state, origin) -> list:
+  """Lines with every number that follows from the config, the data and the devices."""
+  mesh, shape = compute.mesh, source.model
+  axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
+  count = sum(x.size for x in jax.tree.leaves(state.params))
+  params, everything = (
+    gibibytes(_bytes_per_device(tree, jax.tree.map(lambda x: x.sharding, tree)))
+    for tree in (state.params, state)
+  )
+  batch, length = config.optim.batch_size, config.data.max_length
+  micro = batch // config.optim.accumulation
+  rows = plan.train
+  return [
+    f"devices       {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {axes}",
+    f"model         {count / 1e6:.1f} M parameters, {shape.layers} layers, width {shape.width}",
+    f"memory        {params} of parameters, {everything} of state a device",
+    f"compute       {compute.dtype}, attention {compute.attention}, remat {compute.remat},"
+    f" head gradient {compute.head_gradient}",
+    f"batch         {batch} rows of {length}: {config.optim.accumulation} micro-batches of"
+    f" {micro}, {micro // sharding.batch_shards(mesh)} a device; {batch * length} slots a step,"
+    f" {rows.packing_efficiency:.1%} filled (at most {plan.max_segments} examples a row)",
+    f"steps         {recipe.total_steps} ({rows.batches_per_epoch:.1f} an epoch),"
+    f" warm-up {optim.warmup_steps(config.optim, recipe.total_steps)}",
+    f"rounds        {config.objective.num_iterations}, weights"
+    f" {config.objective.loss_weights}, noise token {recipe.noise_token}",
+    f"start         {origin}",
+  ]

@@ -1,0 +1,229 @@
+"""The training and evaluation steps: pure functions of (state, batch)."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
+from refine_jax.objective import block_metrics
+from refine_jax.objective import noise as noise_lib
+from refine_jax.objective import rounds as objective
+from refine_jax.training import optim
+from refine_jax.training.compute import Compute
+
+# Validation losses are reported by the example's noise rate, in so many equal parts of
+# [noise_min, noise_max].
+NOISE_BUCKETS = 4
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that a step changes.
+
+  Attributes:
+    step: int32, steps taken, skipped ones included.
+    skipped: int32, steps whose update was dropped as not finite.
+    skipped_in_row: int32, of those the latest ones without a good one between.
+    params: float32 masters (model.init_params).
+    opt_state: optax's.
+  """
+
+  step: jax.Array
+  skipped: jax.Array
+  skipped_in_row: jax.Array
+  params: Any
+  opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+  """What a step does, beside how it is computed; static."""
+
+  objective: ObjectiveConfig
+  noise: NoiseConfig
+  optim: OptimConfig
+  noise_token: int
+  eos_token: int
+  total_steps: int
+  seed: int
+
+
+def init_state(params, optim_config: OptimConfig) -> TrainState:
+  """Step 0 with these parameters."""
+  # Three arrays, not one three times: the state is donated, and a buffer only once.
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    skipped=jnp.zeros((), jnp.int32),
+    skipped_in_row=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optim.optimizer(optim_config).init(params),
+  )
+
+
+def train_step(state: TrainState, batch: dict, *, recipe: Recipe, compute: Compute) -> tuple:
+  """One optimizer step.
+
+  Args:
+    state: donated by the caller's jit.
+    batch: arrays [A, B, T] (objective.py names them): A micro-batches of B rows.
+
+  Returns:
+    the new state; a dict of float32 metrics: scalars loss_total, grad_norm, lr, noise_mean,
+    tokens, response_tokens, skipped, skipped_in_row, and objective.ROUND_SUMS of
+    objective.refinement_gradients.
+  """
+  key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+  response_tokens = sum_over_batch(lambda b: b["response_mask"], batch)
+  tokens = sum_over_batch(lambda b: b["segment_ids"] > 0, batch)
+  batch, noised = jax.vmap(
+    lambda micro: noise_lib.add_noise(key, micro, recipe.noise, recipe.noise_token)
+  )(batch)
+  weights, clean_weight = recipe.objective.loss_weights, recipe.objective.clean_weight
+  gradients, sums = objective.refinement_gradients(
+    compute.loss,
+    compute.cast(state.params),
+    batch,
+    noised,
+    loss_weights=weights,
+    clean_weight=clean_weight,
+  )
+  gradients = compute.canonical(gradients)
+  if clean_weight > 0:
+    weights = (clean_weight, *weights)
+  losses = sums["loss"] / jnp.maximum(sums["count"], 1)
+  loss_total = jnp.sum(losses * jnp.asarray(weights))
+  new_state, norm, rate = _update(state, gradients, loss_total, recipe)
+  noised_tokens = jnp.sum(noised.rates * batch["response_mask"])
+  metrics = sums | {
+    "loss_total": loss_total,
+    "grad_norm": norm,
+    "lr": rate,
+    "noise_mean": noised_tokens / jnp.maximum(response_tokens, 1),
+    "tokens": tokens,
+    "response_tokens": response_tokens,
+    "skipped": new_state.skipped.astype(jnp.float32),
+    "skipped_in_row": new_state.skipped_in_row.astype(jnp.float32),
+  }
+  return new_state, metrics
+
+
+def sum_over_batch(select, batch: dict):
+  """The float32 sum over all micro-batches of what `select` takes from one."""
+  return jnp.sum(jax.vmap(select)(batch), dtype=jnp.float32)
+
+
+def _update(state, gradients, loss, recipe):
+  """The new state, the gradient's norm and the learning rate; the old values if not finite."""
+  norm = optax.tree.norm(gradients)
+  finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+  rate = optim.schedule(recipe.optim, recipe.total_steps)(state.step)
+  updates, opt_state = optim.optimizer(recipe.optim).update(
+    gradients, state.opt_state, state.params
+  )
+  params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+
+  def keep_old_unless_finite(new, old):
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+  bad = (~finite).astype(jnp.int32)
+  new_state = TrainState(
+    step=state.step + 1,
+    skipped=state.skipped + bad,
+    skipped_in_row=(state.skipped_in_row + 1) * bad,
+    params=keep_old_unless_finite(params, state.params),
+    opt_state=keep_old_unless_finite(opt_state, state.opt_state),
+  )
+  return new_state, norm, rate
+
+
+def eval_step(params: dict, batch: dict, *, recipe: Recipe, compute: Compute) -> dict:
+  """Sums for validation.
+
+  The noise is that of step 0, so that every validation sees the same.
+
+  Args:
+    batch: arrays [B, T].
+
+  Returns:
+    "rounds": objective.ROUND_SUMS, float32 [rounds, NOISE_BUCKETS], by the example's noise rate;
+    "clean": the same of one pass over the clean text, float32 scalars; "block":
+    block_metrics.block_sums, of one pass more than there are rounds.
+  """
+  key = jax.random.key(recipe.seed)
+  noise = recipe.noise
+  round_batch, noised = noise_lib.add_noise(key, batch, noise, recipe.noise_token)
+  width = max(noise.noise_max - noise.noise_min, 1e-6) / NOISE_BUCKETS
+  bucket = ((noised.rates - noise.noise_min) / width).astype(jnp.int32)
+  bucket = jnp.clip(bucket, 0, NOISE_BUCKETS - 1)
+  # The rate belongs to the example, and so to all its tokens.
+  in_bucket = jax.nn.one_hot(bucket, NOISE_BUCKETS)
+  working = compute.cast(params)
+
+  def predict(ids, batch=batch, trained=None):
+    targets, scored = objective.next_token_targets(batch, trained)
+    return compute.loss(working, ids, batch, targets, scored.astype(jnp.float32))[1]
+
+  def collect(_, output):
+    targets, scored = objective.next_token_targets(round_batch, noised.trained)
+    weights = scored * noised.weights
+    sums = objective.round_sums(round_batch, noised.ids, targets, weights, output)
+    return {name: jnp.einsum("bt,btk->k", x, in_bucket) for name, x in sums.items()}
+
+  rounds = recipe.objective.num_iterations
+  blocks = noise_lib.block_noise(key, batch, noise.block_size, recipe.noise_token)
+  targets, scored = objective.next_token_targets(batch)
+  clean = objective.round_sums(
+    batch, batch["ids"], targets, scored.astype(jnp.float32), predict(batch["ids"])
+  )
+  return {
+    "rounds": objective.refine(
+      lambda ids: predict(ids, round_batch, noised.trained),
+      round_batch,
+      noised,
+      num_rounds=rounds,
+      collect=collect,
+    ),
+    "clean": jax.tree.map(jnp.sum, clean),
+    "block": block_metrics.block_sums(
+      predict, batch, blocks, block_size=noise.block_size, passes=rounds + 1, eos=recipe.eos_token
+    ),
+  }
+
+
+def debug_rounds(params: dict, batch: dict, *, recipe: Recipe, compute: Compute, step) -> dict:
+  """One row's way through the rounds, for log/debug.log: batch arrays are [1, T].
+
+  Returns:
+    "inputs" int32 [rounds, T]: s0, s1, ..; "predictions" int32 [rounds, T]: what each round
+    predicts for the place of each token.
+  """
+  key = jax.random.fold_in(jax.random.key(recipe.seed), step)
+  length = batch["ids"].shape[1]
+  batch, noised = noise_lib.add_noise(key, batch, recipe.noise, recipe.noise_token)
+  targets, scored = objective.next_token_targets(batch)
+  working = compute.cast(params)
+
+  def predict(ids):
+    return compute.loss(working, ids, batch, targets, scored.astype(jnp.float32))[1]
+
+  def collect(ids, output):
+    # A prediction each for the place of the next token, refined or not.
+    everywhere = noised._replace(refined=batch["response_mask"])
+    after = objective.next_round_ids(batch, output.predictions, everywhere)
+    # Of blocks beside the clean text, the copy.
+    return {"inputs": ids[0, -length:], "predictions": after[0, -length:]}
+
+  rounds = recipe.objective.num_iterations
+  return objective.refine(predict, batch, noised, num_rounds=rounds, collect=collect)
+
+
+def jit_train_step(recipe: Recipe, compute: Compute, state_shardings=None):
+  """The one place where the step is compiled: state donated, its shardings kept."""
+  step = functools.partial(train_step, recipe=recipe, compute=compute)
+  out = None if state_shardings is None else (state_shardings, None)
+  return jax.jit(step, donate_argnums=0, out_shardings=out)
