@@ -29,11 +29,10 @@ MAY_IMPORT = {
   "hf": _LEAVES | {"model", "text"},
   "decoding": _LEAVES | {"attention", "checkpoint", "hf", "model", "text"},
   "evaluation": _LEAVES | {"cli", "data", "decoding", "hf", "model"},
-  "training": {
-    *_LEAVES, "attention", "decoding", "checkpoint", "config", "data", "evaluation", "hf", "interrupt", "model",
-    "objective", "sharding",
-  },
-}  # fmt: skip
+  "training": _LEAVES
+  | {"attention", "checkpoint", "config", "data", "decoding", "evaluation", "hf", "interrupt"}
+  | {"model", "objective", "sharding"},
+}
 DOORS = {"main", "evaluate", "lm_eval", "__init__"}
 
 
