@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks import timing
 from benchmarks.step import random_batch
-from refine_jax.attention import packed
+from refine_jax.attention import packed as packed_attention
 
 
 def main(argv=None) -> dict:
@@ -53,7 +53,7 @@ def _measure(shape, engine, ceiling, repeats) -> dict:
   segments = shape.segments if packed else 1
 
   def forward(q, k, v, ids):
-    attend = packed.attend_with(ids, backend=engine, max_segments=segments)(None)
+    attend = packed_attention.attend_with(ids, backend=engine, max_segments=segments)(None)
     return attend(q, k, v, None)[0]
 
   def loss(q, k, v, ids, weight):
@@ -85,7 +85,7 @@ def _measure(shape, engine, ceiling, repeats) -> dict:
 
 def _error(out, q, k, v, segment_ids):
   """Relative to the reference in float32, on the first row."""
-  attend = packed.attend_with(segment_ids[:1], backend="xla")(None)
+  attend = packed_attention.attend_with(segment_ids[:1], backend="xla")(None)
   want = attend(*(x[:1].astype(jnp.float32) for x in (q, k, v)), None)[0]
   got = out[:1].astype(jnp.float32)
   return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))

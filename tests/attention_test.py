@@ -129,7 +129,7 @@ def test_the_probe_accepts_the_reference(blocks):
 
 def test_auto_falls_back_with_a_warning(monkeypatch, caplog):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  monkeypatch.setattr(packed, "_PACKED_SINCE", (0, 0, 1))
+  monkeypatch.setattr(choose, "_PACKED_SINCE", (0, 0, 1))
   monkeypatch.setattr(choose, "_probe", lambda *a: "a reason")
   assert choose.choose_backend("auto", packed=True, **CHOICE) == "xla"
   assert "a reason" in caplog.text

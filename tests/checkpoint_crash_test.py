@@ -17,7 +17,7 @@ from refine_jax.checkpoint.checkpointer import Checkpointer
 _SAVES = """
   import os, resource, signal, sys, time
   import grain, jax.numpy as jnp, numpy as np
-  from refine_jax.checkpoint import Checkpointer
+  from refine_jax.checkpoint.checkpointer import Checkpointer
   from refine_jax.errors import UserError
   checkpointer = Checkpointer(sys.argv[1], max_to_keep=1)
   data = iter(grain.MapDataset.source(list(range(9))).to_iter_dataset())

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import train_fixtures as tiny
 
-from refine_jax.checkpoint import checkpointer, checksums
+from refine_jax.checkpoint import checkpointer as checkpoint
+from refine_jax.checkpoint import checksums
 from refine_jax.checkpoint.checkpointer import Checkpointer
 from refine_jax.errors import UserError
 from refine_jax.training.train_step import init_state
@@ -62,13 +63,13 @@ def test_state_iterator_and_config_come_back(tmp_path):
   state, step = checkpointer.restore(None, abstract(new_state()), iterator, IDENTITY)
   assert step == 3 and next(iterator) == 3
   assert_same(state, new_state(3))
-  assert checkpointer.saved_config(tmp_path) == {"seed": 3}
+  assert checkpoint.saved_config(tmp_path) == {"seed": 3}
   checkpointer.close()
 
 
 def test_the_oldest_is_dropped(tmp_path):
   saved(tmp_path, (1, 2, 3), keep=2).close()
-  assert checkpointer.steps(checkpointer.checkpoint_directory(tmp_path)) == [2, 3]
+  assert checkpoint.steps(checkpoint.checkpoint_directory(tmp_path)) == [2, 3]
 
 
 def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
@@ -85,11 +86,11 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
 
 def test_parameters_alone_come_as_host_arrays(tmp_path):
   saved(tmp_path, (2,)).close()
-  params, step = checkpointer.restore_params(tmp_path)
+  params, step = checkpoint.restore_params(tmp_path)
   assert step == 2 and isinstance(params["embedding"], np.ndarray)
   assert_same(params, new_state(2).params)
   with pytest.raises(UserError, match="no step 7; it has 2"):
-    checkpointer.restore_params(tmp_path, 7)
+    checkpoint.restore_params(tmp_path, 7)
 
 
 def _halve(path):
@@ -122,7 +123,7 @@ def test_a_damaged_newest_is_reported_and_the_one_before_is_used(tmp_path, damag
   assert (tmp_path / "checkpoints" / "2.damaged").is_dir()  # set aside, not deleted
   checkpointer.save(2, new_state(5), iterator, {}, IDENTITY)
   checkpointer.wait()
-  assert_same(checkpointer.restore_params(tmp_path, 2)[0], new_state(5).params)
+  assert_same(checkpoint.restore_params(tmp_path, 2)[0], new_state(5).params)
   checkpointer.close()
 
 
@@ -134,7 +135,7 @@ def test_all_damaged_stops(tmp_path):
     checkpointer.restore(None, abstract(new_state()), new_iterator(), IDENTITY)
   checkpointer.close()
   # Whatever was wrong (a lack of memory, say) may not be the checkpoint's fault.
-  assert checkpointer.steps(tmp_path / "checkpoints") == [1]
+  assert checkpoint.steps(tmp_path / "checkpoints") == [1]
 
 
 def test_another_models_checkpoint_is_refused_by_what_differs(tmp_path):
@@ -147,11 +148,11 @@ def test_another_models_checkpoint_is_refused_by_what_differs(tmp_path):
 
 def test_resume_paths(tmp_path):
   saved(tmp_path, (1, 2)).close()
-  assert checkpointer.resolve_resume_path(str(tmp_path)) == (tmp_path, None)
+  assert checkpoint.resolve_resume_path(str(tmp_path)) == (tmp_path, None)
   one = tmp_path / "checkpoints" / "1"
-  assert checkpointer.resolve_resume_path(str(one)) == (tmp_path, 1)
+  assert checkpoint.resolve_resume_path(str(one)) == (tmp_path, 1)
   with pytest.raises(UserError, match="holds no checkpoint"):
-    checkpointer.resolve_resume_path(str(tmp_path / "nowhere"))
+    checkpoint.resolve_resume_path(str(tmp_path / "nowhere"))
   other = Checkpointer(tmp_path / "other", max_to_keep=1)
   state, path = other.restore_from(str(one), abstract(new_state()), new_iterator(), IDENTITY)
   assert path == one
@@ -192,7 +193,7 @@ def test_silent_damage_is_not_exported(tmp_path):
   files = (tmp_path / "checkpoints" / "1" / "state").rglob("*")
   _flip(max((p for p in files if p.is_file()), key=lambda p: p.stat().st_size))
   with pytest.raises(UserError, match="checkpoints/1 cannot be read .*is not what was saved"):
-    checkpointer.restore_params(tmp_path)
+    checkpoint.restore_params(tmp_path)
 
 
 def test_checksums_do_not_depend_on_sharding():
@@ -212,7 +213,7 @@ def test_another_optimizers_checkpoints_are_refused_and_left_alone(tmp_path):
   with pytest.raises(UserError, match="another optimizer"):
     checkpointer.restore(None, abstract(other), new_iterator(), IDENTITY)
   checkpointer.close()
-  assert checkpointer.steps(tmp_path / "checkpoints") == [1, 2]
+  assert checkpoint.steps(tmp_path / "checkpoints") == [1, 2]
 
 
 def test_a_step_can_be_damaged_twice(tmp_path):
@@ -233,5 +234,5 @@ def test_another_runs_damaged_checkpoint_stays_where_it_is(tmp_path):
   other = Checkpointer(tmp_path / "other", max_to_keep=1)
   arguments = (abstract(new_state()), new_iterator(), IDENTITY)
   state, path = other.restore_from(str(tmp_path), *arguments)
-  assert path.name == "1" and checkpointer.steps(tmp_path / "checkpoints") == [1, 2]
+  assert path.name == "1" and checkpoint.steps(tmp_path / "checkpoints") == [1, 2]
   assert_same(state, new_state(1))

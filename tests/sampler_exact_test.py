@@ -92,7 +92,7 @@ def test_what_a_gpu_does_is_exact_too(variant, monkeypatch, name, block, draft, 
     return cached_triton.attend(*new, **arguments, interpret=True)
 
   monkeypatch.setattr(cached, "choose_engine", lambda config, dtype: "kernel")
-  monkeypatch.setattr(cached, "cache_kernel", type("kernel", (), {"attend": attend}))
+  monkeypatch.setattr(cached, "cached_triton", type("kernel", (), {"attend": attend}))
   monkeypatch.setattr(decoding, "least_window", lambda rows: 16 // rows)
   ours, prompts, want = variant(name)
   fresh = dataclasses.replace(ours)  # an engine once chosen stays
