@@ -120,11 +120,7 @@ def _run(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, *, with_gradients
   """The loop over chunks of scored tokens: (total, HeadOutput[, dx_ND, dhead_VD float32])."""
   count = targets_N.size
   head = head_VD.astype(x_ND.dtype)
-  # Scored tokens first, then as many turns as they fill: a stable sort keeps their order.
-  order = jnp.argsort(~scored_N, stable=True)
-  scored = jnp.sum(scored_N)
-  padding = -count % chunk
-  order = jnp.concatenate([order, jnp.full((padding,), count, order.dtype)])
+  order, turns = scored_first(scored_N, chunk)
 
   def body(i, carry):
     total, outputs, dx, dhead = carry
@@ -137,7 +133,7 @@ def _run(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, *, with_gradients
     logits = jax.lax.dot_general(
       x, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
-    highest, log_sum, predictions = _reduce(logits)
+    highest, log_sum, predictions = reduce_logits(logits)
     lse = highest + log_sum
     # A gather of one logit a token: a masked sum would read them all once more.
     losses = lse - jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
@@ -164,14 +160,25 @@ def _run(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, *, with_gradients
   outputs = (jnp.zeros(count, jnp.int32), jnp.zeros(count), jnp.zeros(count))
   dx = jnp.zeros_like(x_ND) if with_gradients else None
   dhead = jnp.zeros(head_VD.shape, jnp.float32) if with_gradients else None
-  # The trip count is data: fori_loop becomes a while loop, which the custom rule allows.
-  turns = (scored + chunk - 1) // chunk
   total, outputs, dx, dhead = jax.lax.fori_loop(0, turns, body, (jnp.zeros(()), outputs, dx, dhead))
   output = HeadOutput(*outputs)
   return (total, output, dx, dhead) if with_gradients else (total, output)
 
 
-def _reduce(logits_NV):
+def scored_first(scored_N, chunk: int) -> tuple:
+  """Which tokens each turn of a loop over chunks takes, so that no other meets the head.
+
+  Returns:
+    int32 [N, filled up to whole chunks with N], the scored ones first and in order; how many turns
+    these fill, int32: data, so fori_loop becomes a while loop, which a custom rule allows.
+  """
+  count = scored_N.size
+  order = jnp.argsort(~scored_N, stable=True)
+  order = jnp.concatenate([order, jnp.full((-count % chunk,), count, order.dtype)])
+  return order, (jnp.sum(scored_N) + chunk - 1) // chunk
+
+
+def reduce_logits(logits_NV):
   """max, log(sum(exp(logits - max))) and argmax of each row, in one read of the logits."""
 
   def combine(a, b):

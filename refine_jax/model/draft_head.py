@@ -1,0 +1,162 @@
+"""The output head of draft tokens on a frozen base: a distance to the base's own prediction.
+
+A draft token and the clean token at its place predict the same next token, the one from noise, the
+other from the text. Their hidden states meet the same head, chunk by chunk, so that neither logits
+[N, V] nor a gradient of the head ever exist. The gradient of the drafts' hidden states is computed
+next to the loss, which is linear in its one cotangent.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from refine_jax.model.head import reduce_logits, scored_first
+
+# data: cross-entropy to the text's own next token. greedy: to the base's most likely one. kl:
+# KL(base || draft). tv: total variation, one minus the chance that speculative sampling accepts
+# (arXiv:2211.17192).
+TARGETS = ("data", "greedy", "kl", "tv")
+
+
+class DraftOutput(NamedTuple):
+  """Per draft token, in the shape of the targets; zero where it is not scored.
+
+  Attributes:
+    predictions: int32, the most likely next token; of equals the lowest id.
+    references: int32, what it should be: the text's token for "data", else the base's choice.
+    losses: float32, the distance, not weighted.
+    confidences: float32, the probability of the prediction.
+  """
+
+  predictions: jax.Array
+  references: jax.Array
+  losses: jax.Array
+  confidences: jax.Array
+
+
+def draft_loss(
+  x: jax.Array,
+  clean_x: jax.Array,
+  head_VD: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  *,
+  target: str = "kl",
+  chunk: int = 2048,
+) -> tuple[jax.Array, DraftOutput]:
+  """The weighted distance of drafts to what they should predict.
+
+  Args:
+    x: hidden states of the drafts, [.., D]; products run in their dtype.
+    clean_x: of the clean tokens at the same places, likewise; not read for "data".
+    head_VD: the output matrix [V, D].
+    targets: int32 [..], the text's next tokens; read for "data" alone.
+    weights: float32 [..]; where one is 0 the token is skipped.
+    target: one of TARGETS.
+    chunk: tokens at a time.
+
+  Returns:
+    the sum of weight * distance, float32; a DraftOutput. Gradients flow to x, through the sum only.
+
+  Raises:
+    ValueError: no such target.
+  """
+  if target not in TARGETS:
+    raise ValueError(f"target {target!r} is none of {', '.join(TARGETS)}")
+  flat = (y.reshape(-1, y.shape[-1]) for y in (x, clean_x))
+  chunk = min(chunk, targets.size)
+  total, output = _chunked(*flat, head_VD, targets.reshape(-1), weights.reshape(-1), target, chunk)
+  return total, jax.tree.map(lambda y: y.reshape(targets.shape), output)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _chunked(x_ND, clean_ND, head_VD, targets_N, weights_N, target, chunk):
+  return _run(x_ND, clean_ND, head_VD, targets_N, weights_N, target, chunk, gradient=False)[:2]
+
+
+def _chunked_fwd(x_ND, clean_ND, head_VD, targets_N, weights_N, target, chunk):
+  total, output, dx = _run(
+    x_ND, clean_ND, head_VD, targets_N, weights_N, target, chunk, gradient=True
+  )
+  return (total, output), dx
+
+
+def _chunked_bwd(target, chunk, dx, cotangents):
+  return (dx * cotangents[0]).astype(dx.dtype), None, None, None, None
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd)
+
+
+def _run(x_ND, clean_ND, head_VD, targets_N, weights_N, target, chunk, *, gradient):
+  """The loop over chunks of scored tokens: (total, DraftOutput, dx_ND or None)."""
+  count = targets_N.size
+  head = head_VD.astype(x_ND.dtype)
+  order, turns = scored_first(weights_N != 0, chunk)
+
+  def body(i, carry):
+    total, outputs, dx = carry
+    rows = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
+
+    def take(y):
+      return y.at[rows].get(mode="fill", fill_value=0)
+
+    weights = take(weights_N)
+    used = weights != 0
+
+    def logits_of(y):
+      # What fills up the last chunk may be anything, not numbers included.
+      rows_of_y = jnp.where(used[:, None], take(y), 0)
+      return jax.lax.dot_general(
+        rows_of_y, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+      )
+
+    logits = logits_of(x_ND)
+    base_logits = None if target == "data" else logits_of(clean_ND)
+    new, dlogits = _distance(logits, base_logits, take(targets_N), target, gradient)
+    total += jnp.sum(new.losses * weights)
+    outputs = DraftOutput(
+      *(
+        old.at[rows].set(jnp.where(used, y, 0).astype(old.dtype), mode="drop")
+        for old, y in zip(outputs, new, strict=True)
+      )
+    )
+    if gradient:
+      dlogits = (dlogits * weights[:, None]).astype(x_ND.dtype)
+      dx_rows = jax.lax.dot_general(
+        dlogits, head, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+      )
+      dx = dx.at[rows].set(dx_rows.astype(dx.dtype), mode="drop")
+    return total, outputs, dx
+
+  ids, numbers = jnp.zeros(count, jnp.int32), jnp.zeros(count)
+  carry = jnp.zeros(()), DraftOutput(ids, ids, numbers, numbers)
+  return jax.lax.fori_loop(0, turns, body, (*carry, jnp.zeros_like(x_ND) if gradient else None))
+
+
+def _distance(logits, base_logits, targets, target, gradient) -> tuple:
+  """One chunk's DraftOutput, and the gradient of its losses with respect to the logits [n, V]."""
+  highest, log_sum, predictions = reduce_logits(logits)
+  log_q = logits - (highest + log_sum)[:, None]
+  confidences = jnp.exp(-log_sum)
+  if base_logits is None:
+    references = targets
+  else:
+    base_highest, base_log_sum, references = reduce_logits(base_logits)
+    log_p = base_logits - (base_highest + base_log_sum)[:, None]
+  if target in ("data", "greedy"):
+    losses = -jnp.take_along_axis(log_q, references[:, None], axis=1)[:, 0]
+    columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    dlogits = jnp.exp(log_q) - (columns == references[:, None]) if gradient else None
+  elif target == "kl":
+    p = jnp.exp(log_p)
+    losses = jnp.sum(p * (log_p - log_q), axis=1)
+    dlogits = jnp.exp(log_q) - p if gradient else None
+  else:
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    losses = 0.5 * jnp.sum(jnp.abs(p - q), axis=1)
+    slope = 0.5 * jnp.sign(q - p)  # of the loss along q
+    dlogits = q * (slope - jnp.sum(q * slope, axis=1, keepdims=True)) if gradient else None
+  return DraftOutput(predictions, references, losses, confidences), dlogits
