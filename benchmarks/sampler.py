@@ -28,7 +28,7 @@ from refine_jax.decoding import compile_cache, generation, loading, sampler
 from refine_jax.decoding import settings as sampler_settings
 from refine_jax.hf import export as hf_export
 from refine_jax.model import transformer
-from refine_jax.training import compute
+from refine_jax.training import flops
 
 _PASSES = 32
 # The document's add_eos_length of 7.
@@ -121,7 +121,7 @@ def pass_cost(
   moved = weight_bytes(config, itemsize) + rows * (context + tokens) * cache
   scores = 4 * config.heads * config.head_dim * config.layers * context
   head = 2 * config.width * config.vocab_size
-  layers = compute.matmul_flops_per_token(config) - head
+  layers = flops.matmul_flops_per_token(config) - head
   return moved, rows * (tokens * (layers + scores) + predictions * head)
 
 
@@ -229,7 +229,7 @@ def _roofline(moved, flops, seconds, ceilings) -> dict:
   By what this run measured, and by what the device's makers state.
   """
   memory, work = moved / ceilings["bytes"], flops / ceilings["flops"]
-  peak, bandwidth = compute.peak_flops(), timing.nominal_bytes_per_second()
+  peak, bandwidth = flops.peak_flops(), flops.peak_bandwidth()
   nominal = max(moved / bandwidth, flops / peak) if peak and bandwidth else None
   return {
     "bytes": moved,

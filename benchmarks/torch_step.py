@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks import timing
 from refine_jax.hf import config as hf_config
 from refine_jax.model.transformer import ModelConfig
-from refine_jax.training import compute
+from refine_jax.training import flops as flops_lib
 
 _CHUNK = 2048
 
@@ -148,7 +148,7 @@ def measure(
   except torch.OutOfMemoryError:
     return result | {"tokens_per_second": None, "note": "out of memory"}
   tokens = rows * shape.length
-  flops = compute.train_flops_per_token(shape.model, shape.length, rounds)
+  flops = flops_lib.train_flops_per_token(shape.model, shape.length, rounds)
   return result | {
     "attention": "sdpa",
     "step_ms": seconds * 1e3,

@@ -15,7 +15,7 @@ from refine_jax.attention import packed
 from refine_jax.data import load_examples, train_rows
 from refine_jax.hf import config as hf_config
 from refine_jax.model import transformer
-from refine_jax.training import compute as compute_lib
+from refine_jax.training import flops
 from tests import data_fixtures
 
 TINY = timing.SHAPES["tiny"]
@@ -27,8 +27,8 @@ PEAK = 2e12
 def run(capsys, monkeypatch):
   """Runs a benchmark; its object, which is also the last line that it prints."""
   # As on a device whose peaks are known, so that shares of them are computed.
-  monkeypatch.setattr(compute_lib, "peak_flops", lambda: PEAK)
-  monkeypatch.setattr(timing, "nominal_bytes_per_second", lambda: 1e11)
+  monkeypatch.setattr(flops, "peak_flops", lambda: PEAK)
+  monkeypatch.setattr(flops, "peak_bandwidth", lambda: 1e11)
 
   def call(benchmark, *options):
     result = benchmark.main(["--shape=tiny", "--repeats=1", "--json", *options])

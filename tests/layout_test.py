@@ -53,9 +53,8 @@ def states_and_gradients(config, params, **options):
     x_BTD = transformer.hidden_states(
       params,
       config,
-      batch["ids"],
-      batch["positions"],
-      packed.attend_with(batch["segment_ids"], max_segments=3),
+      batch,
+      packed.for_batch(batch, max_segments=3),
       **options,
     )
     return jnp.sum(jnp.sin(x_BTD)), x_BTD

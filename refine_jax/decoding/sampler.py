@@ -22,6 +22,7 @@ import numpy as np
 
 from refine_jax.attention import cached
 from refine_jax.attention.cached import slice_rows, write_rows
+from refine_jax.batch import Batch
 from refine_jax.decoding import drafts, sampling
 from refine_jax.decoding.settings import Settings
 from refine_jax.model import transformer
@@ -228,8 +229,7 @@ def _run(params, config, ids_BT, start_B, window, caches, engine):
   return transformer.hidden_states(
     params,
     config,
-    ids_BT,
-    positions_BT,
+    Batch(ids_BT, positions_BT),
     cached.attend_with(start_B, positions_BT, reach, engine),
     dtype=caches[0][0].dtype,
     caches=caches,

@@ -18,11 +18,11 @@ from refine_jax.model import transformer
 from refine_jax.model.transformer import ModelConfig
 from refine_jax.objective import noise
 from refine_jax.training import compute as compute_lib
-from refine_jax.training import optim, train_step
+from refine_jax.training import memory, optim, train_step
 from refine_jax.training.data_plan import DataPlan
 from refine_jax.training.metrics import gibibytes
 from refine_jax.training.source import Source
-from refine_jax.training.train_step import Recipe
+from refine_jax.training.train_step import StepConfig
 from refine_jax.tree import leaf_name
 
 
@@ -44,27 +44,29 @@ def choose_compute(config: Config, shape: ModelConfig, mesh, plan: DataPlan):
     dtype=dtype,
     max_segments=plan.max_segments,
     packed=config.data.pack,
-    blocks=config.noise.kind == "block",
+    blocks=noise.from_config(config.noise).clean_text_inside,
   )
   shapes = transformer.param_shapes(shape)
   state_on_device = _bytes_per_device(shapes, sharding.shardings(shapes, mesh))
   micro_rows = config.optim.batch_size // config.optim.accumulation
   rows_on_device = micro_rows // sharding.batch_shards(mesh)
-  remat = compute_lib.choose_remat(
+  remat = memory.choose_remat(
     source.remat,
     shape,
     dtype=dtype,
-    tokens=rows_on_device * config.data.max_length * noise.columns_per_token(config.noise),
+    tokens=rows_on_device
+    * config.data.max_length
+    * noise.from_config(config.noise).columns_per_token,
     parameters=state_on_device // 4,
     head_chunk=source.head_chunk,
-    memory=compute_lib.device_memory(),
+    memory=memory.device_memory(),
     moment_itemsize=jnp.dtype(config.optim.moment_dtype).itemsize,
   )
   gradient = source.head_gradient
   if gradient == "auto":
     gradient = "forward" if mesh.size == mesh.shape["data"] else "recompute"
   unroll = compute_lib.choose_unroll(source.scan_unroll, remat, shape.layers)
-  return compute_lib.Compute(
+  return compute_lib.ForwardConfig(
     model=shape,
     dtype=dtype,
     attention=engine,
@@ -78,7 +80,7 @@ def choose_compute(config: Config, shape: ModelConfig, mesh, plan: DataPlan):
   )
 
 
-def make_recipe(config: Config, source: Source, plan: DataPlan) -> Recipe:
+def make_recipe(config: Config, source: Source, plan: DataPlan) -> StepConfig:
   """The noise token is EOS unless the config names an id of the vocabulary."""
   token = config.noise.token
   if token == -1:
@@ -87,7 +89,7 @@ def make_recipe(config: Config, source: Source, plan: DataPlan) -> Recipe:
     raise UserError(
       f"config.noise.token={token} is outside the model's vocabulary of {source.model.vocab_size}."
     )
-  return Recipe(
+  return StepConfig(
     objective=config.objective,
     noise=config.noise,
     optim=config.optim,
@@ -118,20 +120,21 @@ def prepare_workdir(workdir: Path, config: Config, source: Source, noise_token: 
   if jax.process_index() != 0:
     return
   workdir.mkdir(parents=True, exist_ok=True)
-  block_size = config.noise.block_size if config.noise.kind == "block" else None
   hf_weights.save_model_files(
     source.directory,
     source.tokenizer,
     workdir / "model",
     chat_template=config.data.chat_template,
-    refinement={"noise_token": noise_token, "block_size": block_size},
+    refinement=noise.from_config(config.noise).refinement(noise_token),
   )
   temporary = workdir / "config.json.new"
   temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
   temporary.replace(workdir / "config.json")
 
 
-def start(config: Config, source: Source, recipe: Recipe, mesh, checkpointer, iterator) -> tuple:
+def start(
+  config: Config, source: Source, recipe: StepConfig, mesh, checkpointer, iterator
+) -> tuple:
   """The state to go on from. The order: own workdir, resume path, pretrained weights, scratch.
 
   Returns:

@@ -1,0 +1,54 @@
+"""What the rounds see instead of the response: a file for each kind of noise."""
+
+from collections.abc import Callable
+
+import jax
+
+from refine_jax.batch import Batch
+from refine_jax.config import NoiseConfig
+from refine_jax.errors import UserError
+from refine_jax.objective.noise.block import BlockNoise, block_noise
+from refine_jax.objective.noise.kind import (
+  Noised,
+  NoiseKind,
+  response_lengths,
+  response_offsets,
+)
+from refine_jax.objective.noise.uniform import UniformNoise
+
+# config.noise.kind -> what makes the kind of its settings.
+KINDS: dict[str, Callable[[NoiseConfig], NoiseKind]] = {
+  "uniform": UniformNoise,
+  "block": BlockNoise,
+}
+
+__all__ = [
+  "KINDS",
+  "NoiseKind",
+  "Noised",
+  "add_noise",
+  "block_noise",
+  "from_config",
+  "response_lengths",
+  "response_offsets",
+]
+
+
+def from_config(config: NoiseConfig) -> NoiseKind:
+  """Returns the kind that the config names.
+
+  Raises:
+    UserError: there is no such kind, or it cannot work with the values.
+  """
+  if config.kind not in KINDS:
+    raise UserError(f"config.noise.kind is {config.kind!r}; it is one of {', '.join(KINDS)}.")
+  kind = KINDS[config.kind](config)
+  kind.check()
+  return kind
+
+
+def add_noise(
+  key: jax.Array, batch: Batch, config: NoiseConfig, noise_token: int
+) -> tuple[Batch, Noised]:
+  """Corrupts a batch [B, T] as the config says: see NoiseKind.corrupt."""
+  return from_config(config).corrupt(key, batch, noise_token)
