@@ -138,7 +138,7 @@ def _check_keys(argv):
       continue
     section, _, rest = match[1].partition(".")
     if rest and section not in sections and nearest(section, sections):
-      wrong, near = section, nearest(section, sections)
+      wrong, near = section, nearest(section, sections).replace("Did", "did")
     else:
       wrong, near = match[1], _nearest_key(match[1], names)
     raise UserError(f"{shown(argument)[1:-1]}: there is no key {shown(wrong)};{near}")

@@ -113,8 +113,9 @@ class Key:
     return value
 
   def _check_bounds(self, value):
+    finite = isinstance(value, int) or math.isfinite(value)
     inside = (
-      math.isfinite(value)
+      finite
       and (self.least is None or value >= self.least)
       and (self.above is None or value > self.above)
       and (self.below is None or value < self.below)
@@ -122,7 +123,7 @@ class Key:
     )
     if not inside:
       wanted = self.bounds() or "finite"
-      if self.most is not None and math.isfinite(value) and value > self.most:
+      if self.most is not None and finite and value > self.most:
         wanted = f"at most {self.most}"
       specials = "".join(f", or {shown(v)}: {meaning}" for v, meaning in self.special.items())
       raise UserError(f"config.{self.name} is {shown(value)}; it must be {wanted}{specials}.")
