@@ -7,7 +7,7 @@
 from configs import base
 
 
-def get_config(recipe: str = "document"):
+def get_config(recipe: str = "uniform"):
   c = base.get_config(recipe)
   c.data.train_files = "train.parquet"
   c.model.pretrained = "meta-llama/Meta-Llama-3-8B-Instruct"

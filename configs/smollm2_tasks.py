@@ -14,7 +14,7 @@ scripts/experiment_tasks.py runs and compares them all.
 from configs import base
 
 
-def get_config(recipe: str = "document"):
+def get_config(recipe: str = "uniform"):
   c = base.get_config(recipe)
   c.data.train_files = "data/tasks/train.parquet"
   c.data.val_files = "data/tasks/val.parquet"

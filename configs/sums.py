@@ -13,7 +13,7 @@
 from configs import tiny
 
 
-def get_config(recipe: str = "document"):
+def get_config(recipe: str = "uniform"):
   c = tiny.get_config(recipe)
   c.data.train_files = "data/sums/train.parquet"
   c.data.val_files = "data/sums/val.parquet"

@@ -7,7 +7,7 @@ python -m refine_jax.main --config=configs/tiny.py --workdir=runs/tiny
 from configs import base
 
 
-def get_config(recipe: str = "document"):
+def get_config(recipe: str = "uniform"):
   c = base.get_config(recipe)
   c.data.train_files = "data/tiny/train.parquet"
   c.data.val_files = "data/tiny/val.parquet"

@@ -1,5 +1,6 @@
-"""Every key of a run: `schema` has the types, `checks` which values make sense."""
+"""Every key of a run: `schema` declares them, `checks` has the rules between them."""
 
+from refine_jax.config.build import default_config, from_config_dict
 from refine_jax.config.schema import (
   CheckpointConfig,
   Config,
@@ -11,7 +12,6 @@ from refine_jax.config.schema import (
   NoiseConfig,
   ObjectiveConfig,
   OptimConfig,
-  from_config_dict,
 )
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
   "NoiseConfig",
   "ObjectiveConfig",
   "OptimConfig",
+  "default_config",
   "from_config_dict",
 ]

@@ -1,131 +1,30 @@
-"""Which values of a configuration make sense, one by one and together."""
+"""Rules between the keys of a configuration; those of one key are declared with it, in schema."""
 
-import dataclasses
-import difflib
-
+from refine_jax.config.schema import Config, MeshConfig
 from refine_jax.errors import UserError
 
-_CHOICES = {
-  "data.truncation": ("error", "left", "right"),
-  "model.compute_dtype": ("float32", "bfloat16"),
-  "model.attention": ("auto", "xla", "cudnn", "cudnn_packed", "splash"),
-  "model.remat": ("auto", "none", "mlp", "attention", "full"),
-  "model.head_gradient": ("auto", "forward", "recompute"),
-  "noise.kind": ("uniform", "block"),
-  "optim.moment_dtype": ("float32", "bfloat16"),
-  "checkpoint.resume_mode": ("auto", "disable", "resume_path"),
-}
-# Smallest value that makes sense; keys that may also be -1 say so in configs/base.py.
-_AT_LEAST = {
-  "seed": 0,
-  "data.max_length": 2,
-  "data.max_segments": 1,
-  "data.prefetch": 1,
-  "model.scan_unroll": 0,
-  "model.head_chunk": 1,
-  "objective.num_iterations": 1,
-  "objective.clean_weight": 0,
-  "noise.block_size": 1,
-  "noise.token": -1,
-  "optim.batch_size": 1,
-  "optim.accumulation": 1,
-  "optim.total_epochs": 1,
-  "optim.lr": 0,
-  "optim.eps": 0,
-  "optim.weight_decay": 0,
-  "optim.clip_grad": 0,
-  "optim.max_nonfinite": 1,
-  "checkpoint.save_every": 1,
-  "checkpoint.max_ckpt_to_keep": 1,
-  "eval.eval_every": 0,
-  "eval.batch_size": 0,
-  "eval.generate_every": 0,
-  "eval.generate_rows": 1,
-  "eval.generate_tokens": 1,
-  "log.every": 1,
-  "log.debug_every": 0,
-}
-_LOGGERS = ("console", "tensorboard", "wandb")
+# Positions in a batch are int32 on the device.
+_MOST_TOKENS = 2**31 - 1
 
 
-def check(c):
-  """Raises UserError at the first value, or pair of values, that makes no sense."""
-  for name, choices in _CHOICES.items():
-    value = _get(c, name)
-    _require(
-      value in choices,
-      f"config.{name} is {value!r}; it is one of {', '.join(choices)}.{nearest(value, choices)}",
-    )
-  for name, least in _AT_LEAST.items():
-    value = _get(c, name)
-    _require(value >= least, f"config.{name} is {value}; it must be at least {least}.")
-  rounds, weights = c.objective.num_iterations, c.objective.loss_weights
+def check(c: Config):
+  """Raises UserError at the first values that contradict each other."""
+  _check_source(c)
+  _check_objective(c)
+  _check_batches(c)
+  _check_mesh(c.mesh)
+  first, last = _pair(c.log.profile_steps, "log.profile_steps", "(first, last)")
   _require(
-    len(weights) == rounds,
-    f"config.objective.loss_weights has {len(weights)} values and num_iterations is {rounds};"
-    " give one weight a round.",
+    first <= last and (first > 0 or last == 0),
+    f"config.log.profile_steps is {c.log.profile_steps}; it must be (first, last), from step 1 on,"
+    " or (0, 0).",
   )
-  _require(
-    all(w >= 0 for w in weights) and sum(weights) > 0,
-    f"config.objective.loss_weights is {weights}; weights are not negative, and one is positive.",
-  )
-  low, high = c.noise.noise_min, c.noise.noise_max
-  _require(
-    0 <= low <= high <= 1,
-    f"config.noise has noise_min={low} and noise_max={high};"
-    " they must satisfy 0 <= noise_min <= noise_max <= 1.",
-  )
-  _require(
-    c.noise.kind != "block" or c.noise.block_size > 1,
-    "config.noise.block_size is 1: such blocks have no drafts to train; make it at least 2.",
-  )
-  _require(
-    0 < c.noise.offset_decay <= 1,
-    f"config.noise.offset_decay is {c.noise.offset_decay}; it must be in (0, 1].",
-  )
-  _require(
-    len(c.optim.betas) == 2 and all(0 <= b < 1 for b in c.optim.betas),
-    f"config.optim.betas is {c.optim.betas}; it must be two numbers in [0, 1).",
-  )
-  _require(
-    0 <= c.optim.warmup_ratio < 1,
-    f"config.optim.warmup_ratio is {c.optim.warmup_ratio}; it must be in [0, 1).",
-  )
-  _require(
-    c.optim.total_steps == -1 or c.optim.total_steps > 0,
-    f"config.optim.total_steps is {c.optim.total_steps}; it must be positive, or -1: all epochs.",
-  )
-  _require(
-    c.optim.batch_size % c.optim.accumulation == 0,
-    f"config.optim.batch_size={c.optim.batch_size} is not divisible by"
-    f" accumulation={c.optim.accumulation}.",
-  )
-  sizes = dataclasses.astuple(c.mesh)
-  _require(
-    all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
-    f"config.mesh is data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]};"
-    " sizes are positive, and at most one is -1.",
-  )
-  for name in c.log.logger:
-    _require(
-      name in _LOGGERS,
-      f"config.log.logger names {name!r}; known are {', '.join(_LOGGERS)}."
-      f"{nearest(name, _LOGGERS)}",
-    )
-  _require(
-    len(c.log.profile_steps) == 2 and c.log.profile_steps[0] <= c.log.profile_steps[1],
-    f"config.log.profile_steps is {c.log.profile_steps}; it must be (first, last).",
-  )
+  if c.optim.step_limit is not None:
+    check_profile(c, c.optim.step_limit)
   _require(
     bool(c.eval.generate_file) == (c.eval.generate_every > 0),
     "config.eval.generate_every and config.eval.generate_file go together: how often, and which"
     " parquet file of problems.",
-  )
-  _require(bool(c.data.train_files), "config.data.train_files is empty; name a parquet file.")
-  _require(
-    bool(c.model.pretrained) != bool(c.model.config),
-    "Set config.model.pretrained (start from weights) or config.model.config (from scratch),"
-    " one of the two.",
   )
   _require(
     (c.checkpoint.resume_mode == "resume_path") == bool(c.checkpoint.resume_from_path),
@@ -133,16 +32,79 @@ def check(c):
   )
 
 
-def nearest(name: str, known) -> str:
-  """' Did you mean ...?' for the known name most like `name`, or ''."""
-  match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-  return f" Did you mean {match[0]!r}?" if match else ""
+def check_profile(c: Config, total_steps: int):
+  """Raises UserError where log.profile_steps names a step that the run does not have."""
+  _require(
+    c.log.profile is None or c.log.profile[1] <= total_steps,
+    f"config.log.profile_steps is {c.log.profile_steps}, and the run has {total_steps} steps; name"
+    " steps of the run, or (0, 0) for no profile.",
+  )
 
 
-def _get(config, name):
-  for part in name.split("."):
-    config = getattr(config, part)
-  return config
+def _check_source(c):
+  _require(bool(c.data.train_files), "config.data.train_files is empty; name a parquet file.")
+  _require(
+    bool(c.model.pretrained) != bool(c.model.config),
+    "Set config.model.pretrained (start from weights) or config.model.config (from scratch),"
+    " one of the two.",
+  )
+
+
+def _check_objective(c):
+  rounds, weights = c.objective.num_iterations, c.objective.loss_weights
+  _require(
+    len(weights) == rounds,
+    f"config.objective.loss_weights has {len(weights)} values and num_iterations is {rounds};"
+    " give one weight per round.",
+  )
+  _require(
+    sum(weights) > 0,
+    f"config.objective.loss_weights is {weights}; at least one of them must be positive.",
+  )
+  low, high = c.noise.noise_min, c.noise.noise_max
+  _require(
+    low <= high,
+    f"config.noise has noise_min={low} and noise_max={high};"
+    " they must satisfy 0 <= noise_min <= noise_max <= 1.",
+  )
+  _require(
+    c.noise.kind != "block" or c.noise.block_size > 1,
+    "config.noise.block_size is 1: such blocks have no drafts to train; make it at least 2.",
+  )
+  _pair(c.optim.betas, "optim.betas", "two numbers in [0, 1)")
+
+
+def _check_batches(c):
+  batch, length = c.optim.batch_size, c.data.max_length
+  _require(
+    batch % c.optim.accumulation == 0,
+    f"config.optim.batch_size={batch} is not divisible by accumulation={c.optim.accumulation}.",
+  )
+  columns = 2 if c.noise.kind == "block" else 1
+  _require(
+    batch * length * columns <= _MOST_TOKENS,
+    f"config.optim.batch_size={batch} rows of config.data.max_length={length} tokens are more than"
+    f" a step can count{' with noise.kind block' * (columns - 1)} ({_MOST_TOKENS // columns});"
+    " lower one of them.",
+  )
+  _require(
+    c.eval.batch_size * length * columns <= _MOST_TOKENS,
+    f"config.eval.batch_size={c.eval.batch_size} rows of config.data.max_length={length} tokens are"
+    " more than a batch can count; lower one of them.",
+  )
+
+
+def _check_mesh(mesh: MeshConfig):
+  _require(
+    (mesh.data, mesh.fsdp, mesh.tensor).count(-1) <= 1,
+    f"config.mesh is data={mesh.data}, fsdp={mesh.fsdp}, tensor={mesh.tensor};"
+    " sizes are positive, and at most one is -1.",
+  )
+
+
+def _pair(value, name, wanted):
+  _require(len(value) == 2, f"config.{name} is {value}; it must be {wanted}.")
+  return value
 
 
 def _require(condition, message):

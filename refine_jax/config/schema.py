@@ -1,182 +1,235 @@
-"""ml_collections' ConfigDict -> frozen, checked dataclasses.
+"""Every key of a run: its type, default, meaning and bounds; the last sections are in schema_run.
 
-`configs/base.py` holds the keys, their defaults and what they mean; the dataclasses here hold
-their types. Both directions are strict: an unknown key and a missing one are errors.
+Flags, checks, configs/base.py, --help and docs/config.md are made from these declarations. Rules
+between keys are in checks.py.
 """
 
 import dataclasses
-import math
-import types
-import typing
 
-from ml_collections import ConfigDict
-
-from refine_jax.config import checks
-from refine_jax.config.checks import nearest
-from refine_jax.errors import UserError
+from refine_jax.config.key import MOST_ROWS, MOST_TOKENS, key
+from refine_jax.config.schema_run import CheckpointConfig, EvalConfig, LogConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-  train_files: str
-  val_files: str
-  prompt_key: str
-  response_key: str
-  max_length: int
-  truncation: str
-  pack: bool
-  max_segments: int
-  chat_template: str
-  cache_dir: str
-  prefetch: int
+  """Files, columns, and how examples become rows."""
+
+  train_files: str = key(
+    "",
+    "Parquet with a prompt and a response per row: a path, a glob, or several, comma-separated.",
+  )
+  val_files: str = key("", "The same for validation; empty: none.")
+  prompt_key: str = key(
+    "prompt", "The prompt's column: a string or a list of chat messages {role, content}."
+  )
+  response_key: str = key("target", "The response's column, of the same kinds.")
+  max_length: int = key(
+    2048, "Tokens per row: prompt, response and EOS together.", least=2, most=MOST_TOKENS
+  )
+  truncation: str = key(
+    "right",
+    "What a longer example does: stop the run, lose its first tokens, or lose its last.",
+    choices=("error", "left", "right"),
+  )
+  pack: bool = key(
+    True, "Fill each row with several examples (attention never crosses); False: one per row."
+  )
+  max_segments: int = key(
+    64, "Examples per row at most; a kernel's metadata grows with it.", least=1, most=2**16
+  )
+  chat_template: str = key(
+    "", "A Jinja chat template for tokenizers without one; empty: stop if there is none."
+  )
+  cache_dir: str = key(
+    "", "Where tokenised data is kept; empty: ~/.cache/refine_jax. REFINE_JAX_CACHE overrides it."
+  )
+  prefetch: int = key(4, "Batches made ready ahead of the step.", least=1, most=1024)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSource:
-  """Where the model comes from and how it is computed; its shape is model.ModelConfig."""
+  """Where the model comes from and how it is computed."""
 
-  pretrained: str
-  config: str
-  tokenizer: str
-  trust_remote_code: bool
-  compute_dtype: str
-  attention: str
-  remat: str
-  scan_unroll: int
-  head_chunk: int
-  head_gradient: str
+  pretrained: str = key(
+    "", "A Hugging Face directory or hub name with weights to start from; empty: from scratch."
+  )
+  config: str = key("", "From scratch: a directory with config.json; weights there are not read.")
+  tokenizer: str = key(
+    "", "A directory or hub name; empty: the same as model.pretrained, or model.config."
+  )
+  trust_remote_code: bool = key(
+    False, "Let transformers run Python code that comes with a hub tokenizer."
+  )
+  compute_dtype: str = key(
+    "bfloat16",
+    "Of matrix products and activations; master weights stay in float32.",
+    choices=("float32", "bfloat16"),
+  )
+  attention: str = key(
+    "auto",
+    "The implementation of attention (refine_jax/attention/choose.py).",
+    choices=("auto", "xla", "cudnn", "cudnn_packed", "splash"),
+  )
+  remat: str = key(
+    "auto",
+    "What a layer recomputes in its backward pass: none: nothing; save_attention_mlp: all but the"
+    " inputs of attention and of the MLP's last product; save_attention: the MLP as well;"
+    " full: everything.",
+    choices=("auto", "none", "save_attention_mlp", "save_attention", "full"),
+    aliases={"mlp": "save_attention_mlp", "attention": "save_attention"},
+  )
+  scan_unroll: int = key(
+    0,
+    "Layers in each turn of the scan over layers; all of them: no scan.",
+    least=1,
+    most=2**16,
+    special={0: "no scan on an accelerator, where that saves copies, but for remat full"},
+  )
+  head_chunk: int = key(
+    2048, "Tokens that the output head works on at a time.", least=1, most=MOST_TOKENS
+  )
+  head_gradient: str = key(
+    "auto",
+    "How the head makes its gradients: in the forward pass (three matrix products), or by"
+    " recomputing (four, less memory).",
+    choices=("auto", "forward", "recompute"),
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-  num_iterations: int
-  loss_weights: tuple[float, ...]
-  clean_weight: float
+  """The losses and their weights."""
+
+  num_iterations: int = key(
+    2,
+    "Training rounds: the first denoises the noised response, each further one refines the last"
+    " prediction.",
+    least=1,
+    most=1024,
+  )
+  loss_weights: tuple[float, ...] = key((1.0, 1.0), "The weight of each round's loss.", least=0)
+  clean_weight: float = key(
+    0.0,
+    "The weight of the next-token loss on the clean text, next to the rounds. It keeps what the"
+    " model can do one token at a time. It costs a pass of its own with noise.kind uniform, and"
+    " nothing with block.",
+    least=0,
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoiseConfig:
-  kind: str
-  block_size: int
-  offset_decay: float
-  noise_min: float
-  noise_max: float
-  token: int
+  """How responses are noised."""
+
+  kind: str = key(
+    "uniform",
+    "uniform: each response token with its example's rate; block: next to the clean text, the whole"
+    " response in blocks as a block sampler sees them.",
+    choices=("uniform", "block"),
+  )
+  block_size: int = key(
+    8,
+    "Tokens that a pass of the sampler may accept: the blocks of kind block, of validation and of"
+    " eval.generate_every.",
+    least=1,
+    most=2**12,
+  )
+  offset_decay: float = key(
+    1.0,
+    "A draft's weight, over that of the one before it in a block: later ones are harder to guess.",
+    above=0,
+    most=1,
+  )
+  noise_min: float = key(
+    0.1, "An example's rate is uniform in [noise_min, noise_max].", least=0, most=1
+  )
+  noise_max: float = key(0.9, "See noise.noise_min.", least=0, most=1)
+  token: int = key(-1, "The id that replaces a noised token.", least=0, special={-1: "EOS"})
+
+  @property
+  def token_id(self) -> int | None:
+    """The noise token, or None: EOS."""
+    return None if self.token == -1 else self.token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-  batch_size: int
-  accumulation: int
-  total_epochs: int
-  total_steps: int
-  lr: float
-  warmup_ratio: float
-  betas: tuple[float, ...]
-  eps: float
-  weight_decay: float
-  clip_grad: float
-  moment_dtype: str
-  max_nonfinite: int
+  """Batches, steps and AdamW."""
+
+  batch_size: int = key(
+    64, "Rows (of max_length tokens) per step, over all devices.", least=1, most=MOST_ROWS
+  )
+  accumulation: int = key(
+    1, "Micro-batches per step; the result does not depend on it.", least=1, most=MOST_ROWS
+  )
+  total_epochs: int = key(3, "Passes over the data.", least=1)
+  total_steps: int = key(
+    -1, "Optimizer steps.", least=1, special={-1: "as many as total_epochs give"}
+  )
+  lr: float = key(
+    1e-5, "The highest learning rate; after the warm-up a cosine takes it to zero.", least=0
+  )
+  warmup_ratio: float = key(0.05, "The share of the steps with a linear warm-up.", least=0, below=1)
+  betas: tuple[float, ...] = key(
+    (0.9, 0.95), "Decay of the first and the second moment.", least=0, below=1
+  )
+  # Zero, or what float32 rounds to it, divides by zero where a gradient is zero.
+  eps: float = key(1e-8, "Added to the root of the second moment.", least=1e-30)
+  weight_decay: float = key(0.01, "Not applied to norms and biases.", least=0)
+  clip_grad: float = key(
+    1.0, "The largest global norm of a gradient.", least=0, special={0.0: "off"}
+  )
+  moment_dtype: str = key("float32", "Of Adam's first moment.", choices=("float32", "bfloat16"))
+  max_nonfinite: int = key(
+    5, "Steps in a row without a finite loss and gradient before the run stops.", least=1
+  )
+
+  @property
+  def micro_batch(self) -> int:
+    """Rows per micro-batch, over all devices."""
+    return self.batch_size // self.accumulation
+
+  @property
+  def step_limit(self) -> int | None:
+    """Optimizer steps, or None: as many as total_epochs give."""
+    return None if self.total_steps == -1 else self.total_steps
+
+  @property
+  def clip_norm(self) -> float | None:
+    """The largest global norm of a gradient, or None: not clipped."""
+    return self.clip_grad or None
+
+
+_LEFT = {-1: "all devices that are left"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  data: int
-  fsdp: int
-  tensor: int
+  """Devices along each axis; one of them may be -1."""
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-  save_every: int
-  max_ckpt_to_keep: int
-  resume_mode: str
-  resume_from_path: str
-  save_hf: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-  eval_every: int
-  batch_size: int
-  generate_every: int
-  generate_file: str
-  generate_rows: int
-  generate_tokens: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LogConfig:
-  every: int
-  debug_every: int
-  logger: tuple[str, ...]
-  project_name: str
-  experiment_name: str
-  profile_steps: tuple[int, ...]
+  data: int = key(-1, "Rows are split, parameters copied.", least=1, special=_LEFT)
+  fsdp: int = key(1, "Rows and parameters are split.", least=1, special=_LEFT)
+  tensor: int = key(1, "Matrices are split.", least=1, special=_LEFT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  seed: int
-  data: DataConfig
-  model: ModelSource
-  objective: ObjectiveConfig
-  noise: NoiseConfig
-  optim: OptimConfig
-  mesh: MeshConfig
-  checkpoint: CheckpointConfig
-  eval: EvalConfig
-  log: LogConfig
+  """A run's whole configuration."""
+
+  # JAX keeps the low 32 bits of a seed: larger ones would draw what smaller ones draw.
+  seed: int = key(
+    0, "Everything random is a function of (seed, step, example).", least=0, most=2**32 - 1
+  )
+  data: DataConfig = DataConfig()
+  model: ModelSource = ModelSource()
+  objective: ObjectiveConfig = ObjectiveConfig()
+  noise: NoiseConfig = NoiseConfig()
+  optim: OptimConfig = OptimConfig()
+  mesh: MeshConfig = MeshConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  eval: EvalConfig = EvalConfig()
+  log: LogConfig = LogConfig()
 
   def to_dict(self) -> dict:
     """Plain dicts, lists and scalars, as JSON holds them."""
     return dataclasses.asdict(self)
-
-
-def from_config_dict(config: ConfigDict) -> Config:
-  """Checks every key and returns the frozen configuration.
-
-  Raises:
-    UserError: an unknown or missing key, a wrong type, or values that contradict each other.
-  """
-  result = _build(Config, config, "")
-  checks.check(result)
-  return result
-
-
-def _build(cls, config, prefix):
-  if not isinstance(config, (ConfigDict, dict)):
-    raise UserError(f"config.{prefix[:-1]} must be a ConfigDict, not {config!r}.")
-  types_ = typing.get_type_hints(cls)
-  for key in config:
-    if key not in types_:
-      raise UserError(
-        f"Unknown config key {prefix + key!r}.{nearest(key, types_)}"
-        f" configs/base.py lists them all."
-      )
-  missing = [prefix + key for key in types_ if key not in config]
-  if missing:
-    raise UserError(f"Config keys missing: {', '.join(missing)}. Start from configs/base.py.")
-  values = {}
-  for key, kind in types_.items():
-    if dataclasses.is_dataclass(kind):
-      values[key] = _build(kind, config[key], f"{prefix}{key}.")
-    else:
-      values[key] = _convert(prefix + key, config[key], kind)
-  return cls(**values)
-
-
-def _convert(name, value, kind):
-  """`value` as `kind`; an int passes for a float, a list for a tuple, nothing else changes."""
-  if isinstance(kind, types.GenericAlias):  # tuple[X, ...]
-    if isinstance(value, (list, tuple)):
-      return tuple(_convert(name, v, kind.__args__[0]) for v in value)
-    kind_name = f"a sequence of {kind.__args__[0].__name__}"
-  else:
-    kind_name = kind.__name__
-    if kind is float and type(value) in (int, float) and math.isfinite(value):
-      return float(value)
-    if type(value) is kind and kind is not float:
-      return value
-  raise UserError(f"config.{name} must be {kind_name}, not {value!r}.")

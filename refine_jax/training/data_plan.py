@@ -6,6 +6,7 @@ import jax
 
 from refine_jax import data, sharding
 from refine_jax.config import Config
+from refine_jax.config.checks import check_profile
 from refine_jax.errors import UserError
 from refine_jax.training.source import Source
 
@@ -45,8 +46,7 @@ class DataPlan:
 def plan_data(config: Config, source: Source, mesh) -> DataPlan:
   """Tokenises (or reads the cache), packs, and says how many steps the run has."""
   optim_config = config.optim
-  micro = optim_config.batch_size // optim_config.accumulation
-  eval_size = config.eval.batch_size or micro
+  eval_size = config.eval.batch_size or optim_config.micro_batch
   if eval_size % sharding.batch_shards(mesh):
     raise UserError(
       f"config.eval.batch_size={eval_size} is not divisible by the mesh's data x fsdp ="
@@ -68,10 +68,11 @@ def plan_data(config: Config, source: Source, mesh) -> DataPlan:
     total_epochs=optim_config.total_epochs,
     seed=config.seed,
   )
-  total_steps = optim_config.total_steps
-  if total_steps == -1:
+  total_steps = optim_config.step_limit
+  if total_steps is None:
     total_steps = rows.num_batches
   elif total_steps > rows.num_batches:  # as many epochs as that takes
     epochs = -(-total_steps * optim_config.batch_size // rows.packing.rows)
     rows = dataclasses.replace(rows, total_epochs=epochs)
+  check_profile(config, total_steps)
   return DataPlan(config, rows, validation, total_steps)

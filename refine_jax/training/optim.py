@@ -40,8 +40,8 @@ def optimizer(config: OptimConfig) -> optax.GradientTransformation:
   nothing else.
   """
   parts = []
-  if config.clip_grad > 0:
-    parts.append(optax.clip_by_global_norm(config.clip_grad))
+  if config.clip_norm is not None:
+    parts.append(optax.clip_by_global_norm(config.clip_norm))
   beta1, beta2 = config.betas
   parts.append(optax.scale_by_adam(beta1, beta2, config.eps, mu_dtype=config.moment_dtype))
   if config.weight_decay > 0:

@@ -49,8 +49,7 @@ def choose_compute(config: Config, shape: ModelConfig, mesh, plan: DataPlan):
   )
   shapes = transformer.param_shapes(shape)
   state_on_device = _bytes_per_device(shapes, sharding.shardings(shapes, mesh))
-  micro_rows = config.optim.batch_size // config.optim.accumulation
-  rows_on_device = micro_rows // sharding.batch_shards(mesh)
+  rows_on_device = config.optim.micro_batch // sharding.batch_shards(mesh)
   remat = memory.choose_remat(
     source.remat,
     shape,
@@ -83,8 +82,8 @@ def choose_compute(config: Config, shape: ModelConfig, mesh, plan: DataPlan):
 
 def make_recipe(config: Config, source: Source, plan: DataPlan) -> StepConfig:
   """The noise token is EOS unless the config names an id of the vocabulary."""
-  token = config.noise.token
-  if token == -1:
+  token = config.noise.token_id
+  if token is None:
     token = source.tokenizer.eos_token_id
   if token >= source.model.vocab_size:
     raise UserError(
@@ -218,7 +217,7 @@ def describe(config, source, plan, recipe, compute, state, origin) -> list:
     for tree in (state.params, state)
   )
   batch, length = config.optim.batch_size, config.data.max_length
-  micro = batch // config.optim.accumulation
+  micro = config.optim.micro_batch
   rows = plan.train
   return [
     f"devices       {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {axes}",

@@ -67,7 +67,7 @@ class _Loop:
     columns = noise.from_config(config.noise).columns_per_token
     passes = plan_lib.passes(recipe.plan) * columns
     flops = train_flops_per_token(source.model, plan.train.mean_length, passes)
-    self.problems = None
+    self.problems, self.profiling = None, False
     if config.eval.generate_every:
       self.problems = Problems(config, source.model, workdir / "model", compute.dtype)
     self.throughput = metrics.Throughput(flops, peak_flops(), self.mesh.size)
@@ -84,6 +84,7 @@ class _Loop:
       with interrupt.Interrupt() as requests:
         return self._steps(state, first, writers, requests)
     finally:
+      self._profile(self.total + 1)
       writers.close()
 
   def _steps(self, state, first, writers, requests) -> int:
@@ -147,11 +148,14 @@ class _Loop:
     return every > 0 and step % every == 0
 
   def _profile(self, done):
-    first, last = self.config.log.profile_steps
-    if last and done == first:
+    """Starts or stops the profiler, which a run that resumes in the middle starts there."""
+    first, last = self.config.log.profile or (0, 0)
+    wanted = last > 0 and first <= done <= last
+    if wanted and not self.profiling:
       jax.profiler.start_trace(str(self.workdir / "profile"))
-    if last and done == last + 1:
+    if self.profiling and not wanted:
       jax.profiler.stop_trace()
+    self.profiling = wanted
 
   def _report(self, step, step_metrics, writers):
     values = metrics.train_metrics(jax.device_get(step_metrics), self.recipe.plan)
