@@ -9,6 +9,7 @@ import torch
 from refine_jax.attention import packed
 from refine_jax.decoding import loading
 from refine_jax.hf import config as hf_config
+from refine_jax.model import layer as layer_lib
 from refine_jax.model import rope, transformer
 from tests.hf_fixtures import random_ids, tiny_hf_model, torch_logits
 
@@ -116,7 +117,7 @@ def _causal_mask(length):
 def test_norm(blocks):
   torch_model, ours, layer, x = blocks
   theirs = torch_model.model.layers[1].input_layernorm(torch.from_numpy(x)).detach()
-  got = _run(transformer.RMSNorm(ours.config.norm_eps), layer["attention_norm"], x)
+  got = _run(layer_lib.RMSNorm(ours.config.norm_eps), layer["attention_norm"], x)
   np.testing.assert_allclose(got, theirs, atol=1e-5)
 
 
@@ -151,7 +152,7 @@ def test_layer(blocks):
   )
   theirs = theirs[0] if isinstance(theirs, tuple) else theirs
   rotation, attend = _context(ours, x)
-  got, _ = _run(transformer.Layer(ours.config), layer, x, rotation, attend)
+  got, _ = _run(layer_lib.Layer(ours.config), layer, x, rotation, attend)
   np.testing.assert_allclose(got, theirs.detach(), atol=1e-5)
 
 

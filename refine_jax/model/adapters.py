@@ -11,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from refine_jax.model.layout import JOINED
 from refine_jax.model.transformer import ModelConfig, param_shapes
 
 KINDS = ("gated", "lora")
@@ -79,6 +80,53 @@ def working_copy(params: dict, adapter: AdapterConfig, dtype) -> dict:
     return scaled.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def attach(params: dict, factors: dict, config: ModelConfig) -> dict:
+  """The decoder's parameters with the factors of `working_copy` next to each kernel they change.
+
+  Args:
+    params: layers stacked or in a list, projections joined or not (layout.py).
+    factors: layers stacked, or in a list where those of `params` are.
+  """
+  layers, changes = params["layers"], factors["layers"]
+  if isinstance(layers, list):
+    pairs = zip(layers, changes, strict=True)
+    attached = [attach_layer(layer, change, config) for layer, change in pairs]
+  else:
+    attached = attach_layer(layers, changes, config)
+  return params | {"layers": attached}
+
+
+def attach_layer(layer: dict, factors: dict, config: ModelConfig) -> dict:
+  """The same for one layer, or for a stack of them."""
+  result = dict(layer)
+  for module, changes in factors.items():
+    joined, parts = JOINED[module]
+    if joined in layer[module]:
+      apart = {name: x for name, x in changes.items() if name not in parts}
+      changes = apart | _joined(changes, joined, parts, config)
+    result[module] = layer[module] | {
+      name: layer[module][name] | change for name, change in changes.items()
+    }
+  return result
+
+
+def _joined(changes: dict, joined: str, parts: tuple, config: ModelConfig) -> dict:
+  """One pair of factors for a joined projection: A side by side, B on a diagonal of blocks."""
+  query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+  sizes = {"query": query, "key": key, "value": key}
+  widths = [sizes.get(name, config.feed_forward) for name in parts]
+  firsts, seconds = [], []
+  for i, name in enumerate(parts):
+    if name in changes:
+      firsts.append(changes[name]["a"])
+      around = (sum(widths[:i]), sum(widths[i + 1 :]))
+      b = changes[name]["b"]
+      seconds.append(jnp.pad(b, [*[(0, 0)] * (b.ndim - 1), around]))
+  if not firsts:
+    return {}
+  return {joined: {"a": jnp.concatenate(firsts, axis=-1), "b": jnp.concatenate(seconds, axis=-2)}}
 
 
 def merge(base: dict, params: dict, adapter: AdapterConfig) -> dict:

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from refine_jax.model.transformer import ModelConfig
 
 # module -> (joined projection, its parts in order)
-_JOINED = {"attention": ("qkv", ("query", "key", "value")), "mlp": ("gate_up", ("gate", "up"))}
-MODULES = tuple(_JOINED)
+JOINED = {"attention": ("qkv", ("query", "key", "value")), "mlp": ("gate_up", ("gate", "up"))}
+MODULES = tuple(JOINED)
 
 
 def unstack_layers(params: dict) -> dict:
@@ -52,7 +52,7 @@ def _map_layers(function, params: dict) -> dict:
 def _join_layer(layer: dict, modules) -> dict:
   result = dict(layer)
   for module in modules:
-    joined, parts = _JOINED[module]
+    joined, parts = JOINED[module]
     rest = {name: x for name, x in layer[module].items() if name not in parts}
     matrices = [layer[module][name] for name in parts]
     result[module] = rest | {
@@ -65,7 +65,7 @@ def _split_layer(layer: dict, config: ModelConfig) -> dict:
   query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
   ends = {"qkv": [query, query + key], "gate_up": [config.feed_forward]}
   result = dict(layer)
-  for module, (joined, parts) in _JOINED.items():
+  for module, (joined, parts) in JOINED.items():
     if joined not in layer[module]:
       continue
     rest = {name: x for name, x in layer[module].items() if name != joined}

@@ -1,6 +1,6 @@
-"""One causal decoder. What differs between families of models is a field of ModelConfig.
+"""One causal decoder: layers of layer.py between an embedding and a final norm.
 
-Flax Linen defines one layer; the stack is a `lax.scan` over layers whose parameters carry a
+The stack is a `lax.scan` over layers whose parameters carry a
 leading layer axis (or a plain loop, where the parameters come as a list of layers). Everything
 outside this file sees pure functions on nested dicts of arrays.
 
@@ -9,171 +9,29 @@ Legend, used in names throughout the project:
   width, V vocabulary, L layers, N tokens in a flat list or a block.
 """
 
-import dataclasses
-import functools
 import itertools
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from refine_jax.batch import Batch
 from refine_jax.model import remat as remat_lib
 from refine_jax.model import rope as rope_lib
+from refine_jax.model.layer import ACTIVATIONS, Attend, Gate, Layer, ModelConfig, norm
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-  """The shape of a model; `hf/config.py` reads it from a Hugging Face config.json.
-
-  A field with a default is one that was added later: a checkpoint that lacks it has the default.
-
-  Attributes:
-    rope: rotary embeddings, of all layers or of those that `sliding_rope` leaves.
-    windows: for each layer the sliding window (a token sees itself and window - 1 before it),
-      or None for all that came before.
-    max_length: positions the model is made for.
-    sliding_rope: rotary embeddings of the layers that have a window; None: `rope`.
-    attention_scale: queries times keys are multiplied by it; None: head_dim ** -0.5.
-    embedding_scale: embeddings are multiplied by it, rounded to their dtype; None: they are not.
-    norm_offset: norms multiply by 1 + scale, not by scale.
-    post_norms: the outputs of attention and MLP are normed too, before they are added.
-    activation: of the MLP's gate, a key of ACTIVATIONS.
-  """
-
-  vocab_size: int
-  width: int
-  feed_forward: int
-  layers: int
-  heads: int
-  kv_heads: int
-  head_dim: int
-  norm_eps: float
-  rope: rope_lib.RopeConfig
-  tied_head: bool
-  qkv_bias: bool
-  output_bias: bool
-  mlp_bias: bool
-  qk_norm: bool
-  windows: tuple[int | None, ...]
-  max_length: int
-  initializer_range: float
-  sliding_rope: rope_lib.RopeConfig | None = None
-  attention_scale: float | None = None
-  embedding_scale: float | None = None
-  norm_offset: bool = False
-  post_norms: bool = False
-  activation: str = "silu"
-
-
-ACTIVATIONS: dict[str, Callable] = {
-  "silu": nn.silu,
-  "gelu_tanh": functools.partial(nn.gelu, approximate=True),
-}
-
-# Attend: (q [B,T,H,h], k [B,T,K,h], v [B,T,K,h], cache, scale=None) -> (out [B,T,H,h], cache).
-Attend = Callable[..., tuple]
-
-
-class RMSNorm(nn.Module):
-  """x / rms(x) * scale over the last axis, computed in float32 (arXiv:1910.07467).
-
-  Attributes:
-    offset: multiplies by 1 + scale instead, with a scale that starts at zero.
-  """
-
-  eps: float
-  offset: bool = False
-
-  @nn.compact
-  def __call__(self, x):
-    init = nn.initializers.zeros if self.offset else nn.initializers.ones
-    scale = self.param("scale", init, (x.shape[-1],))
-    scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
-    if self.offset:
-      scale = 1 + scale.astype(jnp.float32)
-    x32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    return (x32 * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
-
-
-def norm(config: ModelConfig, name: str | None = None) -> RMSNorm:
-  """The kind of norm that a model has everywhere."""
-  return RMSNorm(config.norm_eps, config.norm_offset, name=name)
-
-
-def _dense(config: ModelConfig, features: int, bias: bool, dtype, name: str):
-  init = nn.initializers.normal(config.initializer_range)
-  return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, name=name)
-
-
-class Attention(nn.Module):
-  """Grouped-query attention (arXiv:2305.13245) around an engine that the caller gives."""
-
-  config: ModelConfig
-
-  @nn.compact
-  def __call__(self, x_BTD, rotation, attend: Attend, cache=None):
-    c, dtype = self.config, x_BTD.dtype
-
-    def project(name, heads):
-      y = _dense(c, heads * c.head_dim, c.qkv_bias, dtype, name)(x_BTD)
-      return y.reshape(*y.shape[:-1], heads, c.head_dim)
-
-    if self.has_variable("params", "qkv"):  # layout.join_projections
-      joined = project("qkv", c.heads + 2 * c.kv_heads)
-      q, k, v = jnp.split(joined, [c.heads, c.heads + c.kv_heads], axis=-2)
-    else:
-      q, k = project("query", c.heads), project("key", c.kv_heads)
-      v = project("value", c.kv_heads)
-    if c.qk_norm:
-      q, k = norm(c, "query_norm")(q), norm(c, "key_norm")(k)
-    q = checkpoint_name(rope_lib.rotate(q, *rotation), "query")
-    k = checkpoint_name(rope_lib.rotate(k, *rotation), "key")
-    v = checkpoint_name(v, "value")
-    out, cache = attend(q, k, v, cache, scale=c.attention_scale)
-    out = checkpoint_name(out, "attention")
-    out = out.reshape(*out.shape[:-2], c.heads * c.head_dim)
-    return _dense(c, c.width, c.output_bias, dtype, "output")(out), cache
-
-
-class MLP(nn.Module):
-  """A gated MLP such as SwiGLU or GeGLU (arXiv:2002.05202)."""
-
-  config: ModelConfig
-
-  @nn.compact
-  def __call__(self, x):
-    c, dtype = self.config, x.dtype
-
-    def project(name, width):
-      return checkpoint_name(_dense(c, width, c.mlp_bias, dtype, name)(x), name)
-
-    if self.has_variable("params", "gate_up"):  # layout.join_projections
-      gate, up = jnp.split(project("gate_up", 2 * c.feed_forward), 2, axis=-1)
-    else:
-      gate, up = project("gate", c.feed_forward), project("up", c.feed_forward)
-    return _dense(c, c.width, c.mlp_bias, dtype, "down")(ACTIVATIONS[c.activation](gate) * up)
-
-
-class Layer(nn.Module):
-  """Attention and MLP, each after a norm and added to the residual stream."""
-
-  config: ModelConfig
-
-  @nn.compact
-  def __call__(self, x_BTD, rotation, attend: Attend, cache=None):
-    c = self.config
-    with jax.named_scope("attention"):
-      y = norm(c, "attention_norm")(x_BTD)
-      y, cache = Attention(c, name="attention")(y, rotation, attend, cache)
-      x_BTD = x_BTD + (norm(c, "attention_post_norm")(y) if c.post_norms else y)
-    with jax.named_scope("mlp"):
-      y = MLP(c, name="mlp")(norm(c, "mlp_norm")(x_BTD))
-      x_BTD = x_BTD + (norm(c, "mlp_post_norm")(y) if c.post_norms else y)
-    return x_BTD, cache
+__all__ = [
+  "ACTIVATIONS",
+  "Attend",
+  "ModelConfig",
+  "cast_for_compute",
+  "head_matrix",
+  "hidden_states",
+  "init_params",
+  "logits",
+  "param_shapes",
+]
 
 
 def init_params(config: ModelConfig, key) -> dict:
@@ -245,12 +103,14 @@ def hidden_states(
   backward_slack: int = 0,
   constrain: Callable = lambda x: x,
   caches: list | None = None,
+  adapt_all: bool = False,
 ):
   """Runs the decoder up to its final norm.
 
   Args:
-    params: as `init_params` makes them, or in a form of layout.py.
-    batch: the tokens [B, T]; their ids and positions are read here.
+    params: as `init_params` makes them, or in a form of layout.py; with the factors of an adapter
+      in them (adapters.attach), or without.
+    batch: the tokens [B, T]; their ids, positions and is_noise are read here.
     attend_with: gives the attention engine for a sliding window (None: no window).
     dtype: of the activations.
     remat: one of remat.POLICIES.
@@ -258,18 +118,20 @@ def hidden_states(
     backward_slack: of a list of layers: by how many layers the gradients of weights may be late.
     constrain: applied to the residual stream, to pin its sharding.
     caches: one attention cache a layer; only with a list of layers.
+    adapt_all: an adapter acts on every token; otherwise it acts on noise tokens alone.
 
   Returns:
     hidden states [B, T, D] in `dtype`; with `caches`, also the list of new ones.
   """
-  x = constrain(_embed(params, config, batch.ids, dtype))
-  rotation_with = _rotations(config, batch.positions)
+  x = constrain(embed(params, config, batch.ids, dtype))
+  rotation_with = rotations(config, batch.positions)
+  gate: Gate = adapt_all or (False if batch.is_noise is None else batch.is_noise[..., None])
 
   def layer(x, layer_params, cache, window, prevent_cse=True):
     def run(x, layer_params, cache):
       module = Layer(config)
       rotation, attend = rotation_with(window), attend_with(window)
-      x, cache = module.apply({"params": layer_params}, x, rotation, attend, cache)
+      x, cache = module.apply({"params": layer_params}, x, rotation, attend, cache, gate)
       return constrain(x), cache
 
     if remat != "none":
@@ -281,24 +143,25 @@ def hidden_states(
     for i in range(len(layers)):
       late = i + backward_slack
       if late < len(layers):
-        x, layers[late] = _backward_in_order((x, layers[late]))
+        x, layers[late] = backward_in_order((x, layers[late]))
       x, cache = layer(x, layers[i], caches and caches[i], config.windows[i])
       if caches:
         new_caches[i] = cache
   else:
     assert caches is None, "a cache needs a list of layers"
     new_caches = None
-    x = _scan_layers(layer, x, params["layers"], config.windows, unroll)
+    x = scan_layers(layer, x, params["layers"], config.windows, unroll)
   x = norm(config).apply({"params": params["final_norm"]}, x)
   return x if caches is None else (x, new_caches)
 
 
-def _embed(params, config, ids_BT, dtype):
+def embed(params: dict, config: ModelConfig, ids_BT: jax.Array, dtype) -> jax.Array:
+  """The embeddings [B, T, D] of tokens, scaled as the model has it."""
   x = jnp.take(params["embedding"], ids_BT, axis=0).astype(dtype)
   return x if config.embedding_scale is None else x * jnp.asarray(config.embedding_scale, dtype)
 
 
-def _rotations(config, positions_BT):
+def rotations(config: ModelConfig, positions_BT: jax.Array) -> Callable:
   """Window of a layer -> its (cos, sin); each rope's angles are computed once."""
   rotation = rope_lib.rotation(config.rope, config.head_dim, positions_BT)
   if config.sliding_rope is None:
@@ -309,13 +172,13 @@ def _rotations(config, positions_BT):
 
 # The identity, whose gradients wait for one another. Without it XLA puts off to the end what gives
 # the weights' gradients, and keeps what that needs of nearly all layers.
-_backward_in_order = jax.custom_vjp(lambda tree: tree)
-_backward_in_order.defvjp(
+backward_in_order = jax.custom_vjp(lambda tree: tree)
+backward_in_order.defvjp(
   lambda tree: (tree, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),)
 )
 
 
-def _scan_layers(layer, x, stacked, windows, unroll):
+def scan_layers(layer, x, stacked, windows, unroll):
   """One scan for each run of layers that share a window, so that windows and ropes stay static."""
   start = 0
   for window, run in itertools.groupby(windows):

@@ -1,0 +1,181 @@
+"""One layer of the decoder. What differs between families of models is a field of ModelConfig."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from refine_jax.model import rope as rope_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """The shape of a model; `hf/config.py` reads it from a Hugging Face config.json.
+
+  A field with a default is one that was added later: a checkpoint that lacks it has the default.
+
+  Attributes:
+    rope: rotary embeddings, of all layers or of those that `sliding_rope` leaves.
+    windows: for each layer the sliding window (a token sees itself and window - 1 before it),
+      or None for all that came before.
+    max_length: positions the model is made for.
+    sliding_rope: rotary embeddings of the layers that have a window; None: `rope`.
+    attention_scale: queries times keys are multiplied by it; None: head_dim ** -0.5.
+    embedding_scale: embeddings are multiplied by it, rounded to their dtype; None: they are not.
+    norm_offset: norms multiply by 1 + scale, not by scale.
+    post_norms: the outputs of attention and MLP are normed too, before they are added.
+    activation: of the MLP's gate, a key of ACTIVATIONS.
+  """
+
+  vocab_size: int
+  width: int
+  feed_forward: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  norm_eps: float
+  rope: rope_lib.RopeConfig
+  tied_head: bool
+  qkv_bias: bool
+  output_bias: bool
+  mlp_bias: bool
+  qk_norm: bool
+  windows: tuple[int | None, ...]
+  max_length: int
+  initializer_range: float
+  sliding_rope: rope_lib.RopeConfig | None = None
+  attention_scale: float | None = None
+  embedding_scale: float | None = None
+  norm_offset: bool = False
+  post_norms: bool = False
+  activation: str = "silu"
+
+
+ACTIVATIONS: dict[str, Callable] = {
+  "silu": nn.silu,
+  "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+}
+
+# Attend: (q [B,T,H,h], k [B,T,K,h], v [B,T,K,h], cache, scale=None) -> (out [B,T,H,h], cache).
+Attend = Callable[..., tuple]
+
+# Which tokens a projection's low-rank change acts on: none, all, or those where [B, T, 1] is true.
+Gate = bool | jax.Array
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) * scale over the last axis, computed in float32 (arXiv:1910.07467).
+
+  Attributes:
+    offset: multiplies by 1 + scale instead, with a scale that starts at zero.
+  """
+
+  eps: float
+  offset: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    init = nn.initializers.zeros if self.offset else nn.initializers.ones
+    scale = self.param("scale", init, (x.shape[-1],))
+    scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
+    if self.offset:
+      scale = 1 + scale.astype(jnp.float32)
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    return (x32 * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
+
+
+def norm(config: ModelConfig, name: str | None = None) -> RMSNorm:
+  """The kind of norm that a model has everywhere."""
+  return RMSNorm(config.norm_eps, config.norm_offset, name=name)
+
+
+class Projection(nn.Dense):
+  """A matrix product, and its low-rank change where the parameters hold factors (adapters.py)."""
+
+  def __call__(self, x: jax.Array, gate: Gate = False) -> jax.Array:
+    y = super().__call__(x)
+    if gate is False or not self.has_variable("params", "a"):
+      return y
+    change = x @ self.get_variable("params", "a")
+    if gate is not True:
+      change = change * gate.astype(change.dtype)
+    return y + change @ self.get_variable("params", "b")
+
+
+def _dense(config: ModelConfig, features: int, bias: bool, dtype, name: str):
+  init = nn.initializers.normal(config.initializer_range)
+  return Projection(features, use_bias=bias, dtype=dtype, kernel_init=init, name=name)
+
+
+class Attention(nn.Module):
+  """Grouped-query attention (arXiv:2305.13245) around an engine that the caller gives."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, rotation, attend: Attend, cache=None, gate: Gate = False):
+    c, dtype = self.config, x_BTD.dtype
+
+    def project(name, heads):
+      y = _dense(c, heads * c.head_dim, c.qkv_bias, dtype, name)(x_BTD, gate)
+      return y.reshape(*y.shape[:-1], heads, c.head_dim)
+
+    if self.has_variable("params", "qkv"):  # layout.join_projections
+      joined = project("qkv", c.heads + 2 * c.kv_heads)
+      q, k, v = jnp.split(joined, [c.heads, c.heads + c.kv_heads], axis=-2)
+    else:
+      q, k = project("query", c.heads), project("key", c.kv_heads)
+      v = project("value", c.kv_heads)
+    if c.qk_norm:
+      q, k = norm(c, "query_norm")(q), norm(c, "key_norm")(k)
+    q = checkpoint_name(rope_lib.rotate(q, *rotation), "query")
+    k = checkpoint_name(rope_lib.rotate(k, *rotation), "key")
+    v = checkpoint_name(v, "value")
+    out, cache = attend(q, k, v, cache, scale=c.attention_scale)
+    out = checkpoint_name(out, "attention")
+    out = out.reshape(*out.shape[:-2], c.heads * c.head_dim)
+    return _dense(c, c.width, c.output_bias, dtype, "output")(out, gate), cache
+
+
+class MLP(nn.Module):
+  """A gated MLP such as SwiGLU or GeGLU (arXiv:2002.05202)."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x, gate: Gate = False):
+    c, dtype = self.config, x.dtype
+
+    def project(name, width):
+      return checkpoint_name(_dense(c, width, c.mlp_bias, dtype, name)(x, gate), name)
+
+    if self.has_variable("params", "gate_up"):  # layout.join_projections
+      gates, up = jnp.split(project("gate_up", 2 * c.feed_forward), 2, axis=-1)
+    else:
+      gates, up = project("gate", c.feed_forward), project("up", c.feed_forward)
+    hidden = ACTIVATIONS[c.activation](gates) * up
+    return _dense(c, c.width, c.mlp_bias, dtype, "down")(hidden, gate)
+
+
+class Layer(nn.Module):
+  """Attention and MLP, each after a norm and added to the residual stream."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, rotation, attend: Attend, cache=None, gate: Gate = False):
+    c = self.config
+    with jax.named_scope("attention"):
+      y = norm(c, "attention_norm")(x_BTD)
+      y, cache = Attention(c, name="attention")(y, rotation, attend, cache, gate)
+      x_BTD = x_BTD + (norm(c, "attention_post_norm")(y) if c.post_norms else y)
+    with jax.named_scope("mlp"):
+      y = MLP(c, name="mlp")(norm(c, "mlp_norm")(x_BTD), gate)
+      x_BTD = x_BTD + (norm(c, "mlp_post_norm")(y) if c.post_norms else y)
+    return x_BTD, cache
