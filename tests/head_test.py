@@ -92,3 +92,18 @@ def test_the_logits_never_exist_as_a_whole(problem):
   )
   temporary = run.lower(x, head, targets, weights).compile().memory_analysis().temp_size_in_bytes
   assert temporary < tokens * vocabulary * 4 / 4
+
+
+@pytest.mark.parametrize("gradient", ["forward", "recompute"])
+def test_a_frozen_head_gets_no_gradient_and_changes_none(problem, gradient):
+  x, head, targets, weights = problem
+
+  def run(frozen):
+    def loss(x, head):
+      return cross_entropy(x, head, targets, weights, chunk=32, gradient=gradient, frozen=frozen)[0]
+
+    return jax.grad(loss, argnums=(0, 1))(x, head)
+
+  (dx, dhead), (want, some) = run(True), run(False)
+  np.testing.assert_array_equal(dx, want)
+  assert not np.any(dhead) and np.any(some)

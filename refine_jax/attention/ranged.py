@@ -12,6 +12,7 @@ Implementations of the first part: "xla", anywhere (the reference, with a dense 
 
 import functools
 import logging
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,50 @@ def attend_blocks(
   parts = ((out, lse), (own, own_lse))
   weighted = (x.astype(jnp.float32) * jnp.exp(s - joined)[..., None] for x, s in parts)
   return sum(weighted).astype(q_BQHh.dtype)
+
+
+def attend_with(
+  first_BQ: jax.Array,
+  end_BQ: jax.Array,
+  columns_BQ: jax.Array,
+  *,
+  block: int,
+  implementation: str = "xla",
+) -> Callable:
+  """The attention of draft blocks over frozen clean text, as two_streams.hidden_states wants it.
+
+  Args:
+    first_BQ, end_BQ: the clean columns that each draft sees where there is no sliding window.
+    columns_BQ: int32, the column at whose place each draft stands; windows count by these.
+    block: drafts of a block.
+    implementation: "xla" or "kernel".
+
+  Returns:
+    window -> (q, k, v, (clean keys, clean values), scale) -> (out [B, Q, H, h], None)
+  """
+
+  def with_window(window):
+    first = first_BQ if window is None else jnp.maximum(first_BQ, columns_BQ - window + 1)
+
+    def attend(q, k, v, clean, scale=None):
+      out = attend_blocks(
+        q,
+        k,
+        v,
+        clean,
+        first,
+        end_BQ,
+        block=block,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        window=window,
+        implementation=implementation,
+        frozen=True,
+      )
+      return out, None
+
+    return attend
+
+  return with_window
 
 
 def _attend_own_block(q_BQHh, k_BQKh, v_BQKh, block, scale, window):

@@ -2,6 +2,7 @@
 
 from refine_jax.config.build import default_config, from_config_dict
 from refine_jax.config.schema import (
+  AdapterConfig,
   CheckpointConfig,
   Config,
   DataConfig,
@@ -15,6 +16,7 @@ from refine_jax.config.schema import (
 )
 
 __all__ = [
+  "AdapterConfig",
   "CheckpointConfig",
   "Config",
   "DataConfig",

@@ -11,6 +11,7 @@ def check(c: Config):
   """Raises UserError at the first values that contradict each other."""
   _check_source(c)
   _check_objective(c)
+  _check_adapter(c)
   _check_batches(c)
   _check_mesh(c.mesh)
   first, last = _pair(c.log.profile_steps, "log.profile_steps", "(first, last)")
@@ -72,6 +73,23 @@ def _check_objective(c):
     "config.noise.block_size is 1: such blocks have no drafts to train; make it at least 2.",
   )
   _pair(c.optim.betas, "optim.betas", "two numbers in [0, 1)")
+
+
+def _check_adapter(c):
+  kind = c.adapter.kind
+  _require(
+    kind != "gated" or (c.noise.kind == "block" and c.objective.clean_weight == 0),
+    f"config.adapter.kind='gated' trains drafts alone: set noise.kind='block' (it is"
+    f" {c.noise.kind!r}) and objective.clean_weight=0 (it is {c.objective.clean_weight}).",
+  )
+  _require(
+    kind == "none" or bool(c.model.pretrained),
+    f"config.adapter.kind={kind!r} needs a base with weights; set config.model.pretrained.",
+  )
+  _require(
+    kind == "none" or bool(c.adapter.projections),
+    "config.adapter.projections is empty; name at least one projection.",
+  )
 
 
 def _check_batches(c):

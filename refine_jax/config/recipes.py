@@ -8,6 +8,7 @@ from refine_jax.errors import UserError
 MEANINGS = {
   "uniform": "the method as first described: rates uniform in [0.1, 0.9], two rounds",
   "blocks": "drafts as the sampler shows them, next to the next-token loss that keeps accuracy",
+  "gated": "drafts by an adapter on a frozen base, whose text stays the base's own",
   "ar_sft": "plain next-token fine-tuning, what the others are compared with",
 }
 _ALIASES = {"document": "uniform"}
@@ -53,4 +54,12 @@ def apply(config: ConfigDict, name: str) -> ConfigDict:
     config.objective.clean_weight = 1.0
     config.objective.num_iterations = 1
     config.objective.loss_weights = (0.1,)
+  elif name == "gated":
+    config.adapter.kind = "gated"
+    config.noise.kind = "block"
+    config.noise.block_size = 16
+    config.noise.offset_decay = 0.85
+    config.objective.num_iterations = 1
+    config.objective.loss_weights = (1.0,)
+    config.optim.lr = 5e-4
   return config

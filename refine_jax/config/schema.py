@@ -116,6 +116,13 @@ class ObjectiveConfig:
     least=0,
   )
 
+  draft_target: str = key(
+    "kl",
+    "What the drafts of a gated adapter learn: data: the text's next token; greedy: the base's most"
+    " likely one; kl, tv: the base's distribution, by its divergence or by total variation.",
+    choices=("data", "greedy", "kl", "tv"),
+  )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoiseConfig:
@@ -145,11 +152,41 @@ class NoiseConfig:
   )
   noise_max: float = key(0.9, "See noise.noise_min.", least=0, most=1)
   token: int = key(-1, "The id that replaces a noised token.", least=0, special={-1: "EOS"})
+  random: bool = key(
+    False, "Draw the noise of a gated adapter's drafts from the whole vocabulary instead."
+  )
+  anchors: int = key(
+    0,
+    "Blocks of drafts that a gated adapter is shown for each row, drawn anew each step; for long"
+    " rows, a 64th of their tokens.",
+    least=0,
+    most=2**16,
+    special={0: "all that tile the responses"},
+  )
 
   @property
   def token_id(self) -> int | None:
     """The noise token, or None: EOS."""
     return None if self.token == -1 else self.token
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+  """A low-rank adapter, trained instead of all weights; the base stays as it is."""
+
+  kind: str = key(
+    "none",
+    "none: all weights are trained; gated: an adapter that acts on noise tokens alone, so that the"
+    " text is the base's; lora: one that acts on every token.",
+    choices=("none", "gated", "lora"),
+  )
+  rank: int = key(128, "The rank of each matrix's change.", least=1, most=2**14)
+  alpha: float = key(1024.0, "The change is multiplied by alpha / rank.", above=0)
+  projections: tuple[str, ...] = key(
+    ("query", "key", "value", "output", "gate", "up", "down"),
+    "The projections that have a change.",
+    choices=("query", "key", "value", "output", "gate", "up", "down"),
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,6 +261,7 @@ class Config:
   model: ModelSource = ModelSource()
   objective: ObjectiveConfig = ObjectiveConfig()
   noise: NoiseConfig = NoiseConfig()
+  adapter: AdapterConfig = AdapterConfig()
   optim: OptimConfig = OptimConfig()
   mesh: MeshConfig = MeshConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()

@@ -28,7 +28,7 @@ PROJECTIONS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
+class Adapter:
   """An adapter's shape.
 
   Attributes:
@@ -49,7 +49,7 @@ class AdapterConfig:
     return self.alpha / self.rank
 
 
-def init_params(config: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict:
+def init_params(config: ModelConfig, adapter: Adapter, key: jax.Array) -> dict:
   """A new adapter, float32, that changes nothing yet.
 
   Returns:
@@ -72,7 +72,7 @@ def init_params(config: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> 
   return {"layers": result}
 
 
-def working_copy(params: dict, adapter: AdapterConfig, dtype) -> dict:
+def working_copy(params: dict, adapter: Adapter, dtype) -> dict:
   """The factors in `dtype`, with the scale in B: what the decoder multiplies by."""
 
   def cast(path, x):
@@ -129,7 +129,7 @@ def _joined(changes: dict, joined: str, parts: tuple, config: ModelConfig) -> di
   return {joined: {"a": jnp.concatenate(firsts, axis=-1), "b": jnp.concatenate(seconds, axis=-2)}}
 
 
-def merge(base: dict, params: dict, adapter: AdapterConfig) -> dict:
+def merge(base: dict, params: dict, adapter: Adapter) -> dict:
   """The base's parameters with the changes of a "lora" adapter added, in the base's dtypes.
 
   Raises:

@@ -40,6 +40,7 @@ def cross_entropy(
   *,
   chunk: int = 2048,
   gradient: str = "forward",
+  frozen: bool = False,
   mesh=None,
 ):
   """Weighted next-token cross-entropy of hidden states.
@@ -53,6 +54,7 @@ def cross_entropy(
     scored: bool likewise; other tokens are skipped altogether. Default: those with a weight.
     chunk: tokens at a time.
     gradient: "forward" or "recompute".
+    frozen: the head gets no gradient, and none is computed.
     mesh: splits tokens over all its axes ([B, T, D] only); None: one device.
 
   Returns:
@@ -60,7 +62,7 @@ def cross_entropy(
     head_VD, through the sum only.
   """
   scored = weights != 0 if scored is None else scored
-  local = functools.partial(_local, chunk=chunk, gradient=gradient)
+  local = functools.partial(_local, chunk=chunk, gradient=gradient, frozen=frozen)
   if mesh is None or mesh.size == 1:
     total, output = local(x, head_VD, targets, weights, scored)
     return total[0], output
@@ -77,46 +79,47 @@ def cross_entropy(
   return jnp.sum(total), output
 
 
-def _local(x, head_VD, targets, weights, scored, *, chunk, gradient):
+def _local(x, head_VD, targets, weights, scored, *, chunk, gradient, frozen):
   shape = targets.shape
   flat = x.reshape(-1, x.shape[-1])
   chunk = min(chunk, targets.size)
   per_token = (y.reshape(-1) for y in (targets, weights, scored))
-  total, output = _chunked(flat, head_VD, *per_token, chunk, gradient)
+  total, output = _chunked(flat, head_VD, *per_token, chunk, gradient, frozen)
   return total[None], jax.tree.map(lambda y: y.reshape(shape), output)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _chunked(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, gradient):
-  del gradient
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _chunked(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, gradient, frozen):
+  del gradient, frozen
   return _run(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, with_gradients=False)[:2]
 
 
-def _chunked_fwd(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, gradient):
+def _chunked_fwd(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, gradient, frozen):
   if gradient == "forward":
     total, output, dx, dhead = _run(
-      x_ND, head_VD, targets_N, weights_N, scored_N, chunk, with_gradients=True
+      x_ND, head_VD, targets_N, weights_N, scored_N, chunk, with_gradients=True, frozen=frozen
     )
-    return (total, output), (dx, dhead.astype(head_VD.dtype))
-  total, output = _chunked(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, gradient)
+    return (total, output), (dx, None if frozen else dhead.astype(head_VD.dtype))
+  total, output = _chunked(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, gradient, frozen)
   return (total, output), (x_ND, head_VD, targets_N, weights_N, scored_N)
 
 
-def _chunked_bwd(chunk, gradient, residuals, cotangents):
+def _chunked_bwd(chunk, gradient, frozen, residuals, cotangents):
   scale = cotangents[0]
   if gradient == "forward":
     dx, dhead = residuals
   else:
     head_VD = residuals[1]
-    _, _, dx, dhead = _run(*residuals, chunk, with_gradients=True)
-    dhead = dhead.astype(head_VD.dtype)
-  return (dx * scale).astype(dx.dtype), (dhead * scale).astype(dhead.dtype), None, None, None
+    _, _, dx, dhead = _run(*residuals, chunk, with_gradients=True, frozen=frozen)
+    dhead = None if frozen else dhead.astype(head_VD.dtype)
+  dhead = None if frozen else (dhead * scale).astype(dhead.dtype)
+  return (dx * scale).astype(dx.dtype), dhead, None, None, None
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
-def _run(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, *, with_gradients):
+def _run(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, *, with_gradients, frozen=False):
   """The loop over chunks of scored tokens: (total, HeadOutput[, dx_ND, dhead_VD float32])."""
   count = targets_N.size
   head = head_VD.astype(x_ND.dtype)
@@ -152,6 +155,8 @@ def _run(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, *, with_gradients
         dlogits, head, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
       )
       dx = dx.at[rows].set(dx_rows.astype(dx.dtype), mode="drop")
+      if frozen:
+        return total, outputs, dx, dhead
       dhead += jax.lax.dot_general(
         dlogits, x, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
       )
@@ -159,7 +164,7 @@ def _run(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, *, with_gradients
 
   outputs = (jnp.zeros(count, jnp.int32), jnp.zeros(count), jnp.zeros(count))
   dx = jnp.zeros_like(x_ND) if with_gradients else None
-  dhead = jnp.zeros(head_VD.shape, jnp.float32) if with_gradients else None
+  dhead = jnp.zeros(head_VD.shape, jnp.float32) if with_gradients and not frozen else None
   total, outputs, dx, dhead = jax.lax.fori_loop(0, turns, body, (jnp.zeros(()), outputs, dx, dhead))
   output = HeadOutput(*outputs)
   return (total, output, dx, dhead) if with_gradients else (total, output)

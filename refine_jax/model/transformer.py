@@ -143,7 +143,7 @@ def hidden_states(
     for i in range(len(layers)):
       late = i + backward_slack
       if late < len(layers):
-        x, layers[late] = backward_in_order((x, layers[late]))
+        x, layers[late] = _trained_in_order(x, layers[late])
       x, cache = layer(x, layers[i], caches and caches[i], config.windows[i])
       if caches:
         new_caches[i] = cache
@@ -176,6 +176,21 @@ backward_in_order = jax.custom_vjp(lambda tree: tree)
 backward_in_order.defvjp(
   lambda tree: (tree, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),)
 )
+
+
+def _trained_in_order(x, layer: dict) -> tuple:
+  """The same of a layer's parameters: of the factors alone, where an adapter is what is trained."""
+
+  def is_factor(path):
+    return path[-1].key in ("a", "b")
+
+  leaves, structure = jax.tree_util.tree_flatten_with_path(layer)
+  adapted = any(is_factor(path) for path, _ in leaves)
+  trained = [not adapted or is_factor(path) for path, _ in leaves]
+  x, late = backward_in_order((x, [y for (_, y), t in zip(leaves, trained, strict=True) if t]))
+  late = iter(late)
+  both = [next(late) if t else y for (_, y), t in zip(leaves, trained, strict=True)]
+  return x, jax.tree.unflatten(structure, both)
 
 
 def scan_layers(layer, x, stacked, windows, unroll):

@@ -16,7 +16,7 @@ from refine_jax.objective.noise.kind import response_lengths, response_offsets
 
 
 class DraftBlocks(NamedTuple):
-  """Noise tokens of all blocks of some rows, side by side: [B, Q].
+  """Noise tokens of all blocks of some rows, side by side: [B, Q], Q blocks times drafts.
 
   Attributes:
     tokens: their ids and positions.

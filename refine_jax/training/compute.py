@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from refine_jax.attention import packed
+from refine_jax.attention import packed, ranged
 from refine_jax.batch import Batch
-from refine_jax.model import head, layout, transformer
+from refine_jax.model import adapters, draft_head, head, layout, transformer, two_streams
 from refine_jax.model.transformer import ModelConfig
+from refine_jax.objective.draft_blocks import DraftBlocks
 from refine_jax.sharding import BATCH_AXES
 
 
@@ -26,6 +27,9 @@ class ForwardConfig:
       unstacked layers.
     join: the modules whose projections are joined in the working copy (layout.MODULES).
     mesh: None on one device.
+    adapter: what is trained instead of all weights; then parameters are its factors, and the
+      base's are `frozen`.
+    draft_attention: for the draft blocks of a gated adapter (attention.ranged).
   """
 
   model: ModelConfig
@@ -38,6 +42,8 @@ class ForwardConfig:
   head_chunk: int = 2048
   head_gradient: str = "forward"
   mesh: Mesh | None = None
+  adapter: adapters.Adapter | None = None
+  draft_attention: str = "xla"
 
   def cast(self, params: dict) -> dict:
     """The working copy of float32 parameters; made once a step, outside the loops."""
@@ -45,6 +51,24 @@ class ForwardConfig:
     if self.unroll >= self.model.layers:
       params = layout.unstack_layers(params)
     return layout.join_projections(params, self.join)
+
+  def freeze(self, params: dict) -> dict:
+    """The working copy of a base that gets no gradient, its embedding and head included."""
+    params = {name: x if name == "layers" else self._in_dtype(x) for name, x in params.items()}
+    return self.cast(params)
+
+  def _in_dtype(self, tree):
+    return jax.tree.map(lambda x: x.astype(self.dtype), tree)
+
+  def working(self, params: dict, frozen: dict | None) -> dict:
+    """What the model computes with: a working copy, or the frozen base with the adapter in it."""
+    if self.adapter is None:
+      return self.cast(params)
+    return adapters.attach(frozen, self._factors(params), self.model)
+
+  def _factors(self, params: dict) -> dict:
+    factors = adapters.working_copy(params, self.adapter, jnp.dtype(self.dtype))
+    return layout.unstack_layers(factors) if self.unroll >= self.model.layers else factors
 
   def canonical(self, gradients: dict) -> dict:
     """Gradients of the working copy in the form of the parameters that it was made of."""
@@ -65,6 +89,7 @@ class ForwardConfig:
       # Over several devices, the sum of a layer's gradients has the time of the next one's pass.
       backward_slack=0 if self.mesh is None or self.mesh.size == 1 else 1,
       constrain=self._rows_stay_split,
+      adapt_all=self.adapter is not None and self.adapter.kind == "lora",
     )
 
   def loss(
@@ -81,7 +106,59 @@ class ForwardConfig:
         scored_BS,
         chunk=self.head_chunk,
         gradient=self.head_gradient,
+        frozen=self.adapter is not None,
         mesh=self.mesh,
+      )
+
+  def draft_loss(
+    self,
+    params: dict,
+    frozen: dict,
+    batch: Batch,
+    blocks: DraftBlocks,
+    weights_BQ,
+    *,
+    drafts: int,
+    target: str,
+  ) -> tuple[jax.Array, draft_head.DraftOutput]:
+    """The sum of weight * distance of drafts to their targets: see draft_head.draft_loss.
+
+    Args:
+      params: the factors of a gated adapter.
+      frozen: the base, as `freeze` makes it.
+      drafts: tokens of a block.
+    """
+    clean_x, draft_x = two_streams.hidden_states(
+      frozen,
+      self._factors(params),
+      self.model,
+      batch,
+      blocks.tokens,
+      packed.for_batch(
+        batch, backend=self.attention, max_segments=self.max_segments, mesh=self.mesh
+      ),
+      ranged.attend_with(
+        blocks.first,
+        blocks.end,
+        blocks.columns,
+        block=drafts,
+        implementation=self.draft_attention,
+      ),
+      dtype=jnp.dtype(self.dtype),
+      remat=self.remat,
+      unroll=self.unroll,
+      constrain=self._rows_stay_split,
+    )
+    same_place = jnp.take_along_axis(clean_x, blocks.columns[..., None], axis=1)
+    with jax.named_scope("head"):
+      return draft_head.draft_loss(
+        draft_x,
+        same_place,
+        transformer.head_matrix(frozen),
+        blocks.targets,
+        weights_BQ,
+        target=target,
+        chunk=self.head_chunk,
       )
 
   def _rows_stay_split(self, x_BTD):

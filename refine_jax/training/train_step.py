@@ -11,10 +11,11 @@ import optax
 
 from refine_jax.batch import Batch
 from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
-from refine_jax.objective import block_metrics
+from refine_jax.objective import block_metrics, draft_blocks
 from refine_jax.objective import noise as noise_lib
 from refine_jax.objective import plan as plan_lib
 from refine_jax.objective import rounds as objective
+from refine_jax.objective.draft_gradients import DRAFT, draft_gradients
 from refine_jax.training import optim
 from refine_jax.training.compute import ForwardConfig
 
@@ -49,10 +50,13 @@ class StepConfig:
   eos_token: int
   total_steps: int
   seed: int
+  gated: bool = False
 
   @property
   def plan(self) -> plan_lib.Plan:
     """The terms of the loss."""
+    if self.gated:
+      return (plan_lib.LossTerm(DRAFT, 1.0, True),)
     return plan_lib.plan(self.objective, self.noise)
 
 
@@ -69,13 +73,19 @@ def init_state(params, optim_config: OptimConfig) -> TrainState:
 
 
 def train_step(
-  state: TrainState, batch: Batch, *, step_config: StepConfig, forward: ForwardConfig
+  state: TrainState,
+  batch: Batch,
+  frozen: dict | None = None,
+  *,
+  step_config: StepConfig,
+  forward: ForwardConfig,
 ) -> tuple:
   """One optimizer step.
 
   Args:
     state: donated by the caller's jit.
     batch: arrays [A, B, T]: A micro-batches of B rows.
+    frozen: with an adapter, the base's parameters (forward.freeze).
 
   Returns:
     the new state; a dict of float32 metrics: scalars loss_total, grad_norm, lr, noise_mean,
@@ -85,19 +95,15 @@ def train_step(
   key = jax.random.fold_in(jax.random.key(step_config.seed), state.step)
   response_tokens = sum_over_batch(lambda b: b.response_mask, batch)
   tokens = sum_over_batch(lambda b: b.segment_ids > 0, batch)
-  batch, noised = jax.vmap(
-    lambda micro: noise_lib.add_noise(key, micro, step_config.noise, step_config.noise_token)
-  )(batch)
   plan = step_config.plan
-  gradients, sums = objective.refinement_gradients(
-    forward.loss, forward.cast(state.params), batch, noised, plan
+  gradients_of = _draft_gradients if step_config.gated else _round_gradients
+  gradients, sums, noised_tokens = gradients_of(
+    state.params, batch, frozen, key, step_config, forward
   )
-  gradients = forward.canonical(gradients)
   loss, count = (jnp.stack([sums[term.name][x] for term in plan]) for x in ("loss", "count"))
   weights = jnp.asarray([term.weight for term in plan])
   loss_total = jnp.sum(loss / jnp.maximum(count, 1) * weights)
   new_state, norm, rate = _update(state, gradients, loss_total, step_config)
-  noised_tokens = jnp.sum(noised.rates * batch.response_mask)
   metrics = {
     "terms": sums,
     "loss_total": loss_total,
@@ -110,6 +116,50 @@ def train_step(
     "skipped_in_row": new_state.skipped_in_row.astype(jnp.float32),
   }
   return new_state, metrics
+
+
+def _round_gradients(params, batch, frozen, key, step_config, forward):
+  """Gradients of the rounds, sums by term, and how many tokens were noised."""
+  batch, noised = jax.vmap(
+    lambda micro: noise_lib.add_noise(key, micro, step_config.noise, step_config.noise_token)
+  )(batch)
+  if forward.adapter is None:
+    loss, trained = forward.loss, forward.cast(params)
+  else:
+    trained = params
+
+    def loss(factors, *arguments):
+      return forward.loss(forward.working(factors, frozen), *arguments)
+
+  gradients, sums = objective.refinement_gradients(loss, trained, batch, noised, step_config.plan)
+  if forward.adapter is None:
+    gradients = forward.canonical(gradients)
+  return gradients, sums, jnp.sum(noised.rates * batch.response_mask)
+
+
+def _draft_gradients(params, batch, frozen, key, step_config, forward):
+  """The same of a gated adapter, whose noise tokens are blocks next to the rows."""
+  noise = step_config.noise
+  blocks = jax.vmap(
+    lambda micro: draft_blocks.draw(
+      key,
+      micro,
+      anchors=noise.anchors,
+      drafts=noise.block_size - 1,
+      noise_token=step_config.noise_token,
+      random_below=forward.model.vocab_size if noise.random else 0,
+      decay=noise.offset_decay,
+    )
+  )(batch)
+
+  def loss(factors, rows, drafts, weights):
+    target = step_config.objective.draft_target
+    return forward.draft_loss(
+      factors, frozen, rows, drafts, weights, drafts=noise.block_size - 1, target=target
+    )
+
+  gradients, sums = draft_gradients(loss, params, batch, blocks)
+  return gradients, sums, sums[DRAFT]["corrupted"]
 
 
 def sum_over_batch(select, batch: Batch):
@@ -142,7 +192,12 @@ def _update(state, gradients, loss, step_config):
 
 
 def eval_step(
-  params: dict, batch: Batch, *, step_config: StepConfig, forward: ForwardConfig
+  params: dict,
+  batch: Batch,
+  frozen: dict | None = None,
+  *,
+  step_config: StepConfig,
+  forward: ForwardConfig,
 ) -> dict:
   """Sums for validation.
 
@@ -150,6 +205,7 @@ def eval_step(
 
   Args:
     batch: arrays [B, T].
+    frozen: as in `train_step`.
 
   Returns:
     "terms": for the name of each round objective.ROUND_SUMS, float32 [buckets], by the buckets of
@@ -161,7 +217,7 @@ def eval_step(
   kind = noise_lib.from_config(step_config.noise)
   round_batch, noised = kind.corrupt(key, batch, step_config.noise_token)
   in_bucket = jax.nn.one_hot(kind.bucket(noised), max(1, len(kind.buckets())))
-  working = forward.cast(params)
+  working = forward.working(params, frozen)
 
   def predict(tokens, clean=batch, trained=None):
     targets, scored = objective.next_token_targets(clean, trained)
@@ -173,7 +229,7 @@ def eval_step(
     sums = objective.round_sums(round_batch, noised.ids, targets, weights, output)
     return {name: jnp.einsum("bt,btk->k", x, in_bucket) for name, x in sums.items()}
 
-  rounds = plan_lib.rounds(step_config.plan)
+  rounds = plan_lib.rounds(plan_lib.plan(step_config.objective, step_config.noise))
   block_size = step_config.noise.block_size
   blocks = noise_lib.block_noise(key, batch, block_size, step_config.noise_token)
   targets, scored = objective.next_token_targets(batch)
@@ -202,7 +258,13 @@ def eval_step(
 
 
 def debug_rounds(
-  params: dict, batch: Batch, *, step_config: StepConfig, forward: ForwardConfig, step
+  params: dict,
+  batch: Batch,
+  frozen: dict | None = None,
+  *,
+  step_config: StepConfig,
+  forward: ForwardConfig,
+  step,
 ) -> dict:
   """Follows one row through the rounds, for log/debug.log: batch arrays are [1, T].
 
@@ -214,7 +276,7 @@ def debug_rounds(
   length = batch.ids.shape[1]
   batch, noised = noise_lib.add_noise(key, batch, step_config.noise, step_config.noise_token)
   targets, scored = objective.next_token_targets(batch)
-  working = forward.cast(params)
+  working = forward.working(params, frozen)
 
   def predict(tokens):
     return forward.loss(working, tokens, targets, scored.astype(jnp.float32))[1]
