@@ -109,7 +109,7 @@ def _tiles_of_queries(first_BQ, end_BQ, places: int):
   return jnp.minimum(jnp.min(jnp.where(sees, index, low.shape[1]), axis=1), end), end
 
 
-def _call(kernel, *, grid, in_specs, out_specs, out_shape, interpret, name):
+def _call(kernel, *, grid, in_specs, out_specs, out_shape, interpret, name, stages=2):
   from jax.experimental.pallas import triton  # here, so that all else runs without it
 
   return pl.pallas_call(
@@ -118,7 +118,7 @@ def _call(kernel, *, grid, in_specs, out_specs, out_shape, interpret, name):
     in_specs=in_specs,
     out_specs=out_specs,
     out_shape=out_shape,
-    compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+    compiler_params=triton.CompilerParams(num_warps=4, num_stages=stages),
     interpret=interpret,
     name=name,
   )
@@ -233,6 +233,7 @@ def _backward_keys(q, k, v, first, end, dout, lse, delta, scale, interpret):
     out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
     interpret=interpret,
     name="ranged_attention_dkv",
+    stages=1,  # two tiles each of queries and of gradients would not fit
   )(*_tiles_of_queries(first, end, places), first, end, q, k, v, dout.astype(q.dtype), lse, delta)
 
 
@@ -258,18 +259,17 @@ def _keys_kernel(
 
   def turn(i, carry):
     dk, dv = carry
-    here = pl.ds(i * _QUERIES, _QUERIES)
+    # One head of the group after the other, over the same tile of queries.
+    here, group = pl.ds(i // groups * _QUERIES, _QUERIES), i % groups
     seen = _seen(tile, first_ref[here], end_ref[here])
-    for group in range(groups):
-      q, dout = q_ref[here, group, :], dout_ref[here, group, :]
-      weights = _weights(_product(q, k, 1), seen, lse_ref[here, group][:, None], scale)
-      dv += _product(weights.T.astype(dout.dtype), dout, 0)
-      dscores = weights * (_product(dout, v, 1) - delta_ref[here, group][:, None])
-      dk += _product(dscores.T.astype(q.dtype), q, 0)
-    return dk, dv
+    q, dout = q_ref[here, group, :], dout_ref[here, group, :]
+    weights = _weights(_product(q, k, 1), seen, lse_ref[here, group][:, None], scale)
+    dv += _product(weights.T.astype(dout.dtype), dout, 0)
+    dscores = weights * (_product(dout, v, 1) - delta_ref[here, group][:, None])
+    return dk + _product(dscores.T.astype(q.dtype), q, 0), dv
 
   zeros = jnp.zeros(k.shape, jnp.float32)
-  dk, dv = jax.lax.fori_loop(low[...], high[...], turn, (zeros, zeros))
+  dk, dv = jax.lax.fori_loop(low[...] * groups, high[...] * groups, turn, (zeros, zeros))
   dk_ref[...] = (dk * scale).astype(dk_ref.dtype)
   dv_ref[...] = dv.astype(dv_ref.dtype)
 
