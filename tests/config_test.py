@@ -54,13 +54,11 @@ def value_of(config: Config, name: str):
 
 
 def changed(name: str, value) -> Config:
-  """The tiny config with one value, as a config file would set it."""
-  c = default_config()
-  c.data.train_files, c.model.config = "x.parquet", "model"
+  """The defaults with a model, files and one value more, of whatever type."""
+  c = default_config().to_dict()
+  c["data"]["train_files"], c["model"]["config"] = "x.parquet", "model"
   *section, last = name.split(".")
-  holder = c[section[0]] if section else c
-  with holder.unlocked(), holder.ignore_type():
-    holder[last] = value
+  (c[section[0]] if section else c)[last] = value
   return from_config_dict(c)
 
 
@@ -183,7 +181,7 @@ REFUSED = {
   "noise.offset_decay": [0.0, 1.5],
   "optim.batch_size": [0, 2**31],
   "optim.total_steps": [0, -2, 2**31],
-  "optim.lr": [-1.0, float("nan"), float("inf"), 1e39, "1"],
+  "optim.lr": [-1.0, float("nan"), float("inf"), 1e39, True, "1"],
   "optim.eps": [0.0, 1e-50],
   "optim.betas": [(0.9,), (0.9, 1.0), "(0.9, 0.95)", (0.9, float("nan")), (0.9, "0.95")],
   "optim.warmup_ratio": [1.0, -0.1],

@@ -3,7 +3,7 @@
 Both directions are strict: an unknown key and a missing one are errors.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ def default_config() -> ConfigDict:
   return config
 
 
-def from_config_dict(config: ConfigDict) -> Config:
+def from_config_dict(config: ConfigDict | dict) -> Config:
   """Checks every key and returns the frozen configuration.
 
   Raises:
@@ -44,7 +44,7 @@ def from_config_dict(config: ConfigDict) -> Config:
   return result
 
 
-def check_names(config: Mapping | ConfigDict):
+def check_names(config: ConfigDict | dict):
   """Raises UserError where a key is missing, or is none of the schema's."""
   _check_names(config, [*keys_of(Config), *sections_of(Config)], "")
   for section, kind in sections_of(Config).items():

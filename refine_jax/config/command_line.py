@@ -3,6 +3,7 @@
 import importlib.machinery
 import importlib.util
 import inspect
+import os
 import re
 import traceback
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues) -> tuple[ConfigDic
   try:
     argv = flag_values.read_flags_from_files(list(argv), force_gnu=False)
   except (flags.Error, OSError, ValueError) as error:
-    raise UserError(f"--flagfile: {error}") from error
+    raise UserError(f"--flagfile: {_first_line(error)}") from error
   file, argv = _take_config(argv)
   _check_keys(argv)
   if file is None:
@@ -64,7 +65,8 @@ def load_config(name: str) -> ConfigDict:
   """
   file, given, recipe = name.partition(":")
   path = Path(file)
-  if "\0" in name or not path.is_file():
+  # Not Path.is_file, which raises for a name that no file can have.
+  if not os.path.isfile(path):
     raise UserError(f"--config names {shown(file)}, and there is no such file.")
   loader = importlib.machinery.SourceFileLoader("refine_jax_user_config", str(path))
   spec = importlib.util.spec_from_loader(loader.name, loader)
