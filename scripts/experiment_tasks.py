@@ -16,13 +16,14 @@ import sys
 from pathlib import Path
 
 from refine_jax.cli import entry_point
+from refine_jax.config import recipes
 from refine_jax.errors import UserError
 from refine_jax.evaluation import evaluate
 
 # The modes that each recipe is decoded with, and how many of the seeds it gets.
 _MODES = {
   "ar_sft": ("ar,exact:ngram", None),
-  "document": ("ar,exact,fixed:2", 1),
+  "uniform": ("ar,exact,fixed:2", 1),
   "blocks": ("ar,exact:branches,exact:tail,threshold:0.99:branches", None),
 }
 # What tells from the others where results are read.
@@ -33,9 +34,7 @@ _NUMBERS = ("solved", "tokens_per_pass", "seconds_per_problem", "not_stopped")
 def run_all(arguments, extra: list[str]) -> dict:
   """recipe -> seed -> the settings of its results.json."""
   results: dict = {}
-  for recipe in arguments.recipes.split(","):
-    if recipe not in _MODES:
-      raise UserError(f"--recipes: {recipe!r} is not known; known are {', '.join(_MODES)}.")
+  for recipe in map(recipes.canonical, arguments.recipes.split(",")):
     modes, most = _MODES[recipe]
     for seed in arguments.seeds.split(",")[:most]:
       workdir = Path(arguments.runs) / f"{recipe}-{seed}"
@@ -166,7 +165,7 @@ def main():
   parser.add_argument("--config", default="configs/smollm2_tasks.py")
   parser.add_argument("--test", default="data/tasks/test.parquet")
   parser.add_argument("--recipes", default=",".join(_MODES))
-  parser.add_argument("--seeds", default="0,1,2", help="document gets the first alone")
+  parser.add_argument("--seeds", default="0,1,2", help="uniform gets the first alone")
   parser.add_argument("--block_sizes", default="8,16")
   parser.add_argument("--block_size", type=int, default=16, help="whose results have plain names")
   parser.add_argument("--scorer", default="auto")

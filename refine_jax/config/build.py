@@ -30,12 +30,13 @@ def from_config_dict(config: ConfigDict | dict) -> Config:
       other.
   """
   check_names(config)
+  sections: dict[str, Any] = {name: config[name] for name in sections_of(Config)}
   values: dict[str, Any] = {n: key.convert(config[n]) for n, key in keys_of(Config).items()}
   for section, kind in sections_of(Config).items():
     values[section] = kind(
       **{
         # Messages say the whole name.
-        name: key.within(section).convert(config[section][name])
+        name: key.within(section).convert(sections[section][name])
         for name, key in keys_of(kind).items()
       }
     )

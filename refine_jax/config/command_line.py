@@ -1,11 +1,11 @@
 """--config=FILE[:RECIPE] --config.KEY=VALUE ..., with all that can be wrong in them as one line."""
 
 import importlib.machinery
-import importlib.util
 import inspect
 import os
 import re
 import traceback
+import types
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,8 +69,8 @@ def load_config(name: str) -> ConfigDict:
   if not os.path.isfile(path):
     raise UserError(f"--config names {shown(file)}, and there is no such file.")
   loader = importlib.machinery.SourceFileLoader("refine_jax_user_config", str(path))
-  spec = importlib.util.spec_from_loader(loader.name, loader)
-  module = importlib.util.module_from_spec(spec)
+  module = types.ModuleType(loader.name)
+  module.__file__ = str(path)
   _run(path, loader.exec_module, module)
   get_config = getattr(module, "get_config", None)
   if not callable(get_config):
