@@ -4,6 +4,7 @@ import importlib.machinery
 import inspect
 import os
 import re
+import sys
 import traceback
 import types
 from collections.abc import Sequence
@@ -71,6 +72,7 @@ def load_config(name: str) -> ConfigDict:
   loader = importlib.machinery.SourceFileLoader("refine_jax_user_config", str(path))
   module = types.ModuleType(loader.name)
   module.__file__ = str(path)
+  sys.modules[loader.name] = module  # where dataclasses look up the names in annotations
   _run(path, loader.exec_module, module)
   get_config = getattr(module, "get_config", None)
   if not callable(get_config):
