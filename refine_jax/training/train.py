@@ -52,7 +52,7 @@ def _run(config: Config, workdir: Path) -> int:
     own = checkpointer.latest_step() is not None
     state, origin = startup.start(config, source, recipe, mesh, checkpointer, iterator, record)
     # Of a checkpoint that another run's workdir holds, that run does it.
-    missing = own and _missing(config, workdir, plan, int(state.step))
+    missing = _missing(config, workdir, plan, int(state.step)) if own else None
     if int(state.step) >= plan.total_steps and not missing:
       print(f"step {int(state.step)}: this run is complete; nothing left to do.")
       return 0
