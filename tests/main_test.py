@@ -1,4 +1,4 @@
-"""What the command line says of keys, files and flags that are wrong: one line, with the nearest."""
+"""What the command line says of keys and files that are wrong: one line, with what is near."""
 
 import os
 import subprocess
