@@ -168,6 +168,11 @@ def test_an_unknown_key_is_named_with_the_nearest(argument):
   assert argument in message and f"did you mean {NEAREST[argument]}?" in message
 
 
+@pytest.mark.parametrize("argument", ["--config.optim.lr.x=1", "--config.optim.betas[0]=0.5"])
+def test_a_part_of_a_value_is_no_key(argument):
+  assert f"{argument}: optim." in refusal(argument) and "as a whole" in refusal(argument)
+
+
 def test_an_unknown_key_that_is_near_none_is_named():
   assert "--config.zzzz=3: there is no key 'zzzz'" in refusal("--config.zzzz=3")
   assert "--config.foo=3: there is no key 'foo'" in refusal("--config.foo=3")
@@ -226,7 +231,7 @@ def test_more_tokens_than_int32_counts_are_refused_together():
 
 def test_a_profile_beyond_the_run_is_refused():
   message = refusal("--config.optim.total_steps=5", "--config.log.profile_steps=(4, 6)")
-  assert "(4, 6)" in message and "5 steps" in message
+  assert "(4, 6)" in message and "outside the run's steps 1 to 5" in message
   assert parse("--config.log.profile_steps=(4, 6)").log.profile == (4, 6)
 
 

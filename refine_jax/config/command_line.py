@@ -2,17 +2,16 @@
 
 import importlib.machinery
 import inspect
-import os
 import re
 import sys
 import traceback
 import types
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from refine_jax import files
 from refine_jax.config.build import check_names
 from refine_jax.config.key import all_keys, nearest, shown
 from refine_jax.config.schema import Config
@@ -65,9 +64,8 @@ def load_config(name: str) -> ConfigDict:
     UserError: no such file, it fails, or it returns no config with the schema's keys.
   """
   file, given, recipe = name.partition(":")
-  path = Path(file)
-  # Not Path.is_file, which raises for a name that no file can have.
-  if not os.path.isfile(path):
+  path = files.local_path(file, "--config")
+  if not path.is_file():
     raise UserError(f"--config names {shown(file)}, and there is no such file.")
   loader = importlib.machinery.SourceFileLoader("refine_jax_user_config", str(path))
   module = types.ModuleType(loader.name)
@@ -141,6 +139,9 @@ def _check_keys(argv):
     if not match or match[1] in names or match[1] in sections:
       continue
     section, _, rest = match[1].partition(".")
+    value = next((n for n in names if match[1].startswith((f"{n}.", f"{n}["))), None)
+    if value:
+      raise UserError(f"{shown(argument)[1:-1]}: {value} is one value; set it as a whole.")
     if rest and section not in sections and nearest(section, sections):
       wrong, near = section, nearest(section, sections).replace("Did", "did")
     else:
