@@ -1,11 +1,8 @@
 """Trains: python -m refine_jax.main --config=configs/x.py --workdir=DIR [--config.KEY=VALUE]."""
 
-import dataclasses
 import os
 import re
 import sys
-import traceback
-import typing
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -44,66 +41,31 @@ def main(argv):
 def _parse_flags(argv):
   """absl's flags, with what a user can get wrong in a config as a UserError."""
   app.define_help_flags()
-  file = _config_file(argv)
-  if file is not None and not Path(file).is_file():
-    raise UserError(f"--config names {file!r}, and there is no such file.")
-  keys = [a for a in argv if re.match(r"--?config\.", a)]
-  if file is None and keys:
-    raise UserError(f"{keys[0]}: --config is missing; name a file such as configs/tiny.py.")
-  for argument in keys:
-    _check_key(argument)
+  for argument in argv:
+    name, given, value = argument.partition("=")
+    file = value.partition(":")[0]  # a recipe may follow
+    if given and name.lstrip("-") == "config" and not Path(file).is_file():
+      raise UserError(f"--config names {file!r}, and there is no such file.")
   try:
     rest = flags.FLAGS(argv)
-    config = _CONFIG.value
-  except Exception as error:  # the config file is a program, which may raise anything
-    raise UserError(_in_one_line(error, file)) from error
-  if config is None:
-    reason = f"{file}: get_config() returned nothing" if file else "--config is missing"
-    raise UserError(f"{reason}; name a file such as configs/tiny.py.")
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    raise UserError(_in_one_line(error, argv)) from error
+  if _CONFIG.value is None:
+    raise UserError("--config is missing; name a file such as configs/tiny.py.")
   return rest
 
 
-def _config_file(argv) -> str | None:
-  """The file that --config names, as --config=FILE:RECIPE or --config FILE:RECIPE."""
-  for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-    name, given, value = argument.partition("=")
-    if name in ("--config", "-config"):
-      return (value if given else following).partition(":")[0]
-  return None
-
-
-def _check_key(argument: str):
-  """Raises UserError where --config.KEY=VALUE names no key, with the nearest that there is."""
-  from refine_jax.config import Config
-  from refine_jax.config.checks import nearest
-
-  place, kind = "config", Config
-  for part in argument.partition("=")[0].lstrip("-").split(".")[1:]:
-    if not dataclasses.is_dataclass(kind):
-      raise UserError(f"{argument}: {place} is a value, with no keys in it.")
-    known = typing.get_type_hints(kind)
-    name = re.sub(r"\[\d+\]$", "", part)  # one element of a tuple
-    if name not in known:
-      hint = nearest(name, known).strip() or f"It has {', '.join(known)}."
-      raise UserError(
-        f"{argument}: there is no key {name!r} in {place}; {hint[:1].lower()}{hint[1:]}"
-      )
-    place, kind = f"{place}.{part}", known[name]
-
-
-def _in_one_line(error, file) -> str:
-  """What absl says of a flag, or of a config file that fails, where in it."""
-  text = str(error.args[0] if error.args else error).strip()
+def _in_one_line(error, argv) -> str:
+  """What ConfigDict says of a key that is not there, of a wrong type, of a file that fails."""
+  text = str(error.args[0] if error.args else error)
+  near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
+  if near:
+    right, wrong = near.groups()
+    given = next((a for a in argv if re.search(rf"\.{wrong}\b", a.partition("=")[0])), wrong)
+    return f"{given}: there is no key {wrong!r}; did you mean {right!r}?"
   if "Traceback" in text:  # of the config file's own error, which its last line is
-    return f"{text.partition(': ')[0]}: {text.splitlines()[-1]}"
-  if isinstance(error, flags.Error):
-    return text
-  if "has no attribute 'get_config'" in text:
-    return f"{file} has no get_config(); start from configs/base.py."
-  lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
-  line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
-  where = f"{file}, line {line}" if line else file
-  return f"--config={where}: {type(error).__name__}: {text}"
+    return f"{text.partition(': ')[0]}: {text.strip().splitlines()[-1]}"
+  return text
 
 
 @entry_point
