@@ -133,16 +133,6 @@ def run_record(config: Config, recipe: Recipe, plan: DataPlan) -> dict:
   return json.loads(json.dumps(values))
 
 
-def check_profile_steps(config: Config, total_steps: int):
-  """Raises UserError where nothing, or not all that was asked for, would be profiled."""
-  first, last = config.log.profile_steps
-  if last and not 1 <= first <= last <= total_steps:
-    raise UserError(
-      f"config.log.profile_steps={config.log.profile_steps} is outside the run's steps 1 to"
-      f" {total_steps}; set (first, last) in them, or (0, 0) for none."
-    )
-
-
 def start(
   config: Config, source: Source, recipe: Recipe, mesh, checkpointer, iterator, run: dict
 ) -> tuple:

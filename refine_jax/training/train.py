@@ -42,7 +42,6 @@ def _run(config: Config, workdir: Path) -> int:
     mesh, config.optim, source.model.heads, source.model.kv_heads, config.data.max_length
   )
   plan = plan_data(config, source, mesh)
-  startup.check_profile_steps(config, plan.total_steps)
   compute = startup.choose_compute(config, source.model, mesh, plan)
   recipe = startup.make_recipe(config, source, plan)
   record = startup.run_record(config, recipe, plan)
@@ -106,7 +105,10 @@ class _Loop:
         if missing:
           writers.note(f"step {first}: doing what follows it and was not done.")
           self._follow(missing, state, first, writers)
-        return self._steps(state, first, writers, requests) if first < self.total else 0
+        if first < self.total:
+          return self._steps(state, first, writers, requests)
+      writers.note(f"done: step {first}, {self.workdir}")
+      return 0
     finally:
       self._stop_profile()
       writers.close()
