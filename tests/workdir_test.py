@@ -233,12 +233,6 @@ def test_a_second_process_on_a_workdir_is_refused(used, configure):
     train.run(configure(), used)
 
 
-def test_steps_to_profile_outside_the_run_are_refused(tmp_path, configure):
-  for steps in ((4, 4), (0, 2), (2, 9)):
-    with pytest.raises(UserError, match="profile_steps=.* outside the run's steps 1 to 3"):
-      train.run(configure(log__profile_steps=steps), tmp_path / "run")
-
-
 def test_a_profile_is_begun_where_the_run_goes_on_and_ended_with_it(used, configure, monkeypatch):
   shutil.rmtree(used / "checkpoints" / "3")
   calls = []

@@ -105,7 +105,10 @@ class _Loop:
         if missing:
           writers.note(f"step {first}: doing what follows it and was not done.")
           self._follow(missing, state, first, writers)
-        return self._steps(state, first, writers, requests) if first < self.total else 0
+        if first < self.total:
+          return self._steps(state, first, writers, requests)
+      writers.note(f"done: step {first}, {self.workdir}")
+      return 0
     finally:
       self._stop_profile()
       writers.close()
