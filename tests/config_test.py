@@ -119,7 +119,8 @@ def test_the_page_of_keys_is_current():
 
 
 def test_the_policies_of_remat_are_the_models_own():
-  assert set(KEYS["model.remat"].choices) == {"auto", *remat.POLICIES}
+  assert KEYS["model.remat"].choices == ("auto", *remat.POLICIES)
+  assert KEYS["model.remat"].aliases == remat.ALIASES
 
 
 def test_special_numbers_resolve_to_none_in_one_place():

@@ -70,6 +70,9 @@ def check_options(
   ):
     good = isinstance(value, numbers.Integral) and value >= least
     require(name, value, good, f"a whole number of at least {least}")
+  # Beyond these, what is allocated from them is more than a machine has.
+  for name, value, most in (("block_size", block_size, 2**12), ("first_row", first_row, 2**24)):
+    require(name, value, value <= most, f"at most {most}")
   require("tau", tau, tau >= 0, "a probability")
   require("temperature", temperature, 0 <= temperature < np.inf, "0 or a positive number")
   require("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")
