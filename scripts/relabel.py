@@ -92,6 +92,7 @@ def main():
   arguments = parser.parse_args()
   output = files.local_path(arguments.output, "--output")
   files.refuse_used(output, "--output")
+  arguments.data = files.local_path(arguments.data, "--data")
   schema = read_schema(arguments.data, [arguments.prompt_key, arguments.response_key])
   model = loading.load(arguments.model, dtype=arguments.dtype)
   model.require_tokenizer()

@@ -169,6 +169,10 @@ def test_an_allowed_change_goes_on_and_stays_in_the_history(used, place, configu
   (entry,) = written["history"]
   assert entry["step"] == 2 and entry["changed"]["eval.eval_every"] == [2, 3]
   assert checkpointer.steps(used / "checkpoints") == [2, 3]
+  # The step was taken again on other data: its export is not the one that was there.
+  old, new = (used / f"global_step_3{name}" for name in (".replaced", ""))
+  weights = "huggingface/model.safetensors"
+  assert (old / weights).read_bytes() != (new / weights).read_bytes()
 
 
 def test_a_name_that_is_not_compared_cannot_be_allowed(tmp_path, configure):

@@ -101,6 +101,8 @@ class _Loop:
       self.workdir, self.config.log, self.config.to_dict(), first=first, total=self.total
     )
     try:
+      if 0 < self.config.log.profile_steps[1] <= first:
+        writers.note(f"profile       none: log.profile_steps ends before step {first + 1}")
       with interrupt.Interrupt() as requests:
         if missing:
           writers.note(f"step {first}: doing what follows it and was not done.")

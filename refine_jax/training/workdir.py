@@ -113,6 +113,8 @@ def prepare_workdir(
     history += [{"step": step, "changed": changed}] if changed else []
     files.write_json(workdir / "config.json", now | ({"history": history} if history else {}))
   _write_model_files(workdir / "model", config, source, noise_token, anew=bool(changed))
+  if changed:
+    _set_exports_aside(workdir, step)
   return [
     f"changed       {name} {old} -> {new} (config.json keeps both)"
     for name, (old, new) in changed.items()
@@ -129,6 +131,15 @@ def changes(before: dict, now: dict, prefix: str = "") -> dict:
     elif old != new:
       result[prefix + key] = [old, new]
   return result
+
+
+def _set_exports_aside(workdir: Path, step: int):
+  """Makes room for the exports of steps that are taken again, with another result."""
+  for path in workdir.glob("global_step_*"):
+    number = path.name.removeprefix("global_step_")
+    if re.fullmatch(r"[0-9]+", number) and int(number) > step:
+      others = len(list(workdir.glob(f"{path.name}.replaced*")))
+      path.rename(f"{path}.replaced" + (f"-{others}" if others else ""))
 
 
 def _write_model_files(place: Path, config: Config, source: Source, noise_token: int, *, anew):
