@@ -7,6 +7,7 @@ import pytest
 from refine_jax.errors import UserError
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import rope as hf_rope
+from refine_jax.hf.families import FAMILIES
 
 LLAMA = {
   "model_type": "llama",
@@ -94,7 +95,7 @@ def test_the_two_spellings_of_rope_mean_the_same():
   assert want.rope.theta == 5e5 and want.rope.original_length == 256
   assert hf_config.from_hf(new) == want
   for values in (old, new):  # and what is exported has both
-    both = hf_rope.both_spellings(values)
+    both = hf_rope.both_spellings(values, FAMILIES["llama"])
     assert both.keys() >= {"rope_theta", "rope_scaling", "rope_parameters"}
     assert hf_config.from_hf(both) == want
 
