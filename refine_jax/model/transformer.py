@@ -22,7 +22,6 @@ from refine_jax.model import remat as remat_lib
 from refine_jax.model import rope as rope_lib
 from refine_jax.model.config import ModelConfig
 
-
 ACTIVATIONS: dict[str, Callable] = {
   "silu": nn.silu,
   "gelu_tanh": functools.partial(nn.gelu, approximate=True),
