@@ -137,7 +137,7 @@ def test_an_engine_by_name_that_cannot_run_here_says_so():
 
 
 def test_the_probe_catches_an_engine_that_ignores_segments(monkeypatch):
-  def blind(q, k, v, ids, *, window, interpret):
+  def blind(q, k, v, ids, *, window, scale, interpret):
     return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
   monkeypatch.setattr(packed, "_splash", blind)
