@@ -40,7 +40,10 @@ def answers(models):
   """Prompts of unequal lengths and transformers' greedy answers, longer than the window."""
   _, theirs, _ = models
   batch = sampler_fixtures.unequal_prompts(3, theirs.config.vocab_size)
-  return batch, [sampler_fixtures.greedy(theirs, p, NEW) for p in batch]
+  want = [sampler_fixtures.greedy(theirs, p, NEW) for p in batch]
+  assert max(map(len, want)) == NEW > theirs.config.sliding_window
+  assert len({token for answer in want for token in answer}) > 4
+  return batch, want
 
 
 @pytest.mark.parametrize(
@@ -83,6 +86,14 @@ def test_gradients_of_every_tensor_are_those_of_transformers(models):
   assert got.keys() == want.keys()
   for name, x in want.items():
     np.testing.assert_allclose(got[name], x, atol=1e-5 * np.abs(x).max(), rtol=1e-3, err_msg=name)
+
+
+def test_embeddings_are_scaled_and_rounded_as_transformers_does_it(tmp_path):
+  directory, theirs = tiny_hf_model("gemma3_text", tmp_path, dtype=torch.bfloat16)
+  ours, ids = refine_jax.load(directory), random_ids((2, 30))
+  got = transformer._embed(ours.params, ours.config, ids, jnp.bfloat16)
+  want = theirs.model.embed_tokens(torch.from_numpy(ids).long()).detach().float().numpy()
+  np.testing.assert_array_equal(np.asarray(got, np.float32), want)
 
 
 def test_a_training_step_lowers_the_loss():
