@@ -42,6 +42,7 @@ def _model(**changes) -> ModelConfig:
     mlp_bias=False,
     qk_norm=False,
     max_length=131072,
+    initializer_range=0.02,
   )
   base |= changes
   return ModelConfig(windows=(None,) * base["layers"], **base)

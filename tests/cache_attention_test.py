@@ -63,6 +63,21 @@ def test_blocks_over_a_cache_equal_the_whole(rows, window, engine):
     np.testing.assert_allclose(got[b, :end], want, atol=1e-5)
 
 
+def test_a_scale_takes_the_place_of_the_usual_one(engine):
+  config = tiny.tiny_config()
+  keys = jax.random.split(jax.random.key(0), 3)
+  q, k, v = (
+    jax.random.normal(key, (1, 5, n, config.head_dim))
+    for key, n in zip(keys, (4, 2, 2), strict=True)
+  )
+  at = jnp.zeros(1, jnp.int32)
+  attend = cached.attend_with(at, *cached.following(at, 5), engine)(None)
+  cache = cached.empty_caches(config, 1, PLACES, jnp.float32)[0]
+  want, _ = attend(q * (0.3 * config.head_dim**0.5), k, v, cache)
+  got, _ = attend(q, k, v, cache, scale=0.3)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_the_kernel_gives_branches_what_xla_does(rows, window):

@@ -20,6 +20,7 @@ FAMILIES = {
   "qwen2": {"qkv_bias": True},
   "qwen3": {"qkv_bias": False, "qk_norm": True},
   "biases": {"mlp_bias": True, "output_bias": True, "windows": (None, 3)},
+  "gemma3": tiny.GEMMA3,
 }
 FORMS = {
   "apart": layout.unstack_layers,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from refine_jax.attention import cached_triton, probe
-from refine_jax.model.transformer import ModelConfig
+from refine_jax.model.config import ModelConfig
 
 
 def empty_caches(config: ModelConfig, rows: int, size: int, dtype) -> list:
@@ -46,6 +46,8 @@ def following(start_B, count: int) -> tuple:
 
 def attend_with(start_B, positions_BT, reach: Reach, engine: str = "xla"):
   """For `model.hidden_states`: new tokens at start, start + 1, .. go into the cache and see it.
+
+  What is returned takes a scale like packed.attend_with's.
 
   Args:
     start_B: int32, the place in the cache of each row's first new token.
@@ -107,7 +109,7 @@ def _probe(attend, config: ModelConfig, dtype) -> list:
         jnp.where(branch, order, -1),
       )
       new = (x[:, :count] for x in (q, k, v))
-      out, after = attend(*new, cache, start_B, positions_BT, reach, window)
+      out, after = attend(*new, cache, start_B, positions_BT, reach, window, config.attention_scale)
       arrays += [out, *after]
     return arrays
 
@@ -115,9 +117,10 @@ def _probe(attend, config: ModelConfig, dtype) -> list:
   return run(*(jax.random.normal(k, shape, dtype) for k, shape in zip(keys, shapes, strict=True)))
 
 
-def _attend(q_BTHh, k_BTKh, v_BTKh, cache, start_B, positions_BT, reach, window):
+def _attend(q_BTHh, k_BTKh, v_BTKh, cache, start_B, positions_BT, reach, window, scale=None):
   cache = _write(cache[0], k_BTKh, start_B), _write(cache[1], v_BTKh, start_B)
-  return _read(q_BTHh, *cache, start_B, positions_BT, reach, window), cache
+  scale = q_BTHh.shape[-1] ** -0.5 if scale is None else scale
+  return _read(q_BTHh, *cache, scale, start_B, positions_BT, reach, window), cache
 
 
 def _write(cache_BKSh, new_BTKh, start_B):
@@ -134,7 +137,7 @@ def _write(cache_BKSh, new_BTKh, start_B):
   return flat.reshape(cache_BKSh.shape)
 
 
-def _read(q_BTHh, k_BKSh, v_BKSh, start_B, positions_BT, reach, window):
+def _read(q_BTHh, k_BKSh, v_BKSh, scale, start_B, positions_BT, reach, window):
   batch, count, heads, head_dim = q_BTHh.shape
   kv_heads, places = k_BKSh.shape[1:3]
   groups = heads // kv_heads
@@ -143,7 +146,7 @@ def _read(q_BTHh, k_BKSh, v_BKSh, start_B, positions_BT, reach, window):
   q = q_BTHh.reshape(batch, count, kv_heads, groups, head_dim).swapaxes(1, 2)
   q = q.reshape(batch, kv_heads, count * groups, head_dim)
   scores = jnp.einsum("bknh,bksh->bkns", q, k_BKSh, preferred_element_type=jnp.float32)
-  scores = scores.reshape(*split, places) * head_dim**-0.5
+  scores = scores.reshape(*split, places) * scale
   seen_BTS = _seen(start_B, positions_BT, reach, window, places)
   scores = jnp.where(seen_BTS[:, None, :, None, :], scores, cached_triton.LOWEST)
   weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSh.dtype)

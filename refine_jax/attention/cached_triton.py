@@ -28,7 +28,19 @@ _WARPS, _STAGES = 4, 3
 LOWEST = -0.7 * float(np.finfo(np.float32).max)
 
 
-def attend(q_BTHh, k_BTKh, v_BTKh, cache, start_B, positions_BT, reach, window, *, interpret=False):
+def attend(
+  q_BTHh,
+  k_BTKh,
+  v_BTKh,
+  cache,
+  start_B,
+  positions_BT,
+  reach,
+  window,
+  scale=None,
+  *,
+  interpret=False,
+):
   """The output [B, T, H, h] of queries over caches and new tokens, and the caches with these.
 
   The new tokens are read from where they come from, so that the caches can be written, in place,
@@ -39,6 +51,7 @@ def attend(q_BTHh, k_BTKh, v_BTKh, cache, start_B, positions_BT, reach, window, 
       and S are powers of two from 16 on.
     start_B, positions_BT, reach: as in cache_attention.attend_with.
     window: sliding window, or None.
+    scale: of queries times keys; None: head_dim ** -0.5.
     interpret: run it as XLA operations (tests on a CPU).
   """
   from jax.experimental.pallas import triton  # here, so that all else runs without it
@@ -76,7 +89,15 @@ def attend(q_BTHh, k_BTKh, v_BTKh, cache, start_B, positions_BT, reach, window, 
   shape = (stretches, batch, parts * size, heads)
   sums = jax.ShapeDtypeStruct(shape, jnp.float32)
   run = pl.pallas_call(
-    functools.partial(_kernel, triton, keys=keys, window=window, count=count, groups=groups),
+    functools.partial(
+      _kernel,
+      triton,
+      scale=head_dim**-0.5 if scale is None else scale,
+      keys=keys,
+      window=window,
+      count=count,
+      groups=groups,
+    ),
     grid=(batch * heads, parts, stretches),
     in_specs=[
       pl.BlockSpec((None,), lambda i, j, s: (row(i),)),
@@ -145,6 +166,7 @@ def _kernel(
   k_out_ref,
   v_out_ref,
   *,
+  scale,
   keys,
   window,
   count,
@@ -168,7 +190,7 @@ def _kernel(
 
   def over(k_ref, v_ref, here, seen, carry):
     out, highest, total = carry
-    scores = _product(q, k_ref[here, :], 1) * (math.log2(math.e) * head_dim**-0.5)
+    scores = _product(q, k_ref[here, :], 1) * (math.log2(math.e) * scale)
     scores = jnp.where(seen, scores, LOWEST)
     new_highest = jnp.maximum(highest, jnp.max(scores, axis=1))
     weights = jnp.exp2(scores - new_highest[:, None])

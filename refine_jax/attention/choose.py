@@ -26,6 +26,7 @@ def choose_backend(
   max_segments: int,
   packed: bool,
   blocks: bool = False,
+  scale: float | None = None,
 ) -> str:
   """The engine for this run: what was asked for, or for "auto" the fastest that answers right.
 
@@ -34,6 +35,7 @@ def choose_backend(
 
   Args:
     blocks: whether the rows have blocks beside them (`beside`), which is probed too then.
+    scale: the model's attention_scale.
 
   Raises:
     UserError: an engine was asked for by name and does not run or answers wrongly here.
@@ -51,7 +53,7 @@ def choose_backend(
   if fast == "xla":
     return "xla"
   reason = _refusal(fast, platform, dtype) or _probe(
-    fast, heads, kv_heads, head_dim, max_segments, blocks
+    fast, heads, kv_heads, head_dim, max_segments, blocks, scale
   )
   if reason is None:
     return fast
@@ -72,7 +74,7 @@ def _refusal(backend, platform, dtype):
   return None
 
 
-def _probe(backend, heads, kv_heads, head_dim, max_segments, blocks):
+def _probe(backend, heads, kv_heads, head_dim, max_segments, blocks, scale=None):
   """None if `backend` agrees with the reference on a tiny packed problem, else why not."""
   length = 256
   cuts = [length] if backend == "cudnn" else [100, 37, 1, 90]  # the rest is padding
@@ -99,7 +101,7 @@ def _probe(backend, heads, kv_heads, head_dim, max_segments, blocks):
   def run(backend, q, k, v):
     options = {"backend": backend, "max_segments": max_segments}
     engine = beside(batch, **options) if blocks else attend_with(batch["segment_ids"], **options)
-    out = engine(None)(q, k, v, None)[0]
+    out = engine(None)(q, k, v, None, scale)[0]
     return jnp.sum((out * weight).astype(jnp.float32)), out
 
   def outputs(backend):

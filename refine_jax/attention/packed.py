@@ -34,7 +34,8 @@ def attend_with(
     interpret: run Pallas kernels in interpret mode (tests on a CPU).
 
   Returns:
-    window -> (q_BTHh, k_BTKh, v_BTKh, cache) -> (out_BTHh, cache)
+    window -> (q_BTHh, k_BTKh, v_BTKh, cache, scale=None) -> (out_BTHh, cache); queries times keys
+    are multiplied by the scale, a number, None being head_dim ** -0.5.
   """
   engine = {
     "xla": _xla,
@@ -44,10 +45,9 @@ def attend_with(
   }[backend]
 
   def with_window(window):
-    local = _on_mesh(functools.partial(engine, window=window), mesh, segment_ids_BT.ndim)
-
-    def attend(q, k, v, cache):
-      return local(q, k, v, segment_ids_BT), cache
+    def attend(q, k, v, cache, scale=None):
+      local = functools.partial(engine, window=window, scale=scale)
+      return _on_mesh(local, mesh, segment_ids_BT.ndim)(q, k, v, segment_ids_BT), cache
 
     return attend
 
@@ -96,14 +96,14 @@ def beside(batch: dict, *, backend: str = "xla", max_segments: int = 1, mesh=Non
     near = True if window is None else distance < window
     mask = jnp.concatenate([sees_clean & near, sees_copy & near], axis=2)[:, None]
 
-    def copy(q, k, v, mask):
-      return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=kernel)
+    def attend(q, k, v, cache, scale=None):
+      def copy(q, k, v, mask):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation=kernel)
 
-    local = _on_mesh(copy, mesh, mask.ndim)
-
-    def attend(q, k, v, cache):
-      clean, cache = clean_engine(window)(q[:, :length], k[:, :length], v[:, :length], cache)
-      return jnp.concatenate([clean, local(q[:, length:], k, v, mask)], axis=1), cache
+      first = (x[:, :length] for x in (q, k, v))
+      clean, cache = clean_engine(window)(*first, cache, scale)
+      copied = _on_mesh(copy, mesh, mask.ndim)(q[:, length:], k, v, mask)
+      return jnp.concatenate([clean, copied], axis=1), cache
 
     return attend
 
@@ -126,16 +126,16 @@ def mask_BTT(segment_ids_BT, window: int | None):
   return same & near[None]
 
 
-def _xla(q, k, v, segment_ids_BT, *, window):
+def _xla(q, k, v, segment_ids_BT, *, window, scale):
   mask = mask_BTT(segment_ids_BT, window)[:, None]
-  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="xla")
 
 
-def _cudnn(q, k, v, segment_ids_BT, *, window):
+def _cudnn(q, k, v, segment_ids_BT, *, window, scale):
   del segment_ids_BT  # one segment a row, and what follows its end is after it
   local = None if window is None else (window - 1, 0)
   return jax.nn.dot_product_attention(
-    q, k, v, is_causal=True, local_window_size=local, implementation="cudnn"
+    q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
   )
 
 
@@ -157,7 +157,7 @@ def segment_layout(segment_ids_BT, max_segments: int):
   return jnp.where(lengths > 0, lengths, -1), jnp.pad(begins, ((0, 0), (0, 1)), constant_values=-1)
 
 
-def _cudnn_packed(q, k, v, segment_ids_BT, *, window, max_segments):
+def _cudnn_packed(q, k, v, segment_ids_BT, *, window, scale, max_segments):
   # Private, for want of a public way to pass offsets (jax-ml/jax#29731 is open).
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
@@ -170,13 +170,13 @@ def _cudnn_packed(q, k, v, segment_ids_BT, *, window, max_segments):
     kv_seqlen=lengths,
     q_offsets=offsets,
     kv_offsets=offsets,
-    scale=q.shape[-1] ** -0.5,
+    scale=q.shape[-1] ** -0.5 if scale is None else scale,
     mask_type=cudnn.MaskType.PADDING_CAUSAL,
     sliding_window_length=window,
   )
 
 
-def _splash(q, k, v, segment_ids_BT, *, window, interpret):
+def _splash(q, k, v, segment_ids_BT, *, window, scale, interpret):
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -194,7 +194,7 @@ def _splash(q, k, v, segment_ids_BT, *, window, interpret):
     masks.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=1, interpret=interpret
   )
   ids = jnp.pad(segment_ids_BT, ((0, 0), (0, padded - length)))
-  scale = jnp.asarray(head_dim**-0.5, q.dtype)
+  scale = jnp.asarray(head_dim**-0.5 if scale is None else scale, q.dtype)
   out = jax.vmap(kernel)(
     prepare(q) * scale, prepare(k), prepare(v), splash.SegmentIds(q=ids, kv=ids)
   )

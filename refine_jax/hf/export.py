@@ -13,6 +13,8 @@ from refine_jax import files
 from refine_jax.errors import UserError
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights as hf_weights
+from refine_jax.hf.families import family_of
+from refine_jax.hf.rope import both_spellings
 
 DTYPES = {
   "float32": np.dtype(np.float32),
@@ -50,13 +52,16 @@ def export(
   model_files = Path(model_files)
   config = hf_config.read_json(model_files)
   shape = hf_config.from_hf(config, str(model_files / "config.json"))
+  family = family_of(config)
   try:
     with files.new_directory(output) as temporary:
       for path in model_files.iterdir():
         if path.is_file() and path.suffix != ".safetensors":
           shutil.copyfile(path, temporary / path.name)
-      files.write_json(temporary / "config.json", _both_spellings(config, dtype))
-      _write_weights(temporary, hf_weights.tensors(params, shape, DTYPES[dtype]), shard_bytes)
+      written = both_spellings(config, family) | {"dtype": dtype, "torch_dtype": dtype}
+      files.write_json(temporary / "config.json", written)
+      tensors = hf_weights.tensors(params, shape, family, DTYPES[dtype])
+      _write_weights(temporary, tensors, shard_bytes)
       (temporary / "README.md").write_text(card, encoding="utf-8")
   except safetensors.SafetensorError as error:
     raise UserError(
@@ -82,22 +87,6 @@ def export_step(workdir, step: int, params, *, dtype: str = "bfloat16") -> Path 
   return export(
     params, Path(workdir) / "model", output, dtype=dtype, card=model_card(workdir, step)
   )
-
-
-def _both_spellings(config: dict, dtype: str) -> dict:
-  """The config with its dtype and rope in the words of transformers 4 and of 5."""
-  config = config | {"dtype": dtype, "torch_dtype": dtype}
-  rope = dict(config.get("rope_parameters") or {})
-  if rope:
-    theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
-    scaled = rope.get("rope_type", "default") != "default"
-    config |= {"rope_theta": theta, "rope_scaling": rope if scaled else None}
-  else:
-    scaling = dict(config.get("rope_scaling") or {})
-    kind = scaling.pop("type", None)
-    scaling.setdefault("rope_type", kind or "default")
-    config |= {"rope_parameters": scaling | {"rope_theta": config.get("rope_theta", 10000.0)}}
-  return config
 
 
 def _write_weights(directory: Path, tensors: Iterator, shard_bytes: int):

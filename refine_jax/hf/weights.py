@@ -16,53 +16,29 @@ import safetensors
 
 from refine_jax import files
 from refine_jax.errors import UserError
-from refine_jax.hf.config import read_json
-from refine_jax.model.transformer import ModelConfig, param_shapes
+from refine_jax.hf.config import read_family, read_json
+from refine_jax.hf.families import Family
+from refine_jax.model.config import ModelConfig
+from refine_jax.model.transformer import param_shapes
 from refine_jax.tree import leaf_name
 
-# Ours (under "layers/", where the leading axis is the layer) -> theirs (under model.layers.N.).
-# Matrices are transposed: theirs are [outputs, inputs].
-_LAYER_NAMES = {
-  "attention_norm/scale": "input_layernorm.weight",
-  "mlp_norm/scale": "post_attention_layernorm.weight",
-  "attention/query_norm/scale": "self_attn.q_norm.weight",
-  "attention/key_norm/scale": "self_attn.k_norm.weight",
-} | {
-  f"{ours}/{kind}": f"{theirs}.{'weight' if kind == 'kernel' else 'bias'}"
-  for kind in ("kernel", "bias")
-  for ours, theirs in {
-    "attention/query": "self_attn.q_proj",
-    "attention/key": "self_attn.k_proj",
-    "attention/value": "self_attn.v_proj",
-    "attention/output": "self_attn.o_proj",
-    "mlp/gate": "mlp.gate_proj",
-    "mlp/up": "mlp.up_proj",
-    "mlp/down": "mlp.down_proj",
-  }.items()
-}
-_TOP_NAMES = {
-  "embedding": "model.embed_tokens.weight",
-  "final_norm/scale": "model.norm.weight",
-  "head": "lm_head.weight",
-}
 # Constants that old files carry; the model computes them.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
-_TIED_HEAD = _TOP_NAMES["head"]
 
 _MODEL_FILES = ("config.json", "generation_config.json")
 
 
-def tensor_names(config: ModelConfig) -> dict[str, tuple]:
+def tensor_names(config: ModelConfig, family: Family) -> dict[str, tuple]:
   """Every tensor of a model: theirs -> (ours, layer or None, shape in the file)."""
   import jax
 
   result = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(config)):
     ours = leaf_name(path)
-    if ours in _TOP_NAMES:
-      result[_TOP_NAMES[ours]] = (ours, None, leaf.shape)
+    if ours in family.top_names:
+      result[family.top_names[ours]] = (ours, None, leaf.shape)
       continue
-    name = _LAYER_NAMES[ours.removeprefix("layers/")]
+    name = family.layer_names[ours.removeprefix("layers/")]
     shape = leaf.shape[1:][::-1] if ours.endswith("kernel") else leaf.shape[1:]
     for layer in range(config.layers):
       result[f"model.layers.{layer}.{name}"] = (ours, layer, shape)
@@ -86,8 +62,9 @@ def load_params(
     UserError: not safetensors, truncated, or tensors missing, unknown or misshapen (all listed).
   """
   files = _TensorFiles(Path(directory))
-  wanted = tensor_names(config)
-  _check_tensors(files, wanted, config)
+  family = read_family(directory)
+  wanted = tensor_names(config, family)
+  _check_tensors(files, wanted, config, family)
   leaves: dict[str, dict] = {}
   for name, (ours, layer, _) in wanted.items():
     leaves.setdefault(ours, {})[layer] = name
@@ -109,11 +86,12 @@ def _insert(tree, name, value):
   tree[last] = value
 
 
-def _check_tensors(files, wanted, config):
+def _check_tensors(files, wanted, config, family):
+  tied_head = family.top_names["head"]
   there = {n for n in files.shapes if not _IGNORED.search(n)}
-  if config.tied_head and _TIED_HEAD in there:
-    there.discard(_TIED_HEAD)
-    head, embedding = files.read(_TIED_HEAD), files.read(_TOP_NAMES["embedding"])
+  if config.tied_head and tied_head in there:
+    there.discard(tied_head)
+    head, embedding = files.read(tied_head), files.read(family.top_names["embedding"])
     if head.shape != embedding.shape or not np.array_equal(head, embedding):
       raise UserError(
         f"{files.directory}: config.json ties the head to the embedding, but lm_head.weight"
@@ -171,9 +149,11 @@ class _TensorFiles:
     return self._files[name].get_tensor(name)
 
 
-def tensors(params: dict, config: ModelConfig, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(
+  params: dict, config: ModelConfig, family: Family, dtype=None
+) -> Iterator[tuple[str, np.ndarray]]:
   """Their tensors in the order of their names, as host arrays [outputs, inputs], one by one."""
-  for name, (ours, layer, _) in sorted(tensor_names(config).items()):
+  for name, (ours, layer, _) in sorted(tensor_names(config, family).items()):
     leaf = params
     for part in ours.split("/"):
       leaf = leaf[part]

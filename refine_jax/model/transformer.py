@@ -1,4 +1,4 @@
-"""One causal decoder for the Llama, Qwen2, Qwen3 and Mistral families.
+"""One causal decoder. What differs between families of models is a field of ModelConfig.
 
 Flax Linen defines one layer; the stack is a `lax.scan` over layers whose parameters carry a
 leading layer axis (or a plain loop, where the parameters come as a list of layers). Everything
@@ -9,7 +9,7 @@ Legend, used in names throughout the project:
   width, V vocabulary, L layers, N tokens in a flat list or a block.
 """
 
-import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -20,53 +20,42 @@ from jax.ad_checkpoint import checkpoint_name
 
 from refine_jax.model import remat as remat_lib
 from refine_jax.model import rope as rope_lib
+from refine_jax.model.config import ModelConfig
 
+ACTIVATIONS: dict[str, Callable] = {
+  "silu": nn.silu,
+  "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+}
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-  """The shape of a model; `hf_config.py` reads it from a Hugging Face config.json.
-
-  Attributes:
-    windows: for each layer the sliding window (a token sees itself and window - 1 before it),
-      or None for all that came before.
-    max_length: positions the model is made for.
-  """
-
-  vocab_size: int
-  width: int
-  feed_forward: int
-  layers: int
-  heads: int
-  kv_heads: int
-  head_dim: int
-  norm_eps: float
-  rope: rope_lib.RopeConfig
-  tied_head: bool
-  qkv_bias: bool
-  output_bias: bool
-  mlp_bias: bool
-  qk_norm: bool
-  windows: tuple[int | None, ...]
-  max_length: int
-  initializer_range: float = 0.02
-
-
-# Attend: (q [B,T,H,h], k [B,T,K,h], v [B,T,K,h], cache) -> (out [B,T,H,h], cache).
+# Attend: (q [B,T,H,h], k [B,T,K,h], v [B,T,K,h], cache, scale=None) -> (out [B,T,H,h], cache).
 Attend = Callable[..., tuple]
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) * scale over the last axis, computed in float32 (arXiv:1910.07467)."""
+  """x / rms(x) * scale over the last axis, computed in float32 (arXiv:1910.07467).
+
+  Attributes:
+    offset: multiplies by 1 + scale instead, with a scale that starts at zero.
+  """
 
   eps: float
+  offset: bool = False
 
   @nn.compact
   def __call__(self, x):
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    init = nn.initializers.zeros if self.offset else nn.initializers.ones
+    scale = self.param("scale", init, (x.shape[-1],))
     scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
+    if self.offset:
+      scale = 1 + scale.astype(jnp.float32)
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     return (x32 * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
+
+
+def norm(config: ModelConfig, name: str | None = None) -> RMSNorm:
+  """The kind of norm that a model has everywhere."""
+  return RMSNorm(config.norm_eps, config.norm_offset, name=name)
 
 
 def _dense(config: ModelConfig, features: int, bias: bool, dtype, name: str):
@@ -94,18 +83,18 @@ class Attention(nn.Module):
       q, k = project("query", c.heads), project("key", c.kv_heads)
       v = project("value", c.kv_heads)
     if c.qk_norm:
-      q, k = RMSNorm(c.norm_eps, name="query_norm")(q), RMSNorm(c.norm_eps, name="key_norm")(k)
+      q, k = norm(c, "query_norm")(q), norm(c, "key_norm")(k)
     q = checkpoint_name(rope_lib.rotate(q, *rotation), "query")
     k = checkpoint_name(rope_lib.rotate(k, *rotation), "key")
     v = checkpoint_name(v, "value")
-    out, cache = attend(q, k, v, cache)
+    out, cache = attend(q, k, v, cache, scale=c.attention_scale)
     out = checkpoint_name(out, "attention")
     out = out.reshape(*out.shape[:-2], c.heads * c.head_dim)
     return _dense(c, c.width, c.output_bias, dtype, "output")(out), cache
 
 
 class MLP(nn.Module):
-  """SwiGLU (arXiv:2002.05202)."""
+  """A gated MLP such as SwiGLU or GeGLU (arXiv:2002.05202)."""
 
   config: ModelConfig
 
@@ -120,7 +109,7 @@ class MLP(nn.Module):
       gate, up = jnp.split(project("gate_up", 2 * c.feed_forward), 2, axis=-1)
     else:
       gate, up = project("gate", c.feed_forward), project("up", c.feed_forward)
-    return _dense(c, c.width, c.mlp_bias, dtype, "down")(nn.silu(gate) * up)
+    return _dense(c, c.width, c.mlp_bias, dtype, "down")(ACTIVATIONS[c.activation](gate) * up)
 
 
 class Layer(nn.Module):
@@ -130,14 +119,14 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD, rotation, attend: Attend, cache=None):
-    eps = self.config.norm_eps
+    c = self.config
     with jax.named_scope("attention"):
-      y = RMSNorm(eps, name="attention_norm")(x_BTD)
-      y, cache = Attention(self.config, name="attention")(y, rotation, attend, cache)
-      x_BTD = x_BTD + y
+      y = norm(c, "attention_norm")(x_BTD)
+      y, cache = Attention(c, name="attention")(y, rotation, attend, cache)
+      x_BTD = x_BTD + (norm(c, "attention_post_norm")(y) if c.post_norms else y)
     with jax.named_scope("mlp"):
-      y = RMSNorm(eps, name="mlp_norm")(x_BTD)
-      x_BTD = x_BTD + MLP(self.config, name="mlp")(y)
+      y = MLP(c, name="mlp")(norm(c, "mlp_norm")(x_BTD))
+      x_BTD = x_BTD + (norm(c, "mlp_post_norm")(y) if c.post_norms else y)
     return x_BTD, cache
 
 
@@ -153,7 +142,7 @@ def init_params(config: ModelConfig, key) -> dict:
   rotation = rope_lib.rotation(config.rope, config.head_dim, jnp.zeros((1, 1), jnp.int32))
 
   def init_layer(layer_key):
-    attend = lambda q, k, v, cache: (q, cache)  # noqa: E731  shapes are all that init needs
+    attend = lambda q, k, v, cache, scale: (q, cache)  # noqa: E731  init needs shapes only
     return Layer(config).init(layer_key, x, rotation, attend)["params"]
 
   table = nn.initializers.normal(config.initializer_range)
@@ -161,7 +150,7 @@ def init_params(config: ModelConfig, key) -> dict:
   params = {
     "embedding": table(embedding_key, shape),
     "layers": jax.vmap(init_layer)(jax.random.split(layers_key, config.layers)),
-    "final_norm": {"scale": jnp.ones((config.width,))},
+    "final_norm": norm(config).init(head_key, x)["params"],
   }
   if not config.tied_head:
     params["head"] = table(head_key, shape)
@@ -229,13 +218,14 @@ def hidden_states(
   Returns:
     hidden states [B, T, D] in `dtype`; with `caches`, also the list of new ones.
   """
-  x = constrain(jnp.take(params["embedding"], ids_BT, axis=0).astype(dtype))
-  rotation = rope_lib.rotation(config.rope, config.head_dim, positions_BT)
+  x = constrain(_embed(params, config, ids_BT, dtype))
+  rotation_with = _rotations(config, positions_BT)
 
   def layer(x, layer_params, cache, window, prevent_cse=True):
     def run(x, layer_params, cache):
       module = Layer(config)
-      x, cache = module.apply({"params": layer_params}, x, rotation, attend_with(window), cache)
+      rotation, attend = rotation_with(window), attend_with(window)
+      x, cache = module.apply({"params": layer_params}, x, rotation, attend, cache)
       return constrain(x), cache
 
     if remat != "none":
@@ -255,8 +245,22 @@ def hidden_states(
     assert caches is None, "a cache needs a list of layers"
     new_caches = None
     x = _scan_layers(layer, x, params["layers"], config.windows, unroll)
-  x = RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x)
+  x = norm(config).apply({"params": params["final_norm"]}, x)
   return x if caches is None else (x, new_caches)
+
+
+def _embed(params, config, ids_BT, dtype):
+  x = jnp.take(params["embedding"], ids_BT, axis=0).astype(dtype)
+  return x if config.embedding_scale is None else x * jnp.asarray(config.embedding_scale, dtype)
+
+
+def _rotations(config, positions_BT):
+  """Window of a layer -> its (cos, sin); each rope's angles are computed once."""
+  rotation = rope_lib.rotation(config.rope, config.head_dim, positions_BT)
+  if config.sliding_rope is None:
+    return lambda window: rotation
+  sliding = rope_lib.rotation(config.sliding_rope, config.head_dim, positions_BT)
+  return lambda window: rotation if window is None else sliding
 
 
 # The identity, whose gradients wait for one another. Without it XLA puts off to the end what gives
@@ -268,7 +272,7 @@ _backward_in_order.defvjp(
 
 
 def _scan_layers(layer, x, stacked, windows, unroll):
-  """One scan for each run of layers that share a window, so that windows stay static."""
+  """One scan for each run of layers that share a window, so that windows and ropes stay static."""
   start = 0
   for window, run in itertools.groupby(windows):
     stop = start + len(list(run))

@@ -46,6 +46,7 @@ def choose_compute(config: Config, shape: ModelConfig, mesh, plan: DataPlan):
     max_segments=plan.max_segments,
     packed=config.data.pack,
     blocks=config.noise.kind == "block",
+    scale=shape.attention_scale,
   )
   shapes = transformer.param_shapes(shape)
   state_on_device = _bytes_per_device(shapes, sharding.shardings(shapes, mesh))
@@ -99,8 +100,13 @@ def make_recipe(config: Config, source: Source, plan: DataPlan) -> Recipe:
 
 
 def identity(shape: ModelConfig) -> dict:
-  """What a checkpoint says of its model, to be compared before it is loaded."""
-  return json.loads(json.dumps(dataclasses.asdict(shape)))
+  """What a checkpoint says of its model, to be compared before it is loaded.
+
+  Fields at their default are left out, so that a checkpoint from before one was added is equal.
+  """
+  values = dataclasses.asdict(shape)
+  defaults = {f.name: f.default for f in dataclasses.fields(shape)}
+  return json.loads(json.dumps({k: v for k, v in values.items() if v != defaults[k]}))
 
 
 def run_record(config: Config, recipe: Recipe, plan: DataPlan) -> dict:
