@@ -14,6 +14,7 @@ from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights as hf_weights
 from refine_jax.model import layout, transformer
 from refine_jax.model.transformer import ModelConfig
+from refine_jax.text.tokenizer import load_tokenizer
 from refine_jax.text.vocabulary import check_ids
 
 
@@ -168,4 +169,4 @@ def _tokenizer(directory: Path):
   files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
   if not any((directory / name).exists() for name in files):
     return None
-  return hf_weights.load_tokenizer(directory)
+  return load_tokenizer(directory)
