@@ -14,7 +14,6 @@ from refine_jax.text.tokenizer import encode
 _THINK = "<think>"
 # Fields of a message that are part of what the model says; any other may be left out.
 _SAID = ("tool_calls", "function_call", "reasoning", "reasoning_content", "thinking")
-_CALLS = ("tool_calls", "function_call")
 
 
 class BadExample(Exception):
@@ -52,7 +51,7 @@ def prompt_text(tokenizer, prompt, fallback_template: str = "") -> str:
   Args:
     prompt: a string, which becomes one user message, or a list of {"role", "content"}. Fields
       that are null, at any depth, are absent: Parquet gives each struct of a column the fields of
-      all. Content may be null next to tool calls.
+      all. Content may be null next to tool calls, and then is absent too.
     fallback_template: used where the tokenizer has no template.
 
   Raises:
@@ -78,7 +77,7 @@ def response_text(response, prompt: str, eos: str = "") -> str:
   Raises:
     BadExample: not one of the two, or empty.
   """
-  return _said(_target(response)["content"] or "", prompt, eos)
+  return _said(_target(response).get("content", ""), prompt, eos)
 
 
 def example_texts(tokenizer, prompt, response, fallback_template: str = "") -> Texts:
@@ -115,7 +114,7 @@ def example_texts(tokenizer, prompt, response, fallback_template: str = "") -> T
     if field in _SAID:
       raise BadExample(f"target with {field}, which the chat template does not print")
   if len(left_out) == len(fields):
-    said = target["content"] or ""
+    said = target.get("content", "")
   elif written.startswith(text):
     said = written[len(text) :]
   else:
@@ -167,31 +166,28 @@ def with_eos(ids: list[int], eos: int) -> list[int]:
 
 
 def _rendered(tokenizer, messages, fallback_template, *, generate=True) -> str:
-  """The conversation's text; content that is null is given as null where the template knows that.
+  """The conversation's text.
 
-  Some templates write tool calls only where the content is null, others would write "None" or
-  fail, and get an empty content.
+  Raises:
+    BadExample: the template refuses it, or leaves out calls that are a message's only content.
   """
 
   def render(messages):
     return template.render(tokenizer, messages, fallback_template, add_generation_prompt=generate)
 
-  filled = [m | {"content": ""} if m.get("content", "") is None else m for m in messages]
   try:
-    text = render(filled)
-  except template.Refused as error:
-    if filled == messages:
-      raise BadExample(str(error)) from error
-    text = None
-  if filled != messages:
     try:
-      exact = render(messages)
-    except template.Refused as error:
-      if text is None:
-        raise BadExample(str(error)) from error
-    else:
-      if text is None or exact.replace("None", "") != text.replace("None", ""):
-        text = exact
+      text = render(messages)
+    except template.Refused:
+      filled = [{"content": ""} | m for m in messages]  # some templates add it to other text
+      if filled == messages:
+        raise
+      text = render(filled)
+    silent = [m if "content" in m else {"role": m["role"], "content": ""} for m in messages]
+    if silent != messages and any(_calls(m) for m in messages) and render(silent) == text:
+      raise BadExample("calls next to null content, which the chat template does not print")
+  except template.Refused as error:
+    raise BadExample(str(error)) from error
   return _unicode(text)
 
 
@@ -217,7 +213,7 @@ def _target(response) -> dict:
     raise BadExample("target of several messages")
   if messages[0]["role"] != "assistant":
     raise BadExample("target not the assistant's")
-  return {"content": None} | messages[0]
+  return messages[0]
 
 
 def _messages(value) -> list[dict]:
@@ -232,12 +228,13 @@ def _message(value) -> dict:
   if not isinstance(value, dict) or not isinstance(value.get("role"), str):
     raise BadExample("not a string or messages")
   message = _without_nulls(value)
-  content = value.get("content")
-  if content is None and any(message.get(name) for name in _CALLS):
-    return message | {"content": None} if "content" in value else message
-  if not isinstance(content, str):
+  if not isinstance(message.get("content", "" if _calls(message) else None), str):
     raise BadExample("not a string or messages")
   return message
+
+
+def _calls(message: dict) -> bool:
+  return any(message.get(name) for name in ("tool_calls", "function_call"))
 
 
 def _without_nulls(value):
