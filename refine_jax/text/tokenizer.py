@@ -51,12 +51,12 @@ def load_tokenizer(name, *, trust_remote_code: bool = False):
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   import transformers
 
-  if str(name).startswith((".", "/", "~")):
-    name = Path(name).expanduser()
-    if not name.is_dir():
-      raise UserError(f"{cut(str(name))} (the tokenizer) is not a directory.")
   name = str(name)
-  with library_errors(f"{cut(name)} has no tokenizer that can be loaded"):
+  with library_errors(f"{cut(name)!r} has no tokenizer that can be loaded"):
+    if name.startswith((".", "/", "~")):
+      name = str(Path(name).expanduser())
+      if not Path(name).is_dir():
+        raise UserError(f"{cut(name)} (the tokenizer) is not a directory.")
     tokenizer = transformers.AutoTokenizer.from_pretrained(
       name, trust_remote_code=trust_remote_code
     )
