@@ -18,11 +18,16 @@ def get_config(recipe: str = "document") -> ConfigDict:
   c.seed = 0
 
   c.data = data = ConfigDict()
-  # Parquet with a prompt and a response a row: a path, a glob, or several separated by commas.
+  # A prompt and a response a row, as Parquet or JSON lines (.jsonl, .ndjson, .json): a path, a glob,
+  # or several separated by commas. A row that is null, empty, of another type, or refused by the
+  # chat template or the tokenizer is dropped, counted by reason, and the first few are named; more
+  # than nine of ten such rows stop the run before its first step.
   data.train_files = ""
   # The same for validation; empty: none.
   data.val_files = ""
-  # Columns. Each holds a string or a list of chat messages {role, content}.
+  # Columns. Each holds a string or a list of chat messages {role, content}, which may have tool
+  # calls and reasoning: those of a response are trained on as the chat template writes them, and a
+  # template that does not write them drops the row.
   data.prompt_key = "prompt"
   data.response_key = "target"
   # Tokens a row, prompt and response and EOS together.
