@@ -29,6 +29,9 @@ except ImportError:
 from refine_jax.cli import entry_point
 from refine_jax.decoding import compile_cache, generation, loading
 from refine_jax.model import head, transformer
+from refine_jax.text import template
+from refine_jax.text.tokenizer import encode
+from refine_jax.text.vocabulary import check_ids
 
 _SMALLEST_BUCKET = 64
 
@@ -77,9 +80,9 @@ class RefineLM(TemplateLM):
     return self.tokenizer.name_or_path.replace("/", "__")
 
   def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
-    return self.tokenizer.apply_chat_template(
+    return template.render(
+      self.tokenizer,
       chat_history,
-      tokenize=False,
       add_generation_prompt=add_generation_prompt,
       continue_final_message=not add_generation_prompt,
     )
@@ -88,10 +91,14 @@ class RefineLM(TemplateLM):
     bos = self.tokenizer.bos_token
     if add_special_tokens is None:  # a chat template has put it there already
       add_special_tokens = not (bos and string.startswith(bos))
-    return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+    return encode(self.tokenizer, [string], add_special_tokens=add_special_tokens)[0]
 
   def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
     """For each (texts, context ids, continuation ids): (its log-probability, whether greedy)."""
+    for number, (_, context, answer) in enumerate(requests, 1):
+      check_ids(
+        [*context, *answer], self.model.config.vocab_size, f"Request {number}", self.tokenizer
+      )
     results = [None] * len(requests)
     # Longest first: requests of one length share a batch, and too little memory shows at once.
     order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i][1:])))
