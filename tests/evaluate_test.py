@@ -11,7 +11,7 @@ import pytest
 
 from refine_jax.decoding import generation
 from refine_jax.errors import UserError
-from refine_jax.evaluation import evaluate, scoring
+from refine_jax.evaluation import evaluate, report, scoring
 
 CONFIGS = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -61,7 +61,7 @@ def test_scorers_are_chosen_by_columns_and_say_what_they_lack():
 def test_wilson_solves_its_equation():
   """The bounds p are where |share - p| = z sqrt(p (1 - p) / n)."""
   for successes, count in ((0, 10), (3, 10), (10, 10), (293, 500)):
-    for bound in evaluate.wilson(successes, count):
+    for bound in report.wilson(successes, count):
       distance = abs(successes / count - bound)
       assert math.isclose(
         distance, 1.96 * math.sqrt(max(bound * (1 - bound), 0) / count), abs_tol=1e-9
@@ -139,9 +139,9 @@ def test_tokens_a_pass_count_rows_that_stopped(monkeypatch, tmp_path):
   assert numbers["tokens_per_pass"] == 12 / 6 and numbers["not_stopped"] == 1
   assert numbers["solved"] == 2 / 3 and numbers["by_task"] == {"x": 0.5, "y": 1.0}
   assert numbers["seconds_per_problem"] == 2.0 and numbers["tokens"] == 112
-  evaluate.write_answers(tmp_path, "exact-8", outcomes)
+  report.write_answers(tmp_path, "exact-8", outcomes)
   lines = (tmp_path / "answers-exact-8.jsonl").read_text().splitlines()
   assert [json.loads(line)["solved"] for line in lines] == [True, False, True]
   results = [numbers | {"mode": "exact", "block_size": 8}]
-  assert evaluate.plot(results, tmp_path / "accuracy.png")
+  assert report.plot(results, tmp_path / "accuracy.png")
   assert (tmp_path / "accuracy.png").stat().st_size > 5000

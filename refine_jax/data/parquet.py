@@ -76,6 +76,37 @@ def batches(path: Path, prompt_key: str, response_key: str) -> Iterator[tuple[in
       first += batch.num_rows
 
 
+def columns(path: Path) -> list[str]:
+  """The names of a file's columns.
+
+  Raises:
+    UserError: the file cannot be read, or has two columns of one name.
+  """
+  with _open(path) as file:
+    names = file.schema_arrow.names
+  twice = sorted({name for name in names if names.count(name) > 1})
+  if twice:
+    raise UserError(f"{path} has two columns {twice[0]!r}; rename one.")
+  return names
+
+
+def rows(path: Path, names: list[str]) -> Iterator[tuple[int, list[dict]]]:
+  """Reads some columns of one file piece by piece.
+
+  Yields:
+    the number of the first row (from 0), the rows: Python values, not checked.
+
+  Raises:
+    UserError: the file cannot be read.
+  """
+  first = 0
+  with _open(path) as file:
+    for batch in file.iter_batches(batch_size=_ROWS_AT_A_TIME, columns=names):
+      table = [_values(batch[name]) for name in names]
+      yield first, [dict(zip(names, row, strict=True)) for row in zip(*table, strict=True)]
+      first += batch.num_rows
+
+
 @contextlib.contextmanager
 def _open(path):
   try:
