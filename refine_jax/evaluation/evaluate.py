@@ -12,7 +12,6 @@ and counted as not_answered.
 
 import argparse
 import collections
-import inspect
 import sys
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -70,7 +69,7 @@ def settings(modes: str, block_sizes: str) -> list[Setting]:
     for size in ([1] if text == "ar" else sizes)
   ]
   for index, setting in enumerate(result):
-    check_options(**_DEFAULTS | setting.options)
+    check_options(**generation.DEFAULTS | setting.options)
     if setting in result[:index]:
       raise UserError(
         f"--modes={modes} with --block_sizes={block_sizes} has {setting.name} with blocks of"
@@ -84,13 +83,6 @@ def _sizes(text: str) -> list[int]:
     return [int(size) for size in text.split(",")]
   except ValueError:
     raise UserError(f"--block_sizes={text!r} must be numbers with commas between.") from None
-
-
-# generate's own, of the options that can be checked before there is a model.
-_DEFAULTS = {
-  name: inspect.signature(generation.generate).parameters[name].default
-  for name in inspect.signature(check_options).parameters
-}
 
 
 def evaluate(
