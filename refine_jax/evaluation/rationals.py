@@ -55,7 +55,7 @@ _GROUPED = (
 )
 _DECIMAL = rf"(?:(?:{'|'.join(_GROUPED)}|\d+)(?:\.\d+)?|\.\d+)"
 _POWER = r"10\^(?:\{[-+]?\d+\}|[-+]?\d+)"
-_NUMBER = rf"(?:{_POWER}|{_DECIMAL}(?:[eE][-+]?\d+(?![\w.])|{_GAP}[×xX*·]{_GAP}{_POWER})?)"
+_NUMBER = rf"(?:{_POWER}|{_DECIMAL}(?:[eE][-+]?\d+(?!\w|\.\d)|{_GAP}[×xX*·]{_GAP}{_POWER})?)"
 _LATEX = rf"\\frac(?:\{{{_GAP}-?{_GAP}{_NUMBER}{_GAP}\}}\{{{_GAP}{_NUMBER}{_GAP}\}}|\d\d)"
 _VALUE = (
   rf"(?:\d+{_GAP}{_LATEX}|\d+[ \u00a0]\d+/\d+|{_LATEX}|{_NUMBER}{_GAP}/{_GAP}{_NUMBER}|{_NUMBER})"
@@ -82,7 +82,7 @@ _SIGN = re.compile(r"(?P<first>[ \t$€£¥₹]*)(?P<sign>[-+])(?P<gap>[ \t]*)[$
 _OPERAND = re.compile(r"(?:[\d)\]}%°]|(?<![^\W\d_])[^\W\d_])$")  # a letter by itself is a variable
 _OPERATOR = re.compile(r"(?:\*{1,2}|[/×·÷±~^_√]|[xX]|\.{2,}|…)[ \t$]*$")
 _IN_FORMULA = re.compile(
-  r"(?:[\^_]\{?|√|sqrt[({\[]?|[A-Za-z]/|\b(?:plus|times|mod|modulo|divided by|multiplied by)\s)"
+  r"(?:\d[A-Za-z]|[\^_]\{?|√|sqrt[({\[]?|[A-Za-z]/|\b(?:plus|times|mod|modulo|divided by|multiplied by)\s)"
   r"[ \t]*$"
 )
 _GOES_ON = re.compile(
