@@ -39,6 +39,8 @@ class Examples:
     source_rows: int64 [count, 2]: number of the file, row in it.
     dropped: reason -> rows.
     truncated: examples that were cut to max_length.
+    noted: what was left out of examples that were kept -> examples.
+    places: reason -> the first rows dropped for it, each as in source_rows.
   """
 
   tokens: np.ndarray
@@ -47,6 +49,8 @@ class Examples:
   source_rows: np.ndarray
   dropped: dict[str, int]
   truncated: int = 0
+  noted: dict[str, int] = dataclasses.field(default_factory=dict)
+  places: dict[str, list] = dataclasses.field(default_factory=dict)
 
   def __len__(self) -> int:
     return len(self.prompt_lengths)
@@ -96,7 +100,14 @@ class Writer:
     self._arrays[name].write(array)
     self._checksums[name] = zlib.crc32(array, self._checksums[name])
 
-  def finish(self, *, dropped: dict[str, int], truncated: int):
+  def finish(
+    self,
+    *,
+    dropped: dict[str, int],
+    truncated: int,
+    noted: dict[str, int] | None = None,
+    places: dict[str, list] | None = None,
+  ):
     """The last call: everything is on the disk when it returns."""
     for file in self._arrays.values():
       file.flush()
@@ -106,6 +117,8 @@ class Writer:
       "tokens": self._total,
       "dropped": dropped,
       "truncated": truncated,
+      "noted": noted or {},
+      "places": places or {},
       "checksums": self._checksums,
     }
     with open(self._directory / "stats.json", "w", encoding="utf-8") as file:
@@ -124,7 +137,8 @@ def read(place: Path) -> Examples | None:
     for name, dtype, columns in _ARRAYS:
       shape = (sizes.get(name, count), columns) if columns else (sizes.get(name, count),)
       arrays[name] = _memory_map(place / f"{name}.bin", dtype, shape, stats["checksums"][name])
-    return Examples(dropped=dict(stats["dropped"]), truncated=stats["truncated"], **arrays)
+    counted = {name: dict(stats[name]) for name in ("dropped", "noted", "places")}
+    return Examples(truncated=stats["truncated"], **counted, **arrays)
   except (OSError, ValueError, KeyError, TypeError):
     return None
 

@@ -14,6 +14,7 @@ from refine_jax.decoding.result import Generation, Pass, Trace, token_texts
 from refine_jax.decoding.settings import Settings, least_window
 from refine_jax.errors import UserError
 from refine_jax.text import detokenize
+from refine_jax.text.vocabulary import check_ids
 
 _SMALLEST_BUCKET = 16
 
@@ -71,9 +72,9 @@ class Decoder:
       noise_token = trained.noise_token if trained else eos[0] if eos else 0
     if block_size is None:
       block_size = default_block_size(trained, mode, draft, len(prompts))
-    if not 0 <= noise_token < model.config.vocab_size:
-      raise UserError(f"noise_token={noise_token} is outside the vocabulary.")
     stops, stop_ids = _stops(model, stop)
+    for what, ids in (("noise_token", [noise_token]), ("eos_token_id", eos), ("stop", stop_ids)):
+      check_ids(ids, model.config.vocab_size, what, model.tokenizer)
     rows = compile_cache.bucket(len(prompts), 1)
     self.settings = Settings(
       mode="exact" if mode == "ar" else mode,

@@ -14,6 +14,8 @@ from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights as hf_weights
 from refine_jax.model import layout, transformer
 from refine_jax.model.transformer import ModelConfig
+from refine_jax.text.tokenizer import load_tokenizer
+from refine_jax.text.vocabulary import check_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Model:
       segment_ids: int [B, T], contiguous from 1 (0: padding); positions start anew in each and
         attention does not cross. Default: one segment a row.
     """
+    if not isinstance(ids, jax.core.Tracer):
+      check_ids(np.asarray(ids), self.config.vocab_size, "ids", self.tokenizer)
     ids = jnp.asarray(ids, jnp.int32)
     segment_ids = jnp.ones_like(ids) if segment_ids is None else jnp.asarray(segment_ids)
     return _logits(self.params, ids, segment_ids, self.config)
@@ -165,4 +169,4 @@ def _tokenizer(directory: Path):
   files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
   if not any((directory / name).exists() for name in files):
     return None
-  return hf_weights.load_tokenizer(directory)
+  return load_tokenizer(directory)

@@ -8,6 +8,8 @@ import numpy as np
 
 from refine_jax.errors import UserError
 from refine_jax.text.chat import encode_prompt
+from refine_jax.text.reason import cut
+from refine_jax.text.vocabulary import check_ids
 
 
 def prompt_ids(model, prompt, chat_template: str, name: str) -> list[int]:
@@ -23,15 +25,14 @@ def prompt_ids(model, prompt, chat_template: str, name: str) -> list[int]:
   if isinstance(prompt, (np.ndarray, jax.Array)):
     prompt = prompt.tolist()
   if not isinstance(prompt, str) and not (isinstance(prompt, Sequence) and prompt):
-    raise UserError(f"{name} is {prompt!r}; give a string, chat messages or token ids.")
+    raise UserError(f"{name} is {cut(repr(prompt))}; give a string, chat messages or token ids.")
   if isinstance(prompt, str) or isinstance(prompt[0], dict):
     ids = encode_prompt(model.require_tokenizer(), prompt, chat_template, name)
   elif all(isinstance(i, numbers.Integral) for i in prompt):
     ids = [int(i) for i in prompt]
   else:
     raise UserError(f"{name} mixes what is no token id into its ids.")
-  if not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
-    raise UserError(f"{name} has ids outside the vocabulary of {model.config.vocab_size}.")
+  check_ids(ids, model.config.vocab_size, name, model.tokenizer)
   context = model.config.max_length
   if len(ids) >= context:
     raise UserError(

@@ -202,7 +202,7 @@ def parse() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   add = parser.add_argument
   add("--model", required=True, help="Hugging Face directory, hub name or workdir")
-  add("--data", required=True, help="parquet with prompt and answer")
+  add("--data", required=True, help="parquet or JSON lines with prompt and answer")
   add(
     "--modes",
     default="ar,exact",

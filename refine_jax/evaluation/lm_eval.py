@@ -34,6 +34,9 @@ from refine_jax.decoding import compile_cache, generation, loading
 from refine_jax.errors import UserError
 from refine_jax.evaluation import harness_options
 from refine_jax.model import head, transformer
+from refine_jax.text import template
+from refine_jax.text.tokenizer import encode
+from refine_jax.text.vocabulary import check_ids
 
 _SMALLEST_BUCKET = 64
 _log = logging.getLogger(__name__)
@@ -89,9 +92,9 @@ class RefineLM(TemplateLM):
     return self.tokenizer.name_or_path.replace("/", "__")
 
   def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
-    return self.tokenizer.apply_chat_template(
+    return template.render(
+      self.tokenizer,
       chat_history,
-      tokenize=False,
       add_generation_prompt=add_generation_prompt,
       continue_final_message=not add_generation_prompt,
     )
@@ -100,11 +103,15 @@ class RefineLM(TemplateLM):
     bos = self.tokenizer.bos_token
     if add_special_tokens is None:  # a chat template has put it there already
       add_special_tokens = not (bos and string.startswith(bos))
-    ids = self.tokenizer.encode(string, add_special_tokens=False)
+    ids = encode(self.tokenizer, [string])[0]
     return [*self._prefix, *ids] if add_special_tokens else ids
 
   def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
     """For each (texts, context ids, continuation ids): (its log-probability, whether greedy)."""
+    for number, (_, context, answer) in enumerate(requests, 1):
+      check_ids(
+        [*context, *answer], self.model.config.vocab_size, f"Request {number}", self.tokenizer
+      )
     results = [None] * len(requests)
     # Longest first: requests of one length share a batch, and too little memory shows at once.
     order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i][1:])))
@@ -202,7 +209,7 @@ def _prefix(tokenizer) -> list[int]:
   What it puts after one (EOS, SEP) has no place here: a context goes on, and a continuation begins
   where its context's ids end.
   """
-  bare, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+  bare, whole = (encode(tokenizer, ["a"], add_special_tokens=s)[0] for s in (False, True))
   starts = range(len(whole) - len(bare) + 1)
   return whole[: next((i for i in starts if whole[i : i + len(bare)] == bare), 0)]
 

@@ -82,8 +82,8 @@ _SIGN = re.compile(r"(?P<first>[ \t$€£¥₹]*)(?P<sign>[-+])(?P<gap>[ \t]*)[$
 _OPERAND = re.compile(r"(?:[\d)\]}%°]|(?<![^\W\d_])[^\W\d_])$")  # a letter by itself is a variable
 _OPERATOR = re.compile(r"(?:\*{1,2}|[/×·÷±~^_√]|[xX]|\.{2,}|…)[ \t$]*$")
 _IN_FORMULA = re.compile(
-  r"(?:\d[A-Za-z]|[\^_]\{?|√|sqrt[({\[]?|[A-Za-z]/|\b(?:plus|times|mod|modulo|divided by|multiplied by)\s)"
-  r"[ \t]*$"
+  r"(?:\d[A-Za-z]|[\^_]\{?|√|sqrt[({\[]?|[A-Za-z]/"
+  r"|\b(?:plus|times|mod|modulo|divided by|multiplied by)\s)[ \t]*$"
 )
 _GOES_ON = re.compile(
   rf"{_GAP}(?:\^|\\pi|π|\\sqrt|√|\*\*\d|[-+/×·÷]{_GAP}(?:[A-Za-z](?!\w)|\()|\*(?:[A-Za-z](?!\w)|\())"

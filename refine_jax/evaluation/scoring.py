@@ -31,8 +31,9 @@ def right_answer(row: dict) -> object:
     Unscorable: there is none.
   """
   answer = row.get("answer")
-  if answer is None or answer != answer:  # NaN, by which pandas says null
-    raise Unscorable("its answer is null")
+  # NaN is how pandas says null, and no bytes stand for a cell that cannot be read (parquet.py).
+  if answer is None or answer == b"" or answer != answer:
+    raise Unscorable("its answer is null, or cannot be read")
   return answer.decode("utf-8", "backslashreplace") if isinstance(answer, bytes) else answer
 
 

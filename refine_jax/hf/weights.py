@@ -5,7 +5,6 @@ Only safetensors: nothing here runs code that comes with a model.
 
 import copy
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -208,27 +207,6 @@ def find(name: str, *, weights: bool = True) -> Path:
     raise UserError(
       f"{name} is no local directory, and the hub does not give it: {reason}"
     ) from error
-
-
-def load_tokenizer(name, *, trust_remote_code: bool = False):
-  """The tokenizer of a directory or hub name.
-
-  Raises:
-    UserError: there is none.
-  """
-  # It advises to install PyTorch, which nothing here needs.
-  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-  import transformers
-
-  if str(name).startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-    raise UserError(f"{name} (the tokenizer) is not a directory.")
-  try:
-    return transformers.AutoTokenizer.from_pretrained(
-      str(name), trust_remote_code=trust_remote_code
-    )
-  except (OSError, ValueError, KeyError) as error:
-    reason = str(error).splitlines()[0]
-    raise UserError(f"{name} has no tokenizer that can be loaded: {reason}") from error
 
 
 def save_model_files(
