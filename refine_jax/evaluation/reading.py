@@ -6,9 +6,7 @@ from pathlib import Path
 
 from refine_jax.data import parquet
 from refine_jax.errors import UserError
-
-# What scorers and reports read of a row beside its prompt.
-_COLUMNS = ("answer", "task", "meta", "prompt")
+from refine_jax.evaluation import scoring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +43,7 @@ def read(files: str, limit: int, option: str, keys: Sequence[str] = ()) -> Rows:
     columns = set(names) if columns is None else columns & set(names)
     if limit and len(rows) >= limit:
       continue  # its columns count all the same
-    wanted = [n for n in names if not keys or n in (*keys, *_COLUMNS)]
+    wanted = [n for n in names if not keys or n in (*keys, *scoring.COLUMNS)]
     for first, batch in parquet.rows(path, wanted):
       rows += batch
       places += [f"{path}, row {first + i} (from 0)" for i in range(len(batch))]

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from refine_jax.errors import UserError
 from refine_jax.evaluation import rationals
 
+# What scorers read of a row.
+COLUMNS = ("answer", "task", "meta", "prompt")
 _MARK = "Answer:"
 # Of the generators' settings the scorers of reasoning-gym read none but the metadata of a row;
 # the data set must be made all the same, and any seed does.
