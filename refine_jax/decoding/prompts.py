@@ -49,11 +49,14 @@ def refusals(
   The one rule for batches of prompts out of files: such a prompt is named and counted, and takes
   no part; the others are answered. An evaluation counts it as not solved, a relabelling keeps its
   response, scripts/sample.py writes an error in its place.
+
+  Args:
+    name: what the reasons call a prompt; "{}" in it becomes its number, from 1.
   """
   result = {}
   for index, prompt in enumerate(prompts):
     try:
-      prompt_ids(model, prompt, chat_template, name)
+      prompt_ids(model, prompt, chat_template, name.format(index + 1))
     except UserError as error:
       result[index] = str(error)
   return result
