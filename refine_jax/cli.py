@@ -4,6 +4,7 @@ import functools
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 from refine_jax.errors import UserError
 
@@ -30,3 +31,22 @@ def entry_point(main):
       sys.exit(128 + signal.SIGPIPE)
 
   return run
+
+
+def whole_number(option: str, least: int) -> Callable[[str], int]:
+  """A type for argparse: whole numbers of at least so much.
+
+  Raises:
+    UserError: from the type, names the option, what was given and what it may be.
+  """
+
+  def parse(text: str) -> int:
+    try:
+      value = int(text)
+    except ValueError:
+      value = None
+    if value is None or value < least:
+      raise UserError(f"{option}={text!r} must be a whole number of at least {least}.")
+    return value
+
+  return parse

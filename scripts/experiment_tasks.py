@@ -19,7 +19,7 @@ from refine_jax import files
 from refine_jax.cli import entry_point
 from refine_jax.config import recipes
 from refine_jax.errors import UserError
-from refine_jax.evaluation import evaluate
+from refine_jax.evaluation import report
 
 # The modes that each recipe is decoded with, and how many of the seeds it gets.
 _MODES = {
@@ -125,15 +125,15 @@ def summarise(results: dict, block_size: int) -> dict:
 
 
 def plot(summary: dict, path: Path) -> bool:
-  """evaluate.plot of every setting, its seeds' problems taken together."""
+  """report.plot of every setting, its seeds' problems taken together."""
   rows = []
   for recipe, modes in summary.items():
     for entry in modes.values():
       problems = entry["problems"] * len(entry["seeds"]["solved"])
-      low, high = evaluate.wilson(round(entry["solved"] * problems), problems)
+      low, high = report.wilson(round(entry["solved"] * problems), problems)
       mode = {"mode": f"{recipe} {entry['setting']}", "solved_low": low, "solved_high": high}
       rows.append(entry | mode)
-  return evaluate.plot(rows, path)
+  return report.plot(rows, path)
 
 
 def table(summary: dict) -> str:

@@ -9,6 +9,7 @@ Prompts are lines, of a file or of standard input: text, or JSON {"prompt": ..} 
 messages or token ids. Answers go to standard output, each with its batch; a batch of one prompt
 streams. Numbers go to standard error. --html writes how the answers came to be, pass by pass, to
 be opened in a browser. --check decodes once more, one token a pass, and says where answers part.
+A prompt that cannot be answered has an error in its place, and the exit status is 1 at the end.
 """
 
 import argparse
@@ -16,16 +17,25 @@ import contextlib
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from refine_jax.cli import entry_point
 from refine_jax.decoding import comparison, generation, loading, result, trace_html
 from refine_jax.decoding import settings as sampler_settings
 from refine_jax.decoding.options import check_options
+from refine_jax.decoding.prompts import refusals
 from refine_jax.errors import UserError
 from refine_jax.hf import export as hf_export
 from refine_jax.interrupt import Interrupt
 
 _FORGET = "/new"  # a line of a chat
+
+
+class NoPrompt(NamedTuple):
+  """A line of the input that is no prompt, and why."""
+
+  line: str
+  reason: str
 
 
 def parse() -> tuple[argparse.Namespace, dict]:
@@ -117,7 +127,7 @@ def _parse(line, number):
   except (ValueError, KeyError, RecursionError):
     prompt = None
   if not isinstance(prompt, str | list):
-    raise UserError(f'Line {number} of the prompts is not {{"prompt": ...}}.')
+    return NoPrompt(line, f'Line {number} of the prompts is not {{"prompt": ...}}.')
   return prompt
 
 
@@ -171,19 +181,43 @@ def chat(model, options):
       messages = [*turn, {"role": "assistant", "content": answer}]
 
 
-def answer(model, prompts, arguments, options):
-  """Decodes the prompts batch by batch, and writes all that was asked for."""
+def refused(model, prompts) -> dict[int, str]:
+  """Index -> why a prompt cannot be answered.
+
+  Raises:
+    UserError: none can.
+  """
+  bad = {i: p.reason for i, p in enumerate(prompts) if isinstance(p, NoPrompt)}
+  bad = (
+    refusals(model, ["" if i in bad else p for i, p in enumerate(prompts)], name="Prompt {}") | bad
+  )
+  if len(bad) == len(prompts):
+    raise UserError(bad[0])
+  return bad
+
+
+def answer(model, prompts, arguments, options) -> int:
+  """Decodes the prompts batch by batch, and writes all that was asked for.
+
+  Returns:
+    the exit status: 1 where a prompt could not be answered.
+  """
+  bad = refused(model, prompts)
+  waiting = dict(bad)
+  good = [i for i in range(len(prompts)) if i not in bad]
   parts = []
-  for start in range(0, len(prompts), arguments.batch_size):
-    batch = prompts[start : start + arguments.batch_size]
+  for start in range(0, len(good), arguments.batch_size):
+    places = good[start : start + arguments.batch_size]
+    batch = [prompts[i] for i in places]
     options |= {"first_row": start, "trace": bool(arguments.html)}
     if arguments.check:
       compared = comparison.compare_with_ar(model, batch, **options)
-      print_answers(batch, compared.answers, arguments.jsonl, compared.rows)
+      print_answers(prompts, places, waiting, compared.answers, arguments.jsonl, compared.rows)
       for number, row in enumerate(compared.rows, start + 1):
         print(f"answer {number}: {row}", file=sys.stderr)
       parts.append(compared.answers)
     elif len(batch) == 1 and not arguments.jsonl:
+      print_refused(prompts, places[0], waiting, arguments.jsonl)
       stream = generation.generate(model, batch, stream=True, **options)
       show(stream)
       parts.append(stream.result)
@@ -191,17 +225,32 @@ def answer(model, prompts, arguments, options):
         print("---", flush=True)
     else:
       parts.append(generation.generate(model, batch, **options))
-      print_answers(batch, parts[-1], arguments.jsonl)
+      print_answers(prompts, places, waiting, parts[-1], arguments.jsonl)
+  print_refused(prompts, len(prompts), waiting, arguments.jsonl)
   out = result.joined(parts)
   print(f"[{out.numbers}]", file=sys.stderr)
   if arguments.html:
     trace_html.write(out, arguments.html)
+  if bad:
+    print(f"error: {len(bad)} of {len(prompts)} prompts cannot be answered.", file=sys.stderr)
+  return 1 if bad else 0
 
 
-def print_answers(prompts, out, as_json, differences=None):
-  for i, prompt in enumerate(prompts):
+def print_refused(prompts, before: int, waiting: dict[int, str], as_json: bool):
+  """Prints the errors of prompts before this index, and takes them out of those that wait."""
+  for i in sorted(index for index in waiting if index < before):
+    prompt = prompts[i].line if isinstance(prompts[i], NoPrompt) else prompts[i]
+    entry = {"prompt": prompt, "error": waiting.pop(i)}
+    # ASCII, for a prompt that is no Unicode is one of the reasons.
+    print(json.dumps(entry) if as_json else f"error: {entry['error']}\n---", flush=True)
+
+
+def print_answers(prompts, places, waiting, out, as_json, differences=None):
+  """Prints a batch's answers; before each, the errors that wait for their place."""
+  for i, place in enumerate(places):
+    print_refused(prompts, place, waiting, as_json)
     line = {
-      "prompt": prompt,
+      "prompt": prompts[place],
       "text": out.texts[i],
       "tokens": len(out.tokens[i]),
       "passes": out.passes[i],
@@ -220,7 +269,7 @@ def main():
   prompts = [] if arguments.chat else read_prompts(arguments)
   model = loading.load(arguments.model, dtype=arguments.dtype, step=arguments.step)
   model.require_tokenizer()
-  chat(model, options) if arguments.chat else answer(model, prompts, arguments, options)
+  return chat(model, options) if arguments.chat else answer(model, prompts, arguments, options)
 
 
 if __name__ == "__main__":

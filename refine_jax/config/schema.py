@@ -18,8 +18,8 @@ class DataConfig:
     "",
     "A prompt and a response per row, as Parquet or JSON lines (.jsonl, .ndjson, .json): a path, a"
     " glob, or several, comma-separated. A row that is null, empty, of another type, or refused by"
-    " the chat template or the tokenizer is dropped, counted by reason, and the first few are named;"
-    " more than nine of ten such rows stop the run before its first step.",
+    " the chat template or the tokenizer is dropped, counted by reason, and the first few are"
+    " named; more than nine of ten such rows stop the run before its first step.",
   )
   val_files: str = key("", "The same for validation; empty: none.")
   prompt_key: str = key(

@@ -114,13 +114,8 @@ def batches(path: Path, prompt_key: str, response_key: str) -> Iterator[tuple[in
 
 
 def _json_batches(path, prompt_key, response_key):
-  rows = _json_rows(path)
-  while piece := list(itertools.islice(rows, _ROWS_AT_A_TIME)):
-    cells = [
-      [row.get(key) if isinstance(row, dict) else _UNREADABLE for _, row in piece]
-      for key in (prompt_key, response_key)
-    ]
-    yield piece[0][0], *cells
+  for first, piece in rows(path, [prompt_key, response_key]):
+    yield first, [row[prompt_key] for row in piece], [row[response_key] for row in piece]
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
@@ -139,6 +134,50 @@ def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
           yield number, _UNREADABLE
   except OSError as error:
     raise UserError(f"{path} cannot be read: {reason(error)}") from error
+
+
+def columns(path: Path) -> list[str]:
+  """The names of a file's columns; of JSON lines, those in its first lines.
+
+  Raises:
+    UserError: the file cannot be read, or has two columns of one name.
+  """
+  if is_json_lines(path):
+    return _json_columns(path)[0]
+  with _open(path) as file:
+    names = file.schema_arrow.names
+  twice = next((name for name in names if names.count(name) > 1), None)
+  if twice is not None:
+    raise UserError(
+      f"{path} has {names.count(twice)} columns {twice!r}; rename them so that one is left."
+    )
+  return names
+
+
+def rows(path: Path, names: list[str]) -> Iterator[tuple[int, list[dict]]]:
+  """Reads some columns of one file piece by piece.
+
+  Yields:
+    the number of the first row (from 0), the rows: Python values, not checked.
+
+  Raises:
+    UserError: the file cannot be read.
+  """
+  if is_json_lines(path):
+    lines = _json_rows(path)
+    while piece := list(itertools.islice(lines, _ROWS_AT_A_TIME)):
+      yield piece[0][0], [_json_cells(row, names) for _, row in piece]
+    return
+  first = 0
+  with _open(path) as file:
+    for batch in file.iter_batches(batch_size=_ROWS_AT_A_TIME, columns=names):
+      cells = [_values(batch[name]) for name in names]
+      yield first, [dict(zip(names, row, strict=True)) for row in zip(*cells, strict=True)]
+      first += batch.num_rows
+
+
+def _json_cells(row: object, names: list[str]) -> dict:
+  return {name: row.get(name) if isinstance(row, dict) else _UNREADABLE for name in names}
 
 
 @contextlib.contextmanager

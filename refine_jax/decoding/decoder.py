@@ -1,8 +1,7 @@
 """One call's rows on their way through the sampler's programs."""
 
-import numbers
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,11 @@ import numpy as np
 
 from refine_jax.decoding import compile_cache, sampler
 from refine_jax.decoding.options import check_options, default_block_size, default_draft
+from refine_jax.decoding.prompts import prompt_ids
 from refine_jax.decoding.result import Generation, Pass, Trace, token_texts
 from refine_jax.decoding.settings import Settings, least_window
 from refine_jax.errors import UserError
 from refine_jax.text import detokenize
-from refine_jax.text.chat import encode_prompt
 from refine_jax.text.vocabulary import check_ids
 
 _SMALLEST_BUCKET = 16
@@ -92,7 +91,7 @@ class Decoder:
       least_window=least_window(rows),
     )
     self.prompts = [
-      _ids(model, prompt, chat_template, number)
+      prompt_ids(model, prompt, chat_template, f"Prompt {number}")
       for number, prompt in enumerate(prompts, first_row + 1)
     ]
     self.max_new_tokens, self.seed, self.first_row = max_new_tokens, seed, first_row
@@ -109,12 +108,6 @@ class Decoder:
   def _prefill(self, rows: int) -> sampler.State:
     longest = max(map(len, self.prompts))
     context = self.model.config.max_length
-    if longest >= context:
-      row = next(i for i, prompt in enumerate(self.prompts, 1) if len(prompt) >= context)
-      raise UserError(
-        f"Prompt {self.first_row + row} has {len(self.prompts[row - 1])} tokens, which leaves no"
-        f" room in the model's {context} positions."
-      )
     width = compile_cache.bucket(longest, _SMALLEST_BUCKET)
     ids = np.zeros((rows, width), np.int32)
     lengths = np.ones(rows, np.int32)
@@ -262,19 +255,3 @@ def _stops(model, stop) -> tuple[tuple[str, ...], list[int]]:
   stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
   special = detokenize.special_ids(model.require_tokenizer()) if stops else {}
   return tuple(s for s in stops if s not in special), [special[s] for s in stops if s in special]
-
-
-def _ids(model, prompt, chat_template, number) -> list[int]:
-  """The ids of the prompt with this number, as errors call it."""
-  if isinstance(prompt, (np.ndarray, jax.Array)):
-    prompt = prompt.tolist()
-  if not isinstance(prompt, str) and not (isinstance(prompt, Sequence) and prompt):
-    raise UserError(f"Prompt {number} is {prompt!r}; give a string, chat messages or token ids.")
-  if isinstance(prompt, str) or isinstance(prompt[0], dict):
-    ids = encode_prompt(model.require_tokenizer(), prompt, chat_template, f"Prompt {number}")
-  elif all(isinstance(i, numbers.Integral) for i in prompt):
-    ids = [int(i) for i in prompt]
-  else:
-    raise UserError(f"Prompt {number} mixes what is no token id into its ids.")
-  check_ids(ids, model.config.vocab_size, f"Prompt {number}", model.tokenizer)
-  return ids
