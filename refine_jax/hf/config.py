@@ -93,11 +93,13 @@ def read_json(directory, name: str = "config.json") -> dict:
     UserError: no such file, or not a JSON object.
   """
   path = Path(directory) / name
+  if path.exists() and not path.is_file():  # reading a pipe or a device would never end
+    raise UserError(f"{path} is not a file; give a Hugging Face model directory.")
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     raise UserError(f"{path} does not exist; give a Hugging Face model directory.") from None
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(f"{path} cannot be read as JSON ({error}); copy it anew.") from error
   if not isinstance(value, dict):
     raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}.")

@@ -4,6 +4,7 @@ Only safetensors: nothing here runs code that comes with a model.
 """
 
 import copy
+import functools
 import json
 import os
 import re
@@ -12,10 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import safetensors
 
 from refine_jax.errors import UserError
 from refine_jax.hf.config import read_json
+from refine_jax.hf.shards import TensorFiles, all_finite, some
 from refine_jax.model.transformer import ModelConfig, param_shapes
 from refine_jax.tree import leaf_name
 
@@ -82,9 +83,10 @@ def load_params(
     place: (our name, stacked host array) -> what to put into the tree, such as a sharded array.
 
   Raises:
-    UserError: not safetensors, truncated, or tensors missing, unknown or misshapen (all listed).
+    UserError: not safetensors, truncated, not finite floats, a tensor in two files, or tensors
+      missing, unknown or misshapen (the first of each kind and how many more).
   """
-  files = _TensorFiles(Path(directory))
+  files = TensorFiles(Path(directory))
   wanted = tensor_names(config)
   _check_tensors(files, wanted, config)
   leaves: dict[str, dict] = {}
@@ -96,9 +98,17 @@ def load_params(
       array = files.read(names[None])
     else:
       parts = [files.read(names[layer]) for layer in range(config.layers)]
-      array = np.stack([x.T if ours.endswith("kernel") else x for x in parts])
+      array = _stack([x.T if ours.endswith("kernel") else x for x in parts])
     _insert(params, ours, place(ours, array) if place else array)
   return params
+
+
+def _stack(parts: list[np.ndarray]) -> np.ndarray:
+  """One array of all layers, in the smallest dtype that holds each of theirs."""
+  import jax.numpy as jnp
+
+  dtype = functools.reduce(jnp.promote_types, {x.dtype for x in parts})
+  return np.stack([x.astype(dtype, copy=False) for x in parts])
 
 
 def _insert(tree, name, value):
@@ -108,77 +118,77 @@ def _insert(tree, name, value):
   tree[last] = value
 
 
-def _check_tensors(files, wanted, config):
+def _check_tensors(files: TensorFiles, wanted: dict[str, tuple], config: ModelConfig):
   there = {n for n in files.shapes if not _IGNORED.search(n)}
   if config.tied_head and _TIED_HEAD in there:
     there.discard(_TIED_HEAD)
-    head, embedding = files.read(_TIED_HEAD), files.read(_TOP_NAMES["embedding"])
-    if head.shape != embedding.shape or not np.array_equal(head, embedding):
-      raise UserError(
-        f"{files.directory}: config.json ties the head to the embedding, but lm_head.weight"
-        " differs from it; set tie_word_embeddings to false."
-      )
-  problems = [f"missing {n}" for n in sorted(wanted.keys() - there)]
-  problems += [f"unknown {n}" for n in sorted(there - wanted.keys())]
-  problems += [
+    if _TOP_NAMES["embedding"] in there:
+      head, embedding = files.read(_TIED_HEAD), files.read(_TOP_NAMES["embedding"])
+      if head.shape != embedding.shape or not np.array_equal(head, embedding):
+        raise UserError(
+          f"{files.directory}: config.json ties the head to the embedding, but lm_head.weight"
+          " differs from it; set tie_word_embeddings to false."
+        )
+  missing, unknown = sorted(wanted.keys() - there), sorted(there - wanted.keys())
+  shapes = [
     f"{n} has shape {list(files.shapes[n])}, not {list(wanted[n][2])}"
     for n in sorted(wanted.keys() & there)
     if tuple(files.shapes[n]) != tuple(wanted[n][2])
   ]
-  if problems:
+  count = len(missing) + len(unknown) + len(shapes)
+  if count:
+    parts = [_named("missing", missing), _named("unknown", unknown), some(shapes)]
     raise UserError(
-      f"{files.directory}: the weights do not fit config.json, {len(problems)} problems:"
-      f" {'; '.join(problems)}."
+      f"{files.directory}: the weights do not fit config.json, {count} problems:"
+      f" {'; '.join(filter(None, parts))}.{_renaming(missing, unknown)}"
     )
 
 
-class _TensorFiles:
-  """The safetensors files of a directory as one set of tensors, read one by one."""
+def _named(kind: str, names: list[str]) -> str:
+  """The first of the names, and the folder of modules that all of them are under."""
+  prefix = os.path.commonprefix(names).rpartition(".")[0]
+  together = f" (all under {prefix})" if prefix and len(names) > 1 else ""
+  return f"{kind} {some(names)}{together}" if names else ""
 
-  def __init__(self, directory: Path):
-    self.directory = directory
-    # Mistral's releases carry the weights once more, under names of its own library.
-    paths = sorted(p for p in directory.glob("*.safetensors") if p.name[:12] != "consolidated")
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-      weight_map = read_json(directory, index.name).get("weight_map")
-      if not isinstance(weight_map, dict):
-        raise UserError(f"{index} has no weight_map; fetch or write it again.")
-      names = set(weight_map.values())
-      missing = sorted(n for n in names if not (directory / n).exists())
-      if missing:
-        raise UserError(f"{directory} lacks {', '.join(missing)}, which its index names.")
-      paths = [directory / n for n in sorted(names)]
-    if not paths:
-      pickled = list(directory.glob("*.bin")) + list(directory.glob("*.pt"))
-      hint = " Its pickled weights are not loaded: save them as safetensors." if pickled else ""
-      raise UserError(f"{directory} has no .safetensors file.{hint}")
-    self._files = {}
-    self.shapes = {}
-    for path in paths:
-      try:
-        file = safetensors.safe_open(path, "numpy")
-        for name in file.keys():
-          self._files[name] = file
-          self.shapes[name] = tuple(file.get_slice(name).get_shape())
-      except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(
-          f"{path} is damaged or cut short ({error}); fetch or write it again."
-        ) from error
 
-  def read(self, name: str) -> np.ndarray:
-    return self._files[name].get_tensor(name)
+def _renaming(missing: list[str], unknown: list[str]) -> str:
+  """What to do where the unknown tensors are the missing ones under a longer or shorter name."""
+  if not missing or not unknown:
+    return ""
+  longest, there = max(missing, key=len), set(unknown)
+  for name in unknown:
+    if name.endswith(f".{longest}"):
+      extra = name.removesuffix(longest)
+      if all(extra + m in there for m in missing):
+        return f" The files have {extra!r} before each name: save them without it."
+    if longest.endswith(f".{name}"):
+      lacking = longest.removesuffix(name)
+      under = [m for m in missing if m.startswith(lacking)]
+      if all(m.removeprefix(lacking) in there for m in under):
+        return f" The files lack {lacking!r} before each name: save them with it."
+  return ""
 
 
 def tensors(params: dict, config: ModelConfig, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
-  """Their tensors in the order of their names, as host arrays [outputs, inputs], one by one."""
+  """Their tensors in the order of their names, as host arrays [outputs, inputs], one by one.
+
+  Raises:
+    UserError: a value is not finite, or not in `dtype`.
+  """
   for name, (ours, layer, _) in sorted(tensor_names(config).items()):
     leaf = params
     for part in ours.split("/"):
       leaf = leaf[part]
     array = np.asarray(leaf if layer is None else leaf[layer])
     array = array.T if ours.endswith("kernel") else array
-    yield name, np.ascontiguousarray(array if dtype is None else array.astype(dtype))
+    with np.errstate(over="ignore"):  # said below
+      array = np.ascontiguousarray(array if dtype is None else array.astype(dtype))
+    if not all_finite(array):
+      raise UserError(
+        f"{name} holds values that are not finite as {array.dtype.name}, so nothing is exported;"
+        " choose another step, or bfloat16 where the values are beyond float16."
+      )
+    yield name, array
 
 
 def find(name: str, *, weights: bool = True) -> Path:
