@@ -6,27 +6,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from refine_jax.attention import cached, packed
 from refine_jax.errors import UserError
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights as hf_weights
+from refine_jax.hf.generation_config import Refinement, check_ids, read_generation_config
 from refine_jax.model import layout, transformer
 from refine_jax.model.transformer import ModelConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Refinement:
-  """What a training run leaves in generation_config.json for the sampler.
-
-  Attributes:
-    noise_token: what the rounds saw instead of tokens to be drafted.
-    block_size: of noise.kind "block"; None: it was trained without blocks.
-  """
-
-  noise_token: int
-  block_size: int | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,22 +128,19 @@ def load(name, *, dtype=None, step: int | None = None) -> Model:
 def around(params: dict, config: ModelConfig, directory: Path) -> Model:
   """A Model of these parameters, with the tokenizer and the special ids of a directory."""
   tokenizer = _tokenizer(directory)
-  generation = directory / "generation_config.json"
-  tokens = hf_config.read_json(directory, generation.name) if generation.exists() else {}
-  tokens = hf_config.read_json(directory) | {k: v for k, v in tokens.items() if v is not None}
-  eos = tokens.get("eos_token_id")
-  if eos is None and tokenizer is not None:
-    eos = tokenizer.eos_token_id
-  eos_ids = () if eos is None else tuple(np.atleast_1d(eos).tolist())
-  refinement = tokens.get("refinement")
+  generation = read_generation_config(directory, config)
+  eos = generation.eos_token_ids
+  if eos is None and tokenizer is not None and tokenizer.eos_token_id is not None:
+    eos = (int(tokenizer.eos_token_id),)
+    check_ids(eos, config, f"{directory}: the tokenizer's EOS")
   return Model(
     config,
     params,
     tokenizer,
-    eos_ids,
-    tokens.get("pad_token_id"),
+    eos or (),
+    generation.pad_token_id,
     directory,
-    Refinement(**refinement) if refinement else None,
+    generation.refinement,
   )
 
 

@@ -13,6 +13,8 @@ import safetensors.numpy
 from refine_jax.errors import UserError
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights as hf_weights
+from refine_jax.hf.generation_config import write_json
+from refine_jax.hf.model_files import TEMPLATE_FOLDER
 
 DTYPES = {
   "float32": np.dtype(np.float32),
@@ -54,9 +56,11 @@ def export(
   try:
     temporary.mkdir(parents=True)
     for path in model_files.iterdir():
-      if path.is_file() and path.suffix != ".safetensors":
+      if path.is_file() and not _is_weights(path.name):
         shutil.copyfile(path, temporary / path.name)
-    _write_json(temporary / "config.json", _both_spellings(config, dtype))
+    if (model_files / TEMPLATE_FOLDER).is_dir():
+      shutil.copytree(model_files / TEMPLATE_FOLDER, temporary / TEMPLATE_FOLDER)
+    write_json(temporary / "config.json", _both_spellings(config, dtype))
     _write_weights(temporary, hf_weights.tensors(params, shape, DTYPES[dtype]), shard_bytes)
     (temporary / "README.md").write_text(card, encoding="utf-8")
     if output.exists():
@@ -73,9 +77,14 @@ def export(
   return output
 
 
+def _is_weights(name: str) -> bool:
+  """Whether a file holds weights or lists files that do: an export has its own."""
+  return name.endswith((".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf"))
+
+
 def _sync(directory: Path):
   """To the disk, so that after a power cut the new name never stands for half-written files."""
-  for path in (*directory.iterdir(), directory):
+  for path in (*directory.rglob("*"), directory):
     descriptor = os.open(path, os.O_RDONLY)
     try:
       os.fsync(descriptor)
@@ -152,11 +161,7 @@ def _write_weights(directory: Path, tensors: Iterator, shard_bytes: int):
     path.rename(directory / final)
     weight_map |= dict.fromkeys(names, final)
   index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-  _write_json(directory / "model.safetensors.index.json", index)
-
-
-def _write_json(path: Path, value: dict):
-  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+  write_json(directory / "model.safetensors.index.json", index)
 
 
 def model_card(workdir, step: int) -> str:

@@ -3,19 +3,15 @@
 Only safetensors: nothing here runs code that comes with a model.
 """
 
-import copy
 import functools
-import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from refine_jax.errors import UserError
-from refine_jax.hf.config import read_json
 from refine_jax.hf.shards import TensorFiles, all_finite, some
 from refine_jax.model.transformer import ModelConfig, param_shapes
 from refine_jax.tree import leaf_name
@@ -48,8 +44,6 @@ _TOP_NAMES = {
 # Constants that old files carry; the model computes them.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 _TIED_HEAD = _TOP_NAMES["head"]
-
-_MODEL_FILES = ("config.json", "generation_config.json")
 
 
 def tensor_names(config: ModelConfig) -> dict[str, tuple]:
@@ -239,48 +233,3 @@ def load_tokenizer(name, *, trust_remote_code: bool = False):
   except (OSError, ValueError, KeyError) as error:
     reason = str(error).splitlines()[0]
     raise UserError(f"{name} has no tokenizer that can be loaded: {reason}") from error
-
-
-def save_model_files(
-  directory, tokenizer, output: Path, *, chat_template: str = "", refinement: dict | None = None
-):
-  """What an export needs beside weights: config.json, generation_config.json, the tokenizer.
-
-  Written beside `output` and renamed; an `output` that is there already is left as it is.
-
-  Args:
-    chat_template: for a tokenizer that has none: what it was trained with is what it is used with.
-    refinement: what the sampler should know of the training (loading.Refinement), under this name
-      in generation_config.json.
-  """
-  if output.exists():
-    return
-  temporary = output.with_name(output.name + ".new")
-  shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir(parents=True)
-  for name in _MODEL_FILES:
-    if (Path(directory) / name).exists():
-      shutil.copyfile(Path(directory) / name, temporary / name)
-  if tokenizer is not None:
-    if chat_template and not tokenizer.chat_template:
-      tokenizer = copy.deepcopy(tokenizer)
-      tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(temporary)
-    _describe_generation(temporary, tokenizer.eos_token_id, refinement)
-  temporary.rename(output)
-
-
-def _describe_generation(directory: Path, eos: int | None, refinement: dict | None):
-  """The tokenizer's EOS ends every response of the training, so it must end generation too."""
-  path = directory / "generation_config.json"
-  config = read_json(directory, path.name) if path.exists() else {}
-  before = dict(config)
-  known = config.get("eos_token_id", read_json(directory).get("eos_token_id"))
-  known = [] if known is None else known if isinstance(known, list) else [known]
-  if eos is not None and eos not in known:
-    known = [*known, eos]
-    config["eos_token_id"] = known if len(known) > 1 else eos
-  if refinement:
-    config["refinement"] = refinement
-  if config != before:
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

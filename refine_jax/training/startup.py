@@ -13,6 +13,7 @@ from refine_jax import sharding
 from refine_jax.attention.choose import choose_backend
 from refine_jax.config import Config
 from refine_jax.errors import UserError
+from refine_jax.hf import model_files
 from refine_jax.hf import weights as hf_weights
 from refine_jax.model import transformer
 from refine_jax.model.transformer import ModelConfig
@@ -119,7 +120,7 @@ def prepare_workdir(workdir: Path, config: Config, source: Source, noise_token: 
     return
   workdir.mkdir(parents=True, exist_ok=True)
   block_size = config.noise.block_size if config.noise.kind == "block" else None
-  hf_weights.save_model_files(
+  model_files.save_model_files(
     source.directory,
     source.tokenizer,
     workdir / "model",
