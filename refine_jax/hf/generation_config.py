@@ -120,13 +120,19 @@ def describe_generation(directory: Path, eos: int | None, refinement: dict | Non
     UserError: what is there is no token id.
   """
   config = read_json(directory, NAME) if (directory / NAME).exists() else {}
+  before = dict(config)
   name = NAME if config.get("eos_token_id") is not None else "config.json"
   known = config if name == NAME else read_json(directory)
   known = list(token_ids(known.get("eos_token_id"), f"{directory / name}: eos_token_id"))
   if eos is not None and eos not in known:
     known = [*known, eos]
     config["eos_token_id"] = known if len(known) > 1 else eos
-  return config | ({"refinement": refinement} if refinement else {})
+  if refinement:
+    config["refinement"] = refinement
+  if config != before:
+    # transformers may make such a file anew from config.json, and then loses what was added.
+    config.pop("_from_model_config", None)
+  return config
 
 
 def write_json(path: Path, value: dict) -> None:
