@@ -1,0 +1,130 @@
+"""WORKDIR/checkpoints: which steps are there, and what the path must look like for Orbax."""
+
+import contextlib
+import re
+import shutil
+from pathlib import Path
+
+from refine_jax import files
+from refine_jax.errors import UserError
+
+_STEP = re.compile(r"0|[1-9][0-9]*")
+# Orbax looks for its files with a glob of the whole path, folders above included.
+_GLOB = set("*?[")
+# TensorStore opens no path with a backslash, and none that is not UTF-8.
+_NEVER = {"\\"}
+_DELETED = ".deleted"
+
+
+def checkpoint_directory(workdir) -> Path:
+  return Path(workdir).absolute() / "checkpoints"
+
+
+def steps(directory: Path) -> list[int]:
+  """The complete checkpoints in a checkpoints directory, oldest first.
+
+  A link to a directory counts; a file, and a name that is no plain number, does not.
+  """
+  if not directory.is_dir():
+    return []
+  return sorted(int(p.name) for p in directory.iterdir() if _STEP.fullmatch(p.name) and p.is_dir())
+
+
+def check_writable_name(directory: Path):
+  """Refuses a place whose checkpoints could not be read again.
+
+  Raises:
+    UserError: names the characters.
+  """
+  text = str(directory.absolute())
+  found = sorted({c for c in text if c in _GLOB | _NEVER or "\ud800" <= c <= "\udfff"})
+  if found:
+    raise UserError(
+      f"{text.encode(errors='replace').decode()} has {' '.join(map(repr, found))} in it, and"
+      " checkpoints under such a name cannot be read again; choose a --workdir without, folders"
+      " above it included."
+    )
+
+
+def resolve_resume_path(path: str) -> tuple[Path, int | None]:
+  """A workdir, or WORKDIR/checkpoints/STEP -> (workdir, step or None for the newest).
+
+  Raises:
+    UserError: there is no checkpoint.
+  """
+  place = files.local_path(path, "config.checkpoint.resume_from_path").absolute()
+  if _STEP.fullmatch(place.name) and place.parent.name == "checkpoints" and place.is_dir():
+    return place.parent.parent, int(place.name)
+  if steps(checkpoint_directory(place)):
+    return place, None
+  raise UserError(
+    f"{place} holds no checkpoint; give a workdir or WORKDIR/checkpoints/STEP"
+    " (config.checkpoint.resume_from_path)."
+  )
+
+
+def find_step(workdir, step: int | None) -> int:
+  """`step`, or the newest.
+
+  Raises:
+    UserError: it is not there; lists those that are.
+  """
+  directory = checkpoint_directory(workdir)
+  there = steps(directory)
+  if not there:
+    raise UserError(f"{directory} holds no checkpoint.")
+  if step is None:
+    return there[-1]
+  if step not in there:
+    raise UserError(f"{directory} has no step {step}; it has {', '.join(map(str, there))}.")
+  return step
+
+
+def refuse_taken(path: Path):
+  """Raises UserError for a file or a broken link at a step's place, which Orbax would replace."""
+  if path.exists() or path.is_symlink():
+    raise UserError(f"{path} is in the way of this step's checkpoint; move it elsewhere.")
+
+
+def set_aside(path: Path):
+  """Renames a damaged checkpoint to STEP.damaged, to make room for its step."""
+  others = len(list(path.parent.glob(f"{path.name}.damaged*")))
+  path.rename(path.with_name(f"{path.name}.damaged" + (f"-{others}" if others else "")))
+
+
+def delete_all_but(directory: Path, keep: int):
+  """Deletes the oldest, so that `keep` are left; of a link the link only.
+
+  Under another name first: a process killed meanwhile leaves nothing that looks complete.
+  """
+  for step in steps(directory)[:-keep]:
+    path = directory / str(step)
+    if path.is_symlink():
+      path.unlink()
+    else:
+      path.rename(directory / f"{step}{_DELETED}")
+  for path in directory.glob(f"*{_DELETED}"):
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def reason_of(error: Exception) -> str:
+  """The first line of what a library said, without TensorStore's specification."""
+  line = f"{type(error).__name__}: {error}".splitlines()[0]
+  for tail in (" [tensorstore_spec", " See full TensorStore details"):
+    line = line.split(tail)[0]
+  # TensorStore puts the cause last, after each layer that it went through.
+  return line if len(line) <= 300 else f"{line[:100]} ... {line[-180:]}"
+
+
+@contextlib.contextmanager
+def disk_errors(directory):
+  """Errors of the file system as a UserError, with the room that is left."""
+  try:
+    yield
+  except Exception as error:
+    if not isinstance(error, OSError) and "os_error_code" not in str(error):
+      raise
+    raise UserError(
+      f"The checkpoint in {directory} could not be written ({reason_of(error)});"
+      f" {files.free_space(directory)}. Earlier checkpoints are whole: make room and start again."
+    ) from error
