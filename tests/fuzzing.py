@@ -120,7 +120,7 @@ def _places(tree, path=()):
 
 
 def _change(tree, path, kind, value):
-  """Replaces (r), removes (d) or copies what is there; a path that an earlier change took is left."""
+  """Replaces (r), removes (d) or copies what is there; a path taken away before is left."""
   for key in path[:-1]:
     if not _holds(tree, key):
       return
