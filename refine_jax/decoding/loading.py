@@ -7,13 +7,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from refine_jax import files
 from refine_jax.attention import cached, packed
 from refine_jax.errors import UserError
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights as hf_weights
 from refine_jax.hf.generation_config import Refinement, check_ids, read_generation_config
+from refine_jax.hf.shards import all_finite
 from refine_jax.model import layout, transformer
 from refine_jax.model.transformer import ModelConfig
+from refine_jax.tree import leaf_name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,12 +110,13 @@ def load(name, *, dtype=None, step: int | None = None) -> Model:
     floating = False
   if not floating:
     raise UserError(f"dtype={dtype!r} is none of float32, bfloat16 and float16.")
-  place = Path(str(name)).expanduser()
+  place = files.local_path(name, "model")
   if (place / "checkpoints").is_dir() and (place / "model").is_dir():
     # Orbax takes seconds to import, and only workdirs need it.
     from refine_jax.checkpoint import checkpointer
 
-    params, _ = checkpointer.restore_params(place, step)
+    params, found = checkpointer.restore_params(place, step)
+    _check_finite(params, f"step {found} of {place}")
     directory = place / "model"
     config = hf_config.read_model_config(directory)
   else:
@@ -123,6 +127,15 @@ def load(name, *, dtype=None, step: int | None = None) -> Model:
     params = hf_weights.load_params(directory, config)
   params = jax.tree.map(lambda x: jnp.asarray(x, dtype or x.dtype), params)
   return around(params, config, directory)
+
+
+def _check_finite(params: dict, where: str) -> None:
+  for path, array in jax.tree_util.tree_leaves_with_path(params):
+    if not all_finite(array):
+      raise UserError(
+        f"{where}: {leaf_name(path)} holds values that are not finite, so every answer would be"
+        " wrong; choose an earlier step."
+      )
 
 
 def around(params: dict, config: ModelConfig, directory: Path) -> Model:

@@ -1,6 +1,7 @@
 """README.md of a release: what it is, what it was trained for, how to use it, its numbers."""
 
 import json
+import re
 from pathlib import Path
 
 from refine_jax.errors import UserError
@@ -69,7 +70,7 @@ def _front_matter(config: dict) -> list[str]:
   lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
   lines += ["tags:", "- refine_jax", "- parallel-decoding"]
   # A local path says nothing to others, and the hub's form is owner/name.
-  if base and base.count("/") == 1 and hf_config.local_directory(base) is None:
+  if base and not Path(base).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
     lines.append(f"base_model: {base}")
   return [*lines, "---", ""]
 

@@ -1,6 +1,5 @@
 """A release directory that transformers and others load: weights, configs, tokenizer, card."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,10 +9,11 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from refine_jax import files
 from refine_jax.errors import UserError
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights as hf_weights
-from refine_jax.hf.generation_config import write_json
+from refine_jax.hf.card import model_card
 from refine_jax.hf.model_files import TEMPLATE_FOLDER
 
 DTYPES = {
@@ -60,7 +60,7 @@ def export(
         shutil.copyfile(path, temporary / path.name)
     if (model_files / TEMPLATE_FOLDER).is_dir():
       shutil.copytree(model_files / TEMPLATE_FOLDER, temporary / TEMPLATE_FOLDER)
-    write_json(temporary / "config.json", _both_spellings(config, dtype))
+    files.write_json(temporary / "config.json", _both_spellings(config, dtype))
     _write_weights(temporary, hf_weights.tensors(params, shape, DTYPES[dtype]), shard_bytes)
     (temporary / "README.md").write_text(card, encoding="utf-8")
     if output.exists():
@@ -161,80 +161,4 @@ def _write_weights(directory: Path, tensors: Iterator, shard_bytes: int):
     path.rename(directory / final)
     weight_map |= dict.fromkeys(names, final)
   index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-  write_json(directory / "model.safetensors.index.json", index)
-
-
-def model_card(workdir, step: int) -> str:
-  """README.md of a release: what it is, how to use it, the run's metrics and config."""
-  workdir = Path(workdir)
-  config = hf_config.read_json(workdir)
-  base = config["model"]["pretrained"]
-  front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-  front += ["tags:", "- refine_jax", "- parallel-decoding"]
-  # A local path says nothing to others, and the hub's form is owner/name.
-  if base and not Path(base).expanduser().exists() and base.count("/") == 1:
-    front.append(f"base_model: {base}")
-  rounds = config["objective"]["num_iterations"]
-  lines = [
-    *front,
-    "---",
-    "",
-    f"# {workdir.name}, step {step}",
-    "",
-    f"An ordinary causal language model{f', fine-tuned from {base},' if base else ''} trained"
-    " with [refine_jax] to fill a whole block of tokens in a few parallel passes."
-    " Its architecture is unchanged: everything that loads its base loads it.",
-    "",
-    f"Training: {rounds} refinement rounds with loss weights"
-    f" {config['objective']['loss_weights']}, noise rate uniform in"
-    f" [{config['noise']['noise_min']}, {config['noise']['noise_max']}].",
-    "",
-    "```python",
-    "import refine_jax",
-    "",
-    'model = refine_jax.load("THIS_DIRECTORY")',
-    'out = refine_jax.generate(model, ["..."], block_size=8, mode="exact")',
-    "print(out.texts[0], out.tokens_per_pass)",
-    "```",
-    "",
-    "`exact` gives the text of greedy autoregressive decoding, in fewer passes. With transformers:",
-    "",
-    "```python",
-    "from transformers import AutoModelForCausalLM",
-    "",
-    'model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")',
-    "```",
-    "",
-    *_metric_lines(workdir / "metrics.jsonl", step),
-    "## Configuration",
-    "",
-    "```json",
-    json.dumps(config, indent=2),
-    "```",
-    "",
-  ]
-  return "\n".join(lines)
-
-
-def _metric_lines(path: Path, step: int) -> list[str]:
-  """The newest training and validation numbers up to the step, as a table."""
-  newest: dict = {}
-  if path.exists():
-    for line in path.read_text(encoding="utf-8").splitlines():
-      try:
-        record = json.loads(line)
-      except ValueError:  # the line that a killed run was writing
-        continue
-      if record["step"] <= step:
-        newest |= {k: v for k, v in record.items() if k != "step" and v is not None}
-  names = [n for n in sorted(newest) if n.removeprefix("eval/").startswith(("loss_", "accuracy_"))]
-  if not names:
-    return []
-  return [
-    "## Metrics",
-    "",
-    "| metric | value |",
-    "| --- | --- |",
-    *(f"| {name} | {newest[name]:.4f} |" for name in names),
-    "",
-  ]
+  files.write_json(directory / "model.safetensors.index.json", index)

@@ -1,7 +1,6 @@
 """generation_config.json and what it says to the sampler: ends of an answer, and the training."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 from refine_jax.errors import UserError
@@ -133,8 +132,3 @@ def describe_generation(directory: Path, eos: int | None, refinement: dict | Non
     # transformers may make such a file anew from config.json, and then loses what was added.
     config.pop("_from_model_config", None)
   return config
-
-
-def write_json(path: Path, value: dict) -> None:
-  """The value as Hugging Face's tools write it."""
-  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -8,8 +8,9 @@ import os
 import shutil
 from pathlib import Path
 
+from refine_jax import files
 from refine_jax.hf.config import read_json
-from refine_jax.hf.generation_config import NAME, describe_generation, write_json
+from refine_jax.hf.generation_config import NAME, describe_generation
 from refine_jax.hf.weights import find
 
 _MODEL_FILES = ("config.json", NAME)
@@ -43,25 +44,23 @@ def save_model_files(
     refinement: what the sampler should know of the training (generation_config.Refinement).
 
   Raises:
-    UserError: the tokenizer's files, or generation_config.json, cannot be read.
+    UserError: the tokenizer's files or generation_config.json cannot be read, or written.
   """
   if output.exists():
     return
   source = Path(directory)
-  temporary = output.with_name(output.name + ".new")
-  shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir(parents=True)
-  for name in _MODEL_FILES:
-    if (source / name).exists():
-      shutil.copyfile(source / name, temporary / name)
-  if tokenizer is not None:
+  with files.new_directory(output) as temporary:
+    for name in _MODEL_FILES:
+      if (source / name).exists():
+        shutil.copyfile(source / name, temporary / name)
+    if tokenizer is None:
+      return
     _copy_tokenizer(tokenizer, temporary)
     if chat_template and not tokenizer.chat_template:
       _set_template(temporary, chat_template)
     config = describe_generation(source, tokenizer.eos_token_id, refinement)
     if config:
-      write_json(temporary / NAME, config)
-  temporary.rename(output)
+      files.write_json(temporary / NAME, config)
 
 
 def _copy_tokenizer(tokenizer, output: Path) -> None:
@@ -97,7 +96,7 @@ def save_tokenizer(tokenizer, directory: Path) -> None:
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
   if isinstance(tokenizer.chat_template, str):
     settings["chat_template"] = tokenizer.chat_template
-  write_json(directory / _TOKENIZER_CONFIG, settings)
+  files.write_json(directory / _TOKENIZER_CONFIG, settings)
 
 
 def _set_template(directory: Path, template: str) -> None:
@@ -107,4 +106,4 @@ def _set_template(directory: Path, template: str) -> None:
     first.write_text(template, encoding="utf-8")
   path = directory / _TOKENIZER_CONFIG
   settings = read_json(directory, path.name) if path.exists() else {}
-  write_json(path, settings | {"chat_template": template})
+  files.write_json(path, settings | {"chat_template": template})

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from refine_jax.errors import UserError
+from refine_jax.files import local_path
 from refine_jax.hf.shards import TensorFiles, all_finite, some
 from refine_jax.model.transformer import ModelConfig, param_shapes
 from refine_jax.tree import leaf_name
@@ -191,27 +192,33 @@ def find(name: str, *, weights: bool = True) -> Path:
   Raises:
     UserError: neither.
   """
-  path = Path(name).expanduser()
-  if path.is_dir():
-    return path
-  if path.exists() or name.startswith((".", "/", "~")):
-    raise UserError(f"{name} is not a directory with a model.")
+  directory = local_directory(name)
+  if directory is not None:
+    return directory
   import huggingface_hub
-  from huggingface_hub import errors
 
   patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
   try:
     return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-  except (
-    errors.HfHubHTTPError,
-    errors.HFValidationError,
-    errors.LocalEntryNotFoundError,
-    OSError,
-  ) as error:
-    reason = str(error).splitlines()[0]
+  except Exception as error:  # of the hub, of HTTP, and of the file system
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
     raise UserError(
       f"{name} is no local directory, and the hub does not give it: {reason}"
     ) from error
+
+
+def local_directory(name: str) -> Path | None:
+  """The directory of that name; None where the name can only be the hub's.
+
+  Raises:
+    UserError: it is a file, no possible path, or a path where nothing is.
+  """
+  path = local_path(name, "model")
+  if path.is_dir():
+    return path
+  if path.exists() or name.startswith((".", "/", "~")):
+    raise UserError(f"{name} is not a directory with a model.")
+  return None
 
 
 def load_tokenizer(name, *, trust_remote_code: bool = False):
