@@ -23,6 +23,7 @@ from flax import traverse_util
 
 from refine_jax.cli import entry_point
 from refine_jax.errors import UserError
+from refine_jax.files import local_path, refuse_used
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import export as hf_export
 from refine_jax.hf import model_files
@@ -219,16 +220,18 @@ were quantized to 4 bits there, so they are close to the original release's, not
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("output", nargs="?", default="models/smollm2-135m", help="a new directory")
-  parser.add_argument("--gguf", type=Path, help=f"{_GGUF}, already unpacked (no download)")
+  parser.add_argument("--gguf", help=f"{_GGUF}, already unpacked (no download)")
   arguments = parser.parse_args()
-  hf_export.refuse_used(Path(arguments.output))  # before anything is fetched
+  output = local_path(arguments.output, "OUTPUT")
+  refuse_used(output)  # before anything is fetched
   with tempfile.TemporaryDirectory() as temporary:
-    path = arguments.gguf or download(Path(temporary))
+    given = arguments.gguf
+    path = local_path(given, "--gguf") if given is not None else download(Path(temporary))
     reader, values = open_gguf(path)
     files = Path(temporary) / "model"
     write_model_files(values, files)
     params = read_params(reader, hf_config.read_model_config(files))
-    output = hf_export.export(params, files, arguments.output, dtype="bfloat16", card=_CARD)
+    output = hf_export.export(params, files, output, dtype="bfloat16", card=_CARD)
   print(f"{_GGUF} -> {output}")
 
 

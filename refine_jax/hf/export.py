@@ -45,10 +45,9 @@ def export(
   Raises:
     UserError: output exists and is not empty, or cannot be written.
   """
-  output = Path(output).absolute()
+  output = files.local_path(output, "output").absolute()
   refuse_used(output)
-  if dtype not in DTYPES:
-    raise UserError(f"--dtype={dtype} is not known; it is one of {', '.join(DTYPES)}.")
+  check_dtype(dtype)
   model_files = Path(model_files)
   config = hf_config.read_json(model_files)
   shape = hf_config.from_hf(config, str(model_files / "config.json"))
@@ -75,6 +74,12 @@ def export(
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
   return output
+
+
+def check_dtype(dtype: str) -> None:
+  """Raises UserError for a dtype that weights are not written in."""
+  if dtype not in DTYPES:
+    raise UserError(f"--dtype={dtype} is not known; it is one of {', '.join(DTYPES)}.")
 
 
 def _is_weights(name: str) -> bool:

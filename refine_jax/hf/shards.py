@@ -60,7 +60,7 @@ class TensorFiles:
     except Exception as error:  # of three libraries: safetensors, numpy, ml_dtypes
       raise UserError(f"{path}: {name} cannot be read ({error}); fetch the file again.") from error
     if array.dtype == np.float64:
-      with np.errstate(over="ignore"):  # it is infinite then, which is said below
+      with np.errstate(over="ignore", invalid="ignore"):  # it is infinite then, which is said below
         array = array.astype(np.float32)
     if not all_finite(array):
       raise UserError(

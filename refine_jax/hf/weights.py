@@ -176,7 +176,7 @@ def tensors(params: dict, config: ModelConfig, dtype=None) -> Iterator[tuple[str
       leaf = leaf[part]
     array = np.asarray(leaf if layer is None else leaf[layer])
     array = array.T if ours.endswith("kernel") else array
-    with np.errstate(over="ignore"):  # said below
+    with np.errstate(over="ignore", invalid="ignore"):  # said below
       array = np.ascontiguousarray(array if dtype is None else array.astype(dtype))
     if not all_finite(array):
       raise UserError(
