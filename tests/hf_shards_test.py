@@ -126,10 +126,7 @@ def test_a_tensor_that_is_no_float_of_ours_is_named_with_its_dtype(dtype, named,
   there[QUERY] = there[QUERY].to(getattr(torch, dtype))
   safetensors.torch.save_file(there, path)
   message = refusal(directory)
-  assert (
-    f"{QUERY} ({dict(float8_e4m3fn='F8_E4M3', int8='I8', int64='I64', bool='BOOL').get(dtype, 'C64')})"
-    in message
-  )
+  assert f"{QUERY} ({named})" in message
   assert len(message) < 500
 
 
@@ -162,7 +159,9 @@ def test_finite_is_what_numpy_calls_finite(dtype):
   rng = np.random.default_rng(0)
   bits = rng.integers(0, 256, (400, 3, np.dtype(dtype).itemsize), np.uint8)
   for array in (*bits.view(dtype), np.full((3, 100_000), np.finfo(np.float16).max, dtype).T):
-    assert all_finite(array) == bool(np.isfinite(array).all())
+    with np.errstate(invalid="ignore"):  # bfloat16's own way of looking at a signalling NaN
+      want = bool(np.isfinite(array).all())
+    assert all_finite(array) == want
   assert all_finite(np.zeros((0, 3), dtype))
 
 

@@ -130,8 +130,8 @@ def _open(path: Path):
   bad = [f"{name} ({dtype})" for name, _, _, dtype in found if dtype not in _DTYPES]
   if bad:
     raise UserError(
-      f"{path}: weights are read as float32, float16 or bfloat16, and {len(bad)} tensors are"
-      f" neither: {some(bad)}. Take a release that is not quantized."
+      f"{path}: weights are float32, float16 or bfloat16, and these are not: {some(bad)}; take a"
+      " release that is not quantized."
     )
   return [(name, file, shape) for name, file, shape, _ in found]
 
