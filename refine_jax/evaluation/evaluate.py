@@ -225,7 +225,7 @@ def main():
     text = json.dumps(results, indent=2) + "\n"
     (unfinished / "results.json").write_text(text, encoding="utf-8")
     if not plot(results, unfinished / "accuracy.png"):
-      print("no accuracy.png: matplotlib is not installed (pip install '.[plot]')")
+      print("no accuracy.png: matplotlib is not installed (pip install -e '.[plot]')")
     if output.exists():
       output.rmdir()  # empty: checked above
     unfinished.rename(output)

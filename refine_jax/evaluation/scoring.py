@@ -54,7 +54,7 @@ def _task(name: str):
     import reasoning_gym as gym
   except ImportError:
     raise UserError(
-      "The scorer reasoning_gym needs a package: pip install 'refine_jax[tasks]'."
+      "The scorer reasoning_gym needs a package: pip install -e '.[tasks]'."
     ) from None
   return gym.create_dataset(name, seed=_SEED, size=1)
 
@@ -64,9 +64,7 @@ def math_verify(text: str, row: dict) -> bool:
   try:
     import math_verify as library
   except ImportError:
-    raise UserError(
-      "The scorer math_verify needs a package: pip install 'refine_jax[eval]'."
-    ) from None
+    raise UserError("The scorer math_verify needs a package: pip install -e '.[eval]'.") from None
   # LaTeX without dollar signs is not looked for; numbers are, with and without.
   right = library.parse(f"${row['answer']}$") or library.parse(str(row["answer"]))
   return library.verify(right, library.parse(answer_of(text)))
