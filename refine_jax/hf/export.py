@@ -1,6 +1,5 @@
 """A release directory that transformers and others load: weights, configs, tokenizer, card."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,34 +44,26 @@ def export(
   Raises:
     UserError: output exists and is not empty, or cannot be written.
   """
-  output = files.local_path(output, "output").absolute()
-  refuse_used(output)
+  output = files.local_path(output, "--output").absolute()
+  files.refuse_used(output)
   check_dtype(dtype)
   model_files = Path(model_files)
   config = hf_config.read_json(model_files)
   shape = hf_config.from_hf(config, str(model_files / "config.json"))
-  temporary = output.with_name(f".{output.name}.{os.getpid()}.new")
   try:
-    temporary.mkdir(parents=True)
-    for path in model_files.iterdir():
-      if path.is_file() and not _is_weights(path.name):
-        shutil.copyfile(path, temporary / path.name)
-    if (model_files / TEMPLATE_FOLDER).is_dir():
-      shutil.copytree(model_files / TEMPLATE_FOLDER, temporary / TEMPLATE_FOLDER)
-    files.write_json(temporary / "config.json", _both_spellings(config, dtype))
-    _write_weights(temporary, hf_weights.tensors(params, shape, DTYPES[dtype]), shard_bytes)
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    if output.exists():
-      output.rmdir()  # empty: checked above
-    _sync(temporary)
-    temporary.rename(output)
-  except (OSError, safetensors.SafetensorError) as error:
-    free = shutil.disk_usage(output.parent).free / 2**30 if output.parent.exists() else 0
+    with files.new_directory(output) as temporary:
+      for path in model_files.iterdir():
+        if path.is_file() and not _is_weights(path.name):
+          shutil.copyfile(path, temporary / path.name)
+      if (model_files / TEMPLATE_FOLDER).is_dir():
+        shutil.copytree(model_files / TEMPLATE_FOLDER, temporary / TEMPLATE_FOLDER)
+      files.write_json(temporary / "config.json", _both_spellings(config, dtype))
+      _write_weights(temporary, hf_weights.tensors(params, shape, DTYPES[dtype]), shard_bytes)
+      (temporary / "README.md").write_text(card, encoding="utf-8")
+  except safetensors.SafetensorError as error:
     raise UserError(
-      f"{output} could not be written ({error}); {free:.1f} GiB are free there."
+      f"{output} could not be written ({error}); {files.free_space(output)}."
     ) from error
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
   return output
 
 
@@ -85,22 +76,6 @@ def check_dtype(dtype: str) -> None:
 def _is_weights(name: str) -> bool:
   """Whether a file holds weights or lists files that do: an export has its own."""
   return name.endswith((".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf"))
-
-
-def _sync(directory: Path):
-  """To the disk, so that after a power cut the new name never stands for half-written files."""
-  for path in (*directory.rglob("*"), directory):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-      os.fsync(descriptor)
-    finally:
-      os.close(descriptor)
-
-
-def refuse_used(output: Path):
-  """Raises UserError where something is already at the place."""
-  if output.exists() and (not output.is_dir() or any(output.iterdir())):
-    raise UserError(f"{output} exists and is not empty; choose another output, or remove it.")
 
 
 def export_step(workdir, step: int, params, *, dtype: str = "bfloat16") -> Path | None:
