@@ -89,7 +89,8 @@ def _measure(arguments, directory: Path) -> tuple:
 
   def load():
     start = time.perf_counter()
-    return load_examples(files, data, tokenizer, name="train"), time.perf_counter() - start
+    examples = load_examples(files, data, tokenizer, name="train", vocab_size=len(tokenizer))
+    return examples, time.perf_counter() - start
 
   examples, cold = load()
   examples, cached = load()

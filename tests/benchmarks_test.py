@@ -237,7 +237,7 @@ def test_input_from_a_file(run, tmp_path):
     "--step_ms=1",
   )
   config = data_fixtures.data_config()
-  examples = load_examples(path, config, tokenizer, name="train")
+  examples = load_examples(path, config, tokenizer, name="train", vocab_size=len(tokenizer))
   assert (result["examples"], result["tokens"]) == (len(examples), len(examples.tokens))
   # Packing efficiency, counted in the batches of an epoch.
   rows = train_rows(examples, config, batch_size=2, total_epochs=1, seed=0)

@@ -59,7 +59,7 @@ def taken_or_refused(function: Callable, *args, refusals=(UserError,), **kwargs)
   try:
     result = function(*args, **kwargs)
   except refusals as error:
-    assert "\n" not in str(error) and 0 < len(str(error)) < 2000, error
+    assert "\n" not in str(error) and 0 < len(str(error)) < 4200, error
     result = error
   finally:
     faulthandler.cancel_dump_traceback_later()

@@ -28,10 +28,10 @@ MAY_IMPORT = {
   "data": _LEAVES | {"config", "text"},
   "hf": _LEAVES | {"model", "text"},
   "decoding": _LEAVES | {"attention", "checkpoint", "hf", "model", "text"},
-  "evaluation": _LEAVES | {"cli", "data", "decoding", "hf", "model"},
+  "evaluation": _LEAVES | {"cli", "data", "decoding", "hf", "model", "text"},
   "training": _LEAVES
   | {"attention", "checkpoint", "config", "data", "decoding", "evaluation", "hf", "interrupt"}
-  | {"model", "objective", "sharding"},
+  | {"model", "objective", "sharding", "text"},
 }
 DOORS = {"main", "evaluate", "lm_eval", "__init__"}
 

@@ -149,7 +149,7 @@ def test_keys_of_a_later_version_are_left_alone(directory):
     ({"eos_token_id": 1.0}, "eos_token_id"),
     ({"eos_token_id": {"a": 1}}, "eos_token_id"),
     ({"eos_token_id": -2}, "eos_token_id"),
-    ({"eos_token_id": [1, 10**6]}, "1000000 is outside the model's vocabulary"),
+    ({"eos_token_id": [1, 10**6]}, "1000000, which is outside the model's vocabulary"),
     ({"pad_token_id": [1]}, "pad_token_id"),
     ({"pad_token_id": "x"}, "pad_token_id"),
     ({"refinement": []}, "refinement"),

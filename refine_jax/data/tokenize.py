@@ -6,31 +6,38 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
+
 from refine_jax.config import DataConfig
 from refine_jax.data import parquet, store
 from refine_jax.data.store import Examples
 from refine_jax.errors import UserError
 from refine_jax.files import local_path
 from refine_jax.text import chat
+from refine_jax.text.vocabulary import check_ids, first_outside
 
 # Part of the fingerprint: raise it with every change to what a row becomes.
 _FORMAT = 2
 _FOOTER_BYTES = 1 << 16
 
 
-def load_examples(files: str, data: DataConfig, tokenizer, *, name: str) -> Examples:
+def load_examples(
+  files: str, data: DataConfig, tokenizer, *, name: str, vocab_size: int
+) -> Examples:
   """Tokenises the files, or reads what an earlier run made of them; prints what was kept.
 
   Args:
     files: a path, a glob, or several separated by commas.
     tokenizer: a transformers tokenizer; a fast one works on all cores.
     name: "train" or "val", for the messages.
+    vocab_size: rows of the model's embedding.
 
   Raises:
     UserError: files or columns that are not there, truncation="error" with a long row, nothing
-      left, a tokenizer without EOS or template.
+      left, a tokenizer without EOS or template, a token id outside the vocabulary.
   """
   chat.check_tokenizer(tokenizer, data.chat_template)
+  check_ids([tokenizer.eos_token_id], vocab_size, "The tokenizer's EOS", tokenizer)
   paths = parquet.expand(files, f"config.data.{name}_files")
   rows = parquet.count_rows(paths, data.prompt_key, data.response_key)
   place = cache_root(data) / fingerprint(paths, data, tokenizer)
@@ -53,7 +60,18 @@ def load_examples(files: str, data: DataConfig, tokenizer, *, name: str) -> Exam
       f"No example is left of {rows} rows in {files} ({name}){lost}; look at the columns"
       f" {data.prompt_key!r} and {data.response_key!r}."
     )
+  _check_vocabulary(examples, paths, tokenizer, vocab_size)
   return examples
+
+
+def _check_vocabulary(examples: Examples, paths: list[Path], tokenizer, vocab_size: int):
+  """Refuses ids without an embedding, in what the cache holds too: the model may be another."""
+  index = first_outside(examples.tokens, vocab_size)
+  if index is not None:
+    example = np.searchsorted(examples.offsets, index, side="right") - 1
+    file, row = examples.source_rows[example]
+    where = f"{paths[file]}, row {row} (from 0),"
+    check_ids(examples.tokens[index : index + 1], vocab_size, where, tokenizer)
 
 
 def cache_root(data: DataConfig) -> Path:

@@ -15,6 +15,7 @@ from refine_jax.decoding.settings import Settings, least_window
 from refine_jax.errors import UserError
 from refine_jax.text import detokenize
 from refine_jax.text.chat import encode_prompt
+from refine_jax.text.vocabulary import check_ids
 
 _SMALLEST_BUCKET = 16
 
@@ -72,9 +73,9 @@ class Decoder:
       noise_token = trained.noise_token if trained else eos[0] if eos else 0
     if block_size is None:
       block_size = default_block_size(trained, mode, draft, len(prompts))
-    if not 0 <= noise_token < model.config.vocab_size:
-      raise UserError(f"noise_token={noise_token} is outside the vocabulary.")
     stops, stop_ids = _stops(model, stop)
+    for what, ids in (("noise_token", [noise_token]), ("eos_token_id", eos), ("stop", stop_ids)):
+      check_ids(ids, model.config.vocab_size, what, model.tokenizer)
     rows = compile_cache.bucket(len(prompts), 1)
     self.settings = Settings(
       mode="exact" if mode == "ar" else mode,
@@ -270,10 +271,10 @@ def _ids(model, prompt, chat_template, number) -> list[int]:
   if not isinstance(prompt, str) and not (isinstance(prompt, Sequence) and prompt):
     raise UserError(f"Prompt {number} is {prompt!r}; give a string, chat messages or token ids.")
   if isinstance(prompt, str) or isinstance(prompt[0], dict):
-    return encode_prompt(model.require_tokenizer(), prompt, chat_template, f"Prompt {number}")
-  if not all(isinstance(i, numbers.Integral) for i in prompt):
+    ids = encode_prompt(model.require_tokenizer(), prompt, chat_template, f"Prompt {number}")
+  elif all(isinstance(i, numbers.Integral) for i in prompt):
+    ids = [int(i) for i in prompt]
+  else:
     raise UserError(f"Prompt {number} mixes what is no token id into its ids.")
-  ids = [int(i) for i in prompt]
-  if not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
-    raise UserError(f"Prompt {number} has ids outside the vocabulary of {model.config.vocab_size}.")
+  check_ids(ids, model.config.vocab_size, f"Prompt {number}", model.tokenizer)
   return ids

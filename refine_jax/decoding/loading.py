@@ -6,16 +6,18 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from refine_jax import files
 from refine_jax.attention import cached, packed
 from refine_jax.errors import UserError
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights as hf_weights
-from refine_jax.hf.generation_config import Refinement, check_ids, read_generation_config
+from refine_jax.hf.generation_config import Refinement, read_generation_config
 from refine_jax.hf.shards import all_finite
 from refine_jax.model import layout, transformer
 from refine_jax.model.transformer import ModelConfig
+from refine_jax.text.vocabulary import check_ids
 from refine_jax.tree import leaf_name
 
 
@@ -49,6 +51,8 @@ class Model:
       segment_ids: int [B, T], contiguous from 1 (0: padding); positions start anew in each and
         attention does not cross. Default: one segment a row.
     """
+    if not isinstance(ids, jax.core.Tracer):
+      check_ids(np.asarray(ids), self.config.vocab_size, "ids", self.tokenizer)
     ids = jnp.asarray(ids, jnp.int32)
     segment_ids = jnp.ones_like(ids) if segment_ids is None else jnp.asarray(segment_ids)
     return _logits(self.params, ids, segment_ids, self.config)
@@ -110,7 +114,7 @@ def load(name, *, dtype=None, step: int | None = None) -> Model:
     floating = False
   if not floating:
     raise UserError(f"dtype={dtype!r} is none of float32, bfloat16 and float16.")
-  place = files.local_path(name, "model")
+  place = files.local_path(str(name), "model")
   if (place / "checkpoints").is_dir() and (place / "model").is_dir():
     # Orbax takes seconds to import, and only workdirs need it.
     from refine_jax.checkpoint import checkpointer
@@ -145,7 +149,7 @@ def around(params: dict, config: ModelConfig, directory: Path) -> Model:
   eos = generation.eos_token_ids
   if eos is None and tokenizer is not None and tokenizer.eos_token_id is not None:
     eos = (int(tokenizer.eos_token_id),)
-    check_ids(eos, config, f"{directory}: the tokenizer's EOS")
+    check_ids(eos, config.vocab_size, f"{directory}: the tokenizer's EOS", tokenizer)
   return Model(
     config,
     params,

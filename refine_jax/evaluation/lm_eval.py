@@ -29,6 +29,7 @@ except ImportError:
 from refine_jax.cli import entry_point
 from refine_jax.decoding import compile_cache, generation, loading
 from refine_jax.model import head, transformer
+from refine_jax.text.vocabulary import check_ids
 
 _SMALLEST_BUCKET = 64
 
@@ -92,6 +93,10 @@ class RefineLM(TemplateLM):
 
   def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
     """For each (texts, context ids, continuation ids): (its log-probability, whether greedy)."""
+    for number, (_, context, answer) in enumerate(requests, 1):
+      check_ids(
+        [*context, *answer], self.model.config.vocab_size, f"Request {number}", self.tokenizer
+      )
     results = [None] * len(requests)
     # Longest first: requests of one length share a batch, and too little memory shows at once.
     order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i][1:])))

@@ -6,6 +6,7 @@ from pathlib import Path
 from refine_jax.errors import UserError
 from refine_jax.hf.config import read_json
 from refine_jax.model.transformer import ModelConfig
+from refine_jax.text.vocabulary import check_ids
 
 NAME = "generation_config.json"
 
@@ -54,7 +55,7 @@ def read_generation_config(directory: Path, config: ModelConfig) -> GenerationCo
 
   eos, where = lookup("eos_token_id")
   ids = None if eos is None else token_ids(eos, where)
-  check_ids(ids or (), config, where)
+  check_ids(ids or (), config.vocab_size, where)
   pad, where = lookup("pad_token_id")
   if pad == -1 and type(pad) is int:  # how Llama's first releases say "none"
     pad = None
@@ -76,16 +77,6 @@ def token_ids(value: object, where: str) -> tuple[int, ...]:
   if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
     raise UserError(f"{where}={value!r} must be a token id, or a list of them.")
   return tuple(ids)
-
-
-def check_ids(ids: tuple[int, ...], config: ModelConfig, where: str) -> None:
-  """Raises UserError where an id has no row in the embedding."""
-  for token in ids:
-    if token >= config.vocab_size:
-      raise UserError(
-        f"{where}: token id {token} is outside the model's vocabulary of {config.vocab_size};"
-        " give the one that the model was trained with."
-      )
 
 
 def _read_refinement(values: object, config: ModelConfig, where: str) -> Refinement:

@@ -63,7 +63,9 @@ def plan_data(config: Config, source: Source, mesh) -> DataPlan:
     )
 
   def examples(files, name):
-    return data.load_examples(files, config.data, source.tokenizer, name=name)
+    return data.load_examples(
+      files, config.data, source.tokenizer, name=name, vocab_size=source.model.vocab_size
+    )
 
   validation = None
   if config.data.val_files:

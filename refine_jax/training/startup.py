@@ -18,6 +18,7 @@ from refine_jax.hf import weights as hf_weights
 from refine_jax.model import transformer
 from refine_jax.model.transformer import ModelConfig
 from refine_jax.objective import noise
+from refine_jax.text.vocabulary import check_ids
 from refine_jax.training import compute as compute_lib
 from refine_jax.training import optim, train_step
 from refine_jax.training.data_plan import DataPlan
@@ -84,10 +85,11 @@ def make_recipe(config: Config, source: Source, plan: DataPlan) -> Recipe:
   token = config.noise.token
   if token == -1:
     token = source.tokenizer.eos_token_id
-  if token >= source.model.vocab_size:
-    raise UserError(
-      f"config.noise.token={token} is outside the model's vocabulary of {source.model.vocab_size}."
-    )
+  for what, ids in (
+    ("config.noise.token", [token]),
+    ("The tokenizer's EOS", [source.tokenizer.eos_token_id]),
+  ):
+    check_ids(ids, source.model.vocab_size, what, source.tokenizer)
   return Recipe(
     objective=config.objective,
     noise=config.noise,
