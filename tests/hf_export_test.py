@@ -12,6 +12,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from refine_jax.checkpoint import checkpointer
 from refine_jax.checkpoint.checkpointer import Checkpointer
 from refine_jax.decoding import loading
 from refine_jax.errors import UserError
@@ -55,10 +56,10 @@ def run(tmp_path):
   text = "\n".join(map(json.dumps, lines)) + '\n{"step": 9, "lo'  # as a killed run leaves it
   (workdir / "metrics.jsonl").write_text(text)
   params = loading.load(directory).params
-  checkpointer = Checkpointer(workdir, max_to_keep=2)
+  writer = Checkpointer(workdir, max_to_keep=2)
   iterator = iter(grain.MapDataset.source([1, 2, 3]).to_iter_dataset())
-  checkpointer.save(7, {"params": params, "step": np.int32(7)}, iterator, RUN_CONFIG, {})
-  checkpointer.close()
+  writer.save(7, {"params": params, "step": np.int32(7)}, iterator, RUN_CONFIG, {})
+  writer.close()
   return workdir, params, torch_model
 
 
@@ -103,6 +104,14 @@ def test_a_workdir_loads_as_its_checkpoint(run):
     loading.load(workdir, step=3)
   with pytest.raises(UserError, match="step=7"):
     loading.load(workdir / "model", step=7)
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused_by_its_leaf(run, monkeypatch):
+  workdir, params, _ = run
+  broken = {"final_norm": {"scale": np.full(3, np.nan, np.float32)}}
+  monkeypatch.setattr(checkpointer, "restore_params", lambda *_: (params | broken, 7))
+  with pytest.raises(UserError, match="step 7 of .*: final_norm/scale holds values"):
+    loading.load(workdir)
 
 
 def test_each_step_exports_beside_the_checkpoints(run):
