@@ -3,6 +3,8 @@
 import io
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from fuzzing import fuzz, taken_or_refused
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from refine_jax.checkpoint import checkpointer
 from refine_jax.decoding import loading
 from refine_jax.errors import UserError
+from refine_jax.evaluation import evaluate
 from scripts import export_hf, sample
 
 TEXTS = st.one_of(
@@ -89,3 +92,37 @@ def test_export_takes_a_command_line_or_says_why_not(
 ):
   monkeypatch.chdir(tmp_path)
   status_of(export_hf.main, arguments, monkeypatch, capfd)
+
+
+EVALUATE = command_lines(
+  ["--model=m", "--data=rows.parquet"],
+  ["model", "data", "modes", "block_sizes", "scorer", "prompt_key", "max_new_tokens"]
+  + ["batch_size", "limit", "dtype", "output"],
+)
+
+
+@fuzz(arguments=EVALUATE)
+def test_evaluate_takes_a_command_line_or_says_why_not(
+  arguments, loaded, monkeypatch, capfd, tmp_path
+):
+  rows = pyarrow.table({"prompt": ["a", "b"], "answer": ["1", "2"]})
+  pyarrow.parquet.write_table(rows, tmp_path / "rows.parquet")
+  monkeypatch.chdir(tmp_path)
+  status_of(evaluate.main, arguments, monkeypatch, capfd)
+
+
+@pytest.mark.parametrize(
+  ("main", "arguments"),
+  [
+    (sample.main, ["--model=m", "--prompt=a"]),
+    (export_hf.main, ["--workdir=w", "--output=o"]),
+  ],
+)
+def test_a_whole_command_line_reaches_the_weights(
+  main, arguments, loaded, monkeypatch, capfd, tmp_path
+):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "argv", ["command", *arguments])
+  with pytest.raises(SystemExit):
+    main()
+  assert "would be read now" in capfd.readouterr().err
