@@ -23,6 +23,9 @@ import pyarrow.parquet
 import tokenizers
 import transformers
 
+if not __package__:  # Python has put benchmarks/ on its path, not the folder around it
+  raise SystemExit("error: run it from the repository's root as python -m benchmarks.input")
+
 from benchmarks import timing
 from refine_jax.config import DataConfig
 from refine_jax.data import load_examples, train_iterator, train_rows

@@ -23,6 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+if not __package__:  # Python has put benchmarks/ on its path, not the folder around it
+  raise SystemExit("error: run it from the repository's root as python -m benchmarks.sampler")
+
 from benchmarks import timing
 from refine_jax.decoding import compile_cache, generation, loading, sampler
 from refine_jax.decoding import settings as sampler_settings

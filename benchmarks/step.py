@@ -13,6 +13,9 @@ import time
 import jax
 import numpy as np
 
+if not __package__:  # Python has put benchmarks/ on its path, not the folder around it
+  raise SystemExit("error: run it from the repository's root as python -m benchmarks.step")
+
 from benchmarks import timing
 from refine_jax.attention.choose import choose_backend
 from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig

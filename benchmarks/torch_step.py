@@ -16,6 +16,9 @@ import torch
 import transformers
 from torch.utils.checkpoint import checkpoint
 
+if not __package__:  # Python has put benchmarks/ on its path, not the folder around it
+  raise SystemExit("error: run it from the repository's root as python -m benchmarks.torch_step")
+
 from benchmarks import timing
 from refine_jax.hf.families import FAMILIES
 from refine_jax.model.config import ModelConfig

@@ -22,7 +22,7 @@ import pyarrow.parquet
 try:
   import reasoning_gym
 except ImportError:
-  raise SystemExit("error: reasoning-gym is not installed; pip install '.[tasks]'") from None
+  raise SystemExit("error: reasoning-gym is not installed; pip install -e '.[tasks]'") from None
 
 from refine_jax import files
 from refine_jax.cli import entry_point

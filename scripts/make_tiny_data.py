@@ -20,6 +20,7 @@ import transformers
 
 from refine_jax import files
 from refine_jax.cli import entry_point
+from refine_jax.hf import model_files
 
 _LETTERS = "abcdefghij"
 _TASKS = {
@@ -127,7 +128,7 @@ def main():
       rows = make(splits[split], generator, seen)
       pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary / f"{split}.parquet")
     tiny = tokenizer(_VOCABULARIES[arguments.problems])
-    tiny.save_pretrained(temporary / "model")
+    model_files.save_tokenizer(tiny, temporary / "model")
     ids = {"eos_token_id": tiny.eos_token_id, "pad_token_id": tiny.eos_token_id}
     config = _MODEL | ids | {"vocab_size": len(tiny), "bos_token_id": None}
     files.write_json(temporary / "model" / "config.json", config)

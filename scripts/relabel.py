@@ -14,6 +14,7 @@ import argparse
 import collections
 import itertools
 import sys
+from pathlib import Path
 
 import pyarrow
 import pyarrow.compute

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import json
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 from refine_jax.cli import entry_point
@@ -25,6 +24,7 @@ from refine_jax.decoding import settings as sampler_settings
 from refine_jax.decoding.options import check_options
 from refine_jax.decoding.prompts import refusals
 from refine_jax.errors import UserError
+from refine_jax.files import local_path
 from refine_jax.hf import export as hf_export
 from refine_jax.interrupt import Interrupt
 
@@ -49,6 +49,7 @@ def parse() -> tuple[argparse.Namespace, dict]:
   add("--dtype", help=f"{', '.join(hf_export.DTYPES)}; default: as stored")
   add("--prompt", help="one prompt")
   add("--prompts_file", help="a prompt a line, text or JSON; default: standard input")
+  add("--chat_template", default="", help="a Jinja template, for a model that has none")
   add("--batch_size", type=int, default=8, help="prompts decoded together (8)")
   add("--chat", action="store_true", help=f"turns; {_FORGET} starts over, Ctrl-C cuts an answer")
   add("--jsonl", action="store_true", help="write a JSON object an answer")
@@ -92,6 +93,7 @@ def check(arguments, options):
   if arguments.check and arguments.temperature:
     raise UserError("--check compares greedy answers; leave --temperature out.")
   if arguments.html:
+    arguments.html = local_path(arguments.html, "--html")
     trace_html.refuse_existing(arguments.html)
 
 
@@ -100,10 +102,13 @@ def read_prompts(arguments) -> list:
   if arguments.prompt is not None:
     return [arguments.prompt]
   if arguments.prompts_file:
-    path = Path(arguments.prompts_file)
+    path = local_path(arguments.prompts_file, "--prompts_file")
     if not path.is_file():
       raise UserError(f"{path} (--prompts_file) is not a file.")
-    data = path.read_bytes()
+    try:
+      data = path.read_bytes()
+    except OSError as error:
+      raise UserError(f"{path} (--prompts_file) cannot be read: {error.strerror}.") from error
   elif not sys.stdin.isatty():
     data = sys.stdin.buffer.read()
   else:
@@ -129,6 +134,22 @@ def _parse(line, number):
   if not isinstance(prompt, str | list):
     return NoPrompt(line, f'Line {number} of the prompts is not {{"prompt": ...}}.')
   return prompt
+
+
+def check_template(model, prompts, arguments):
+  """Raises UserError where text has no chat template, or would have two."""
+  own = model.require_tokenizer().chat_template
+  if own and arguments.chat_template:
+    raise UserError(
+      f"{arguments.model} has a chat template, which its training used; leave --chat_template out."
+    )
+  # Prompts of token ids need none.
+  text = arguments.chat or any(isinstance(p, str) or isinstance(p[0], dict) for p in prompts if p)
+  if text and not own and not arguments.chat_template:
+    raise UserError(
+      f"{arguments.model} has no chat template, as a base model; give one with --chat_template, a"
+      ' Jinja string such as "{{ messages[0].content }}", or give prompts as token ids.'
+    )
 
 
 def show(stream, asked=None) -> str:
@@ -259,7 +280,17 @@ def print_answers(prompts, places, waiting, out, as_json, differences=None):
     if differences:
       line |= {"differs_from_ar_at": differences[i].offset, "margin": differences[i].margin}
     # Flushed, so that a reader sees each batch, and one that has left is noticed here.
-    print(json.dumps(line, ensure_ascii=False) if as_json else f"{line['text']}\n---", flush=True)
+    print(_as_json(line) if as_json else f"{line['text']}\n---", flush=True)
+
+
+def _as_json(value: dict) -> str:
+  """One line of UTF-8, with escapes where a message's field holds what is no text."""
+  text = json.dumps(value, ensure_ascii=False)
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return json.dumps(value)
+  return text
 
 
 @entry_point
@@ -268,7 +299,8 @@ def main():
   check(arguments, options)
   prompts = [] if arguments.chat else read_prompts(arguments)
   model = loading.load(arguments.model, dtype=arguments.dtype, step=arguments.step)
-  model.require_tokenizer()
+  check_template(model, prompts, arguments)
+  options["chat_template"] = arguments.chat_template
   return chat(model, options) if arguments.chat else answer(model, prompts, arguments, options)
 
 

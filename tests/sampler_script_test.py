@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,6 +208,31 @@ def test_a_prompt_that_cannot_be_answered_has_an_error_in_its_place(run, batch_s
   assert [e for e, word in zip(entries, words, strict=True) if word is None] == good
   for entry, word in zip(entries, words, strict=True):
     assert word is None or word in (json.loads(entry)["error"] if as_json else entry)
+
+
+def test_a_model_without_a_chat_template_takes_the_users(run, model, directory, tmp_path):
+  base = shutil.copytree(directory, tmp_path / "base")
+  (base / "chat_template.jinja").unlink()
+  for given in (b"a b\n", b'{"prompt": [{"role": "user", "content": "a"}]}\n'):
+    code, printed, errors = run(given=given, model=base)
+    assert (code, printed, errors.count("\n")) == (1, "", 1) and "--chat_template" in errors
+  template = model.tokenizer.chat_template
+  code, printed, _ = run("--prompt=a b", f"--chat_template={template}", *flags(GREEDY), model=base)
+  assert code == 0 and printed == refine_jax.generate(model, ["a b"], **GREEDY).texts[0] + "\n"
+  code, printed, _ = run("--jsonl", *flags(GREEDY), given=b'{"prompt": [5, 6]}', model=base)
+  assert code == 0 and json.loads(printed)["prompt"] == [5, 6]  # ids go through no template
+
+
+def test_a_second_chat_template_is_refused(run):
+  code, _, errors = run("--prompt=a", "--chat_template={{ messages }}")
+  assert code == 1 and "has a chat template" in errors
+
+
+def test_what_is_no_text_in_an_unused_field_is_written_as_escapes(run):
+  prompt = [{"role": "user", "content": "a", "name": "\ud800"}]
+  given = json.dumps({"prompt": prompt}).encode()
+  code, printed, _ = run("--jsonl", *flags(GREEDY), given=given)
+  assert code == 0 and json.loads(printed)["prompt"] == prompt
 
 
 def test_options_are_checked_before_the_model_is_loaded(run, monkeypatch):

@@ -232,7 +232,7 @@ def main():
     for text in report.task_lines(results):
       print(text)
     if output and not report.plot(results, output.unfinished / "accuracy.png"):
-      print("no accuracy.png: matplotlib is not installed (pip install '.[plot]')")
+      print("no accuracy.png: matplotlib is not installed (pip install -e '.[plot]')")
   last = results[-1]
   if len(results) > 1:
     print(f"mode={last['mode']} block_size={last['block_size']}", end=" ")

@@ -5,7 +5,7 @@
 
 takes every argument of `lm_eval`; pretrained is what `refine_jax.load` takes. The other arguments
 of the model are those of RefineLM, those of --gen_kwargs are in harness_options.py. Needs the
-package: pip install 'refine_jax[eval]'.
+package: pip install -e '.[eval]'.
 """
 
 import functools
@@ -23,7 +23,7 @@ try:
   from lm_eval.api.model import TemplateLM
   from lm_eval.api.registry import register_model
 except ImportError:
-  missing = "lm-eval is not installed; pip install 'refine_jax[eval]'"
+  missing = "lm-eval is not installed; pip install -e '.[eval]'"
   # Of the program one line, of the module what an import raises.
   raise (
     SystemExit(f"error: {missing}") if __name__ == "__main__" else ImportError(missing)

@@ -219,7 +219,7 @@ def _wandb_run(workdir, config, run_config):
     import wandb
   except ImportError:
     raise UserError(
-      "config.log.logger names wandb, which is not installed: pip install 'refine_jax[wandb]'."
+      "config.log.logger names wandb, which is not installed: pip install -e '.[wandb]'."
     ) from None
   return wandb.init(
     project=config.project_name,

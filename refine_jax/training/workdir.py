@@ -13,7 +13,7 @@ from refine_jax import files
 from refine_jax.checkpoint.directory import check_writable_name, checkpoint_directory, steps
 from refine_jax.config import Config
 from refine_jax.errors import UserError
-from refine_jax.hf import weights as hf_weights
+from refine_jax.hf import model_files
 from refine_jax.training.source import Source
 
 _LOCK = ".lock"
@@ -148,7 +148,7 @@ def _write_model_files(place: Path, config: Config, source: Source, noise_token:
     return
   block_size = config.noise.block_size if config.noise.kind == "block" else None
   with files.write_errors(place), files.unfinished(place) as temporary:
-    hf_weights.save_model_files(
+    model_files.save_model_files(
       source.directory,
       source.tokenizer,
       temporary,
