@@ -11,11 +11,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "refine_jax"
 
 # A folder (or a module beside them) -> the folders that it may import from, itself included.
-_LEAVES = {"errors", "tree", "files"}
+_LEAVES = {"errors", "tree", "files", "records"}
 MAY_IMPORT = {
   "errors": set(),
   "tree": set(),
   "files": {"errors"},
+  "records": {"files"},
   "cli": {"errors"},
   "interrupt": set(),
   "config": _LEAVES,

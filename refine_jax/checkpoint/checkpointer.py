@@ -23,13 +23,13 @@ from refine_jax.checkpoint.directory import (
   delete_all_but,
   disk_errors,
   find_step,
-  reason_of,
   refuse_taken,
   resolve_resume_path,
   set_aside,
   steps,
 )
 from refine_jax.errors import UserError
+from refine_jax.files import reason_of
 from refine_jax.tree import leaf_name
 
 

@@ -107,24 +107,10 @@ def delete_all_but(directory: Path, keep: int):
     shutil.rmtree(path, ignore_errors=True)
 
 
-def reason_of(error: Exception) -> str:
-  """The first line of what a library said, without TensorStore's specification."""
-  line = f"{type(error).__name__}: {error}".splitlines()[0]
-  for tail in (" [tensorstore_spec", " See full TensorStore details"):
-    line = line.split(tail)[0]
-  # TensorStore puts the cause last, after each layer that it went through.
-  return line if len(line) <= 300 else f"{line[:100]} ... {line[-180:]}"
-
-
-@contextlib.contextmanager
-def disk_errors(directory):
-  """Errors of the file system as a UserError, with the room that is left."""
-  try:
-    yield
-  except Exception as error:
-    if not isinstance(error, OSError) and "os_error_code" not in str(error):
-      raise
-    raise UserError(
-      f"The checkpoint in {directory} could not be written ({reason_of(error)});"
-      f" {files.free_space(directory)}. Earlier checkpoints are whole: make room and start again."
-    ) from error
+def disk_errors(directory: Path) -> contextlib.AbstractContextManager[None]:
+  """Turns errors of the file system into a UserError (files.write_errors)."""
+  return files.write_errors(
+    directory,
+    what=f"The checkpoint in {directory}",
+    advice="Earlier checkpoints are whole: make room and start again.",
+  )

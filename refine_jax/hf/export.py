@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from refine_jax import records
 from refine_jax.errors import UserError
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights as hf_weights
@@ -200,7 +201,7 @@ def model_card(workdir, step: int) -> str:
     'model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")',
     "```",
     "",
-    *_metric_lines(workdir / "metrics.jsonl", step),
+    *_metric_lines(workdir / records.NAME, step),
     "## Configuration",
     "",
     "```json",
@@ -214,14 +215,9 @@ def model_card(workdir, step: int) -> str:
 def _metric_lines(path: Path, step: int) -> list[str]:
   """The newest training and validation numbers up to the step, as a table."""
   newest: dict = {}
-  if path.exists():
-    for line in path.read_text(encoding="utf-8").splitlines():
-      try:
-        record = json.loads(line)
-      except ValueError:  # the line that a killed run was writing
-        continue
-      if record["step"] <= step:
-        newest |= {k: v for k, v in record.items() if k != "step" and v is not None}
+  for record in records.read(path):
+    if record["step"] <= step:
+      newest |= {k: v for k, v in record.items() if k != "step" and v is not None}
   names = [n for n in sorted(newest) if n.removeprefix("eval/").startswith(("loss_", "accuracy_"))]
   if not names:
     return []

@@ -82,21 +82,33 @@ class _Loop:
         writers.note(f"step {first}: this run is complete; nothing left to do.")
         return 0
       with interrupt.Interrupt() as requests:
-        return self._steps(state, first, writers, requests)
+        status = self._steps(state, first, writers, requests)
+    except UserError as error:
+      if writers.failure:  # what came first, and perhaps is why
+        raise UserError(f"{writers.failure} {error}") from error
+      raise
     finally:
       writers.close()
+    if writers.failure:
+      newest = self.checkpointer.latest_step()
+      raise UserError(f"{writers.failure} The run has ended; its newest checkpoint: step {newest}.")
+    return status
 
   def _steps(self, state, first, writers, requests) -> int:
     host_batch, batch = self._next_batch()
-    step_fn = self._compile(state, batch, writers)
+    step_fn = self._compile(state, batch, writers, requests)
+    if step_fn is None:
+      return requests.status
     pending = None  # the metrics of the step before, still on the device
     for done in range(first + 1, self.total + 1):
       if self._due(self.config.log.debug_every, done - 1):
-        self._debug(state, host_batch, done - 1)
-      self._profile(done)
+        self._debug(state, host_batch, done - 1, writers)
+      self._profile(done, writers)
       state, step_metrics = step_fn(state, batch)
       # From here to the next step the host works while the device does; it waits only for the
       # metrics of the step before.
+      if writers.failure:
+        requests.ask()
       last, stops = done == self.total, requests.requested(done)
       self.checkpointer.check()
       saves = last or stops or self._due(self.config.checkpoint.save_every, done)
@@ -113,31 +125,48 @@ class _Loop:
         # Before the next batch is taken: the iterator's state says which batches were trained on.
         self._save(state, done, writers)
       if stops and not last:
-        self.checkpointer.wait()
-        writers.note(f"stopped by {requests.name} after step {done}; checkpoint saved.")
-        return requests.status
+        return self._stop(done, writers, requests)
       if evaluates:
-        self._evaluate(state, done, writers)
-      if answers:
+        self._evaluate(state, done, writers, requests)
+      if answers and not requests.pending:
         writers.write(done, self.problems.answer(state.params))
+      if (evaluates or answers) and requests.pending:  # noticed between batches
+        if not saves:
+          self._save(state, done, writers)
+        return self._stop(done, writers, requests)
       if saves or evaluates or answers:
         self.throughput.restart()
       if not last:
         host_batch, batch = self._next_batch()
     self.checkpointer.wait()
-    writers.note(f"done: step {self.total}, {self.workdir}")
+    if not writers.failure:
+      writers.note(f"done: step {self.total}, {self.workdir}")
     return 0
+
+  def _stop(self, step, writers, requests) -> int:
+    self.checkpointer.wait()
+    if writers.failure:  # the run's error says the rest
+      return 1
+    writers.note(f"stopped by {requests.name} after step {step}; checkpoint saved.")
+    return requests.status
 
   def _next_batch(self):
     host_batch = next(self.iterator)
     return host_batch, sharding.put_batch(host_batch, self.mesh, accumulated=True)
 
-  def _compile(self, state, batch, writers):
-    """The step ahead of time, so that its memory is known before it runs, and compiled once."""
+  def _compile(self, state, batch, writers, requests):
+    """The step ahead of time, so that its memory is known before it runs, and compiled once.
+
+    Returns:
+      the step; None where a signal has come meanwhile, when there is nothing to save.
+    """
     places = sharding.shardings(state, self.mesh)
     with metrics.Timer() as timer:
       lowered = train_step.jit_train_step(self.recipe, self.compute, places).lower(state, batch)
       compiled = lowered.compile()
+    if requests.pending:
+      writers.note(f"stopped by {requests.name} before the first step; nothing to save.")
+      return None
     memory = compiled.memory_analysis()
     size = metrics.gibibytes(memory.temp_size_in_bytes) if memory else "unknown"
     writers.note(f"compiled      in {timer.seconds:.1f} s; temporary memory {size} a device")
@@ -146,12 +175,13 @@ class _Loop:
   def _due(self, every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
-  def _profile(self, done):
+  def _profile(self, done, writers):
     first, last = self.config.log.profile_steps
-    if last and done == first:
-      jax.profiler.start_trace(str(self.workdir / "profile"))
-    if last and done == last + 1:
-      jax.profiler.stop_trace()
+    with writers.keeping_failures(self.workdir / "profile"):
+      if last and done == first:
+        jax.profiler.start_trace(str(self.workdir / "profile"))
+      if last and done == last + 1:
+        jax.profiler.stop_trace()
 
   def _report(self, step, step_metrics, writers):
     values = metrics.train_metrics(
@@ -175,21 +205,24 @@ class _Loop:
       step, state, self.iterator, self.config.to_dict(), startup.identity(self.source.model)
     )
     if self.config.checkpoint.save_hf:
-      path = startup.save_hf(self.workdir, step, state.params)
-      writers.note(f"exported      {path}")
+      with writers.keeping_failures(self.workdir / f"global_step_{step}"):
+        path = startup.save_hf(self.workdir, step, state.params)
+        writers.note(f"exported      {path}")
 
-  def _evaluate(self, state, step, writers):
+  def _evaluate(self, state, step, writers, requests):
     if self.plan.validation is None:
       return
     sums = None
     for host_batch in self.plan.eval_batches():
+      if requests.pending:
+        return
       batch = sharding.put_batch(host_batch, self.mesh, accumulated=False)
       part = self.eval_step(state.params, batch)
       sums = part if sums is None else jax.tree.map(jax.numpy.add, sums, part)
     values = metrics.eval_metrics(jax.device_get(sums), self.config.objective, self.config.noise)
     writers.write(step, values)
 
-  def _debug(self, state, host_batch, step):
+  def _debug(self, state, host_batch, step, writers):
     # One row, as many times as there are shards of rows, so that it fits the mesh.
     row = {name: x[0, :1] for name, x in host_batch.items()}
     copies = sharding.batch_shards(self.mesh) // jax.process_count()
@@ -198,6 +231,6 @@ class _Loop:
     rounds = jax.device_get(self.debug_rounds(state.params, batch, step=step))
     if jax.process_index() == 0:
       first = {name: x[0] for name, x in row.items()}
-      debug_log.append(
-        self.workdir, debug_log.format_example(self.source.tokenizer, step, first, rounds)
-      )
+      text = debug_log.format_example(self.source.tokenizer, step, first, rounds)
+      with writers.keeping_failures(self.workdir / "log" / "debug.log"):
+        debug_log.append(self.workdir, text)
