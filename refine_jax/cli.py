@@ -1,15 +1,12 @@
 """What command-line programs do with errors."""
 
-import errno
 import functools
 import os
 import signal
 import sys
 
+from refine_jax import files
 from refine_jax.errors import UserError
-
-# A disk that takes nothing more: no fault of ours, wherever it shows.
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE}
 
 
 def entry_point(main):
@@ -34,7 +31,7 @@ def entry_point(main):
       _drop_output()
       sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-      if error.errno not in _DISK:
+      if error.errno not in files.DISK_ERRORS:
         raise
       place = f"{error.filename}: " if error.filename else ""
       _fail(f"{place}{error.strerror}; make room, or write elsewhere.")

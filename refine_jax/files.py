@@ -16,8 +16,14 @@ from refine_jax.errors import UserError
 # Also what pathlib makes of "gs://bucket": "gs:/bucket".
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _NAME_SHOWN = 60
-# How TensorStore and Rust libraries write an errno.
-_OS_ERROR = re.compile(r"os_error_code|\bos error \d")
+# What a disk that takes nothing more says: no fault of ours, wherever it shows.
+DISK_ERRORS = frozenset(
+  (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
+)
+# How TensorStore, Rust and C++ libraries write an errno.
+_OS_ERROR = re.compile(
+  "|".join((r"os_error_code|\bos error \d", *(re.escape(os.strerror(e)) for e in DISK_ERRORS)))
+)
 
 
 def local_path(value: str | os.PathLike, option: str) -> Path:
@@ -74,7 +80,7 @@ def write_errors(path: Path, *, what: str = "", advice: str = "") -> Iterator[No
 
   A full disk, a read-only one, a directory that was removed: one line with the place, the reason
   and the room that is left. Libraries that keep the error's number in their own kind of exception
-  (safetensors, TensorStore) count; any other exception passes.
+  (safetensors, TensorStore, XLA) count; any other exception passes.
 
   Args:
     path: what is written, or a directory around it.

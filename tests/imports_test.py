@@ -17,7 +17,7 @@ MAY_IMPORT = {
   "tree": set(),
   "files": {"errors"},
   "records": {"files"},
-  "cli": {"errors"},
+  "cli": {"errors", "files"},
   "interrupt": set(),
   "config": _LEAVES,
   "sharding": _LEAVES | {"config"},

@@ -5,6 +5,7 @@ what makes the run, checksums). A step's directory appears under its name only w
 what a killed run left of one has another name, and is deleted when the next run first saves.
 """
 
+import contextlib
 import json
 import logging
 import zlib
@@ -23,6 +24,7 @@ from refine_jax.checkpoint.directory import (
   delete_all_but,
   disk_errors,
   find_step,
+  quiet_threads,
   refuse_taken,
   resolve_resume_path,
   set_aside,
@@ -46,6 +48,7 @@ class Checkpointer:
     self._max_to_keep = max_to_keep
     self._manager = None
     self._saving = None  # the step
+    self._failed = False
 
   def latest_step(self) -> int | None:
     return max(steps(self.directory), default=None)
@@ -85,13 +88,14 @@ class Checkpointer:
       data=grain.checkpoint.CheckpointSave(iterator),
       record=ocp.args.JsonSave(record | {"crc": _crc(record)}),
     )
-    with disk_errors(self.directory):
+    with self._writing():
       self._open().save(step, args=args, force=True)  # when to save is the caller's business
     self._saving = step
 
   def _open(self) -> ocp.CheckpointManager:
     # Made when first needed: it creates the directory, which a run that fails early must not.
     if self._manager is None:
+      quiet_threads()
       # Old ones are deleted here (_finish), when the new one can be read.
       options = ocp.CheckpointManagerOptions(max_to_keep=None, cleanup_tmp_directories=True)
       self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -175,11 +179,11 @@ class Checkpointer:
     if self._saving is None:
       return
     path, self._saving = self.directory / str(self._saving), None
-    with disk_errors(self.directory):
+    with self._writing():
       self._manager.wait_until_finished()
     _open_again(path)
     if jax.process_index() == 0:
-      with disk_errors(self.directory):
+      with self._writing():
         delete_all_but(self.directory, self._max_to_keep)
 
   def close(self):
@@ -189,7 +193,25 @@ class Checkpointer:
     finally:
       manager, self._manager = self._manager, None
       if manager is not None:
+        self._close(manager)
+
+  def _close(self, manager):
+    failed = self._failed
+    try:
+      with self._writing():
         manager.close()
+    except UserError:
+      if not failed:  # Orbax raises what it raised before once more; the first one says it better
+        raise
+
+  @contextlib.contextmanager
+  def _writing(self):
+    try:
+      with disk_errors(self.directory):
+        yield
+    except UserError:
+      self._failed = True
+      raise
 
 
 def _open_again(path):

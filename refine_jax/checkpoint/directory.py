@@ -1,6 +1,8 @@
 """WORKDIR/checkpoints: which steps are there, and what the path must look like for Orbax."""
 
 import contextlib
+import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -114,3 +116,21 @@ def disk_errors(directory: Path) -> contextlib.AbstractContextManager[None]:
     what=f"The checkpoint in {directory}",
     advice="Earlier checkpoints are whole: make room and start again.",
   )
+
+
+def quiet_threads():
+  """Keeps tracebacks of Orbax's threads off the console: the caller raises their errors itself.
+
+  With REFINE_JAX_VERBOSE they stay.
+  """
+  if not os.environ.get("REFINE_JAX_VERBOSE"):
+    # A logger takes the same filter once.
+    for name in ("absl", "asyncio", "concurrent.futures"):
+      logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  error = record.exc_info[1] if record.exc_info else None
+  if record.name == "absl":
+    return error is None or "orbax" not in Path(record.pathname).parts
+  return "Event loop is closed" not in str(error)
