@@ -124,6 +124,9 @@ def get_config(recipe: str = "document") -> ConfigDict:
   checkpoint.resume_mode = "auto"
   # For resume_path: a workdir (its newest checkpoint) or WORKDIR/checkpoints/STEP.
   checkpoint.resume_from_path = ""
+  # What may differ from the checkpoint that a run goes on from, by the names that its refusal
+  # gives: ("data",) for other examples, ("optim.total_steps",) for a longer run, ("noise.kind",) ..
+  checkpoint.allow_changes = ()
   # Also write each as Hugging Face files to WORKDIR/global_step_N/huggingface. These are releases:
   # max_ckpt_to_keep does not delete them.
   checkpoint.save_hf = False

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from refine_jax import files
 from refine_jax.cli import entry_point
 from refine_jax.errors import UserError
 from refine_jax.evaluation import evaluate
@@ -124,12 +125,6 @@ def summarise(results: dict, block_size: int) -> dict:
   return summary
 
 
-def _write(path: Path, numbers: dict):
-  temporary = path.with_name(path.name + ".new")
-  temporary.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-  temporary.replace(path)
-
-
 def plot(summary: dict, path: Path) -> bool:
   """evaluate.plot of every setting, its seeds' problems taken together."""
   rows = []
@@ -176,14 +171,13 @@ def main():
   parser.add_argument("--timed", type=int, default=100, help="problems for wall-clock; 0: none")
   arguments, extra = parser.parse_known_args()
   summary = summarise(run_all(arguments, extra), arguments.block_size)
-  output = Path(arguments.output)
-  output.parent.mkdir(parents=True, exist_ok=True)
-  _write(output, summary)
+  output = files.local_path(arguments.output, "--output")
+  files.write_json(output, summary)
   plot(summary, output.with_suffix(".png"))
   print(table(summary))
   if "blocks" in arguments.recipes.split(",") and arguments.timed:
     timed = wall_clock(arguments)
-    _write(output.with_name("one_at_a_time.json"), timed)
+    files.write_json(output.with_name("one_at_a_time.json"), timed)
     print(f"one at a time: exact answers {timed['speedup']:.2f} times as fast as ar")
 
 

@@ -6,6 +6,7 @@ python scripts/export_hf.py --workdir=runs/mine --output=models/mine [--step=N] 
 import argparse
 from pathlib import Path
 
+from refine_jax import files
 from refine_jax.checkpoint import checkpointer
 from refine_jax.cli import entry_point
 from refine_jax.hf import export as hf_export
@@ -19,7 +20,7 @@ def main():
   parser.add_argument("--step", type=int, help="default: the newest checkpoint")
   parser.add_argument("--dtype", default="bfloat16", help=", ".join(hf_export.DTYPES))
   arguments = parser.parse_args()
-  hf_export.refuse_used(Path(arguments.output))  # before the weights are read
+  files.refuse_used(files.local_path(arguments.output, "--output"))  # before the weights are read
   params, step = checkpointer.restore_params(arguments.workdir, arguments.step)
   output = hf_export.export(
     params,

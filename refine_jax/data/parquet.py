@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 
 from refine_jax.errors import UserError
+from refine_jax.files import local_path
 
 _ROWS_AT_A_TIME = 1024
 _BUFFER_BYTES = 1 << 20
@@ -25,7 +26,7 @@ def expand(files: str, option: str) -> list[Path]:
   """
   result = []
   for name in filter(None, (part.strip() for part in files.split(","))):
-    path = Path(name).expanduser()
+    path = local_path(name, option)
     if path.is_dir():
       raise UserError(f"{path} is a directory; name its files, as in {path}/*.parquet.")
     if path.exists():  # even where its name has the characters of a glob

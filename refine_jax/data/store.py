@@ -159,7 +159,10 @@ def read_or_build(place: Path, build: Callable[[Writer], None]) -> tuple[Example
     return examples, True
   try:
     place.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(place):
+    with _locked(place) as alone:
+      if alone:
+        for left in place.parent.glob(f"{place.name}.*.new"):  # of processes that were killed
+          shutil.rmtree(left, ignore_errors=True)
       examples = read(place)  # made by another process while this one waited
       if examples is not None:
         return examples, True
@@ -178,16 +181,17 @@ def read_or_build(place: Path, build: Callable[[Writer], None]) -> tuple[Example
 
 @contextlib.contextmanager
 def _locked(place):
+  """Keeps other processes from building `place`; whether it does."""
   lock = filelock.FileLock(f"{place}.lock")
   try:
     lock.acquire()
   except NotImplementedError:
     # A file system without locks: two processes may do the same work, and one of the equal
     # results stays.
-    yield
+    yield False
     return
   try:
-    yield
+    yield True
   finally:
     lock.release()
 

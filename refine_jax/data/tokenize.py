@@ -10,6 +10,7 @@ from refine_jax.config import DataConfig
 from refine_jax.data import parquet, store
 from refine_jax.data.store import Examples
 from refine_jax.errors import UserError
+from refine_jax.files import local_path
 from refine_jax.text import chat
 
 # Part of the fingerprint: raise it with every change to what a row becomes.
@@ -59,9 +60,9 @@ def cache_root(data: DataConfig) -> Path:
   """config.data.cache_dir, or REFINE_JAX_CACHE, which comes first, or the user's cache."""
   name = os.environ.get("REFINE_JAX_CACHE") or data.cache_dir
   if name:
-    return Path(name).expanduser() / "tokens"
+    return local_path(name, "config.data.cache_dir or REFINE_JAX_CACHE") / "tokens"
   home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return Path(home).expanduser() / "refine_jax" / "tokens"
+  return local_path(home, "XDG_CACHE_HOME") / "refine_jax" / "tokens"
 
 
 def fingerprint(paths: list[Path], data: DataConfig, tokenizer) -> str:

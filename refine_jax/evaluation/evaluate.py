@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pyarrow.parquet
 
+from refine_jax import files
 from refine_jax.cli import entry_point
 from refine_jax.data.parquet import expand
 from refine_jax.decoding import generation, loading
 from refine_jax.decoding.settings import DRAFTS, MODES
 from refine_jax.errors import UserError
 from refine_jax.evaluation import scoring
-from refine_jax.hf import export as hf_export
 
 
 def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -186,9 +186,9 @@ def main():
     for text in arguments.modes.split(",")
     for size in ([1] if text == "ar" else _sizes(arguments.block_sizes))
   ]
-  output = Path(arguments.output) if arguments.output else None
+  output = files.local_path(arguments.output, "--output") if arguments.output else None
   if output:
-    hf_export.refuse_used(output)
+    files.refuse_used(output)
     # Complete or not at all; what a killed evaluation left has another name.
     unfinished = output.with_name(f".{output.name}.{os.getpid()}.new")
   rows = read_rows(arguments.data, arguments.limit, "--data")

@@ -1,7 +1,6 @@
 """A release directory that transformers and others load: weights, configs, tokenizer, card."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from refine_jax import records
+from refine_jax import files, records
 from refine_jax.errors import UserError
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights as hf_weights
@@ -44,50 +43,26 @@ def export(
   Raises:
     UserError: output exists and is not empty, or cannot be written.
   """
-  output = Path(output).absolute()
-  refuse_used(output)
+  output = files.local_path(output, "--output").absolute()
+  files.refuse_used(output)
   if dtype not in DTYPES:
     raise UserError(f"--dtype={dtype} is not known; it is one of {', '.join(DTYPES)}.")
   model_files = Path(model_files)
   config = hf_config.read_json(model_files)
   shape = hf_config.from_hf(config, str(model_files / "config.json"))
-  temporary = output.with_name(f".{output.name}.{os.getpid()}.new")
   try:
-    temporary.mkdir(parents=True)
-    for path in model_files.iterdir():
-      if path.is_file() and path.suffix != ".safetensors":
-        shutil.copyfile(path, temporary / path.name)
-    _write_json(temporary / "config.json", _both_spellings(config, dtype))
-    _write_weights(temporary, hf_weights.tensors(params, shape, DTYPES[dtype]), shard_bytes)
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    if output.exists():
-      output.rmdir()  # empty: checked above
-    _sync(temporary)
-    temporary.rename(output)
-  except (OSError, safetensors.SafetensorError) as error:
-    free = shutil.disk_usage(output.parent).free / 2**30 if output.parent.exists() else 0
+    with files.new_directory(output) as temporary:
+      for path in model_files.iterdir():
+        if path.is_file() and path.suffix != ".safetensors":
+          shutil.copyfile(path, temporary / path.name)
+      files.write_json(temporary / "config.json", _both_spellings(config, dtype))
+      _write_weights(temporary, hf_weights.tensors(params, shape, DTYPES[dtype]), shard_bytes)
+      (temporary / "README.md").write_text(card, encoding="utf-8")
+  except safetensors.SafetensorError as error:
     raise UserError(
-      f"{output} could not be written ({error}); {free:.1f} GiB are free there."
+      f"{output} could not be written ({error}); {files.free_space(output)}."
     ) from error
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
   return output
-
-
-def _sync(directory: Path):
-  """To the disk, so that after a power cut the new name never stands for half-written files."""
-  for path in (*directory.iterdir(), directory):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-      os.fsync(descriptor)
-    finally:
-      os.close(descriptor)
-
-
-def refuse_used(output: Path):
-  """Raises UserError where something is already at the place."""
-  if output.exists() and (not output.is_dir() or any(output.iterdir())):
-    raise UserError(f"{output} exists and is not empty; choose another output, or remove it.")
 
 
 def export_step(workdir, step: int, params, *, dtype: str = "bfloat16") -> Path | None:
@@ -153,11 +128,7 @@ def _write_weights(directory: Path, tensors: Iterator, shard_bytes: int):
     path.rename(directory / final)
     weight_map |= dict.fromkeys(names, final)
   index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-  _write_json(directory / "model.safetensors.index.json", index)
-
-
-def _write_json(path: Path, value: dict):
-  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+  files.write_json(directory / "model.safetensors.index.json", index)
 
 
 def model_card(workdir, step: int) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
+from refine_jax import files
 from refine_jax.errors import UserError
 from refine_jax.hf.config import read_json
 from refine_jax.model.transformer import ModelConfig, param_shapes
@@ -245,19 +246,16 @@ def save_model_files(
   """
   if output.exists():
     return
-  temporary = output.with_name(output.name + ".new")
-  shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir(parents=True)
-  for name in _MODEL_FILES:
-    if (Path(directory) / name).exists():
-      shutil.copyfile(Path(directory) / name, temporary / name)
-  if tokenizer is not None:
-    if chat_template and not tokenizer.chat_template:
-      tokenizer = copy.deepcopy(tokenizer)
-      tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(temporary)
-    _describe_generation(temporary, tokenizer.eos_token_id, refinement)
-  temporary.rename(output)
+  with files.new_directory(output) as temporary:
+    for name in _MODEL_FILES:
+      if (Path(directory) / name).exists():
+        shutil.copyfile(Path(directory) / name, temporary / name)
+    if tokenizer is not None:
+      if chat_template and not tokenizer.chat_template:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = chat_template
+      tokenizer.save_pretrained(temporary)
+      _describe_generation(temporary, tokenizer.eos_token_id, refinement)
 
 
 def _describe_generation(directory: Path, eos: int | None, refinement: dict | None):
