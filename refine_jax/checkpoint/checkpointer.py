@@ -5,7 +5,6 @@ what makes the run, checksums). A step's directory appears under its name only w
 what a killed run left of one has another name, and is deleted when the next run first saves.
 """
 
-import contextlib
 import json
 import logging
 import zlib
@@ -19,10 +18,10 @@ from jax.experimental import multihost_utils
 
 from refine_jax.checkpoint import checksums, compare
 from refine_jax.checkpoint.directory import (
+  Disk,
   check_writable_name,
   checkpoint_directory,
   delete_all_but,
-  disk_errors,
   find_step,
   quiet_threads,
   refuse_taken,
@@ -48,7 +47,7 @@ class Checkpointer:
     self._max_to_keep = max_to_keep
     self._manager = None
     self._saving = None  # the step
-    self._failed = False
+    self._disk = Disk(self.directory)
 
   def latest_step(self) -> int | None:
     return max(steps(self.directory), default=None)
@@ -88,7 +87,7 @@ class Checkpointer:
       data=grain.checkpoint.CheckpointSave(iterator),
       record=ocp.args.JsonSave(record | {"crc": _crc(record)}),
     )
-    with self._writing():
+    with self._disk.errors():
       self._open().save(step, args=args, force=True)  # when to save is the caller's business
     self._saving = step
 
@@ -179,11 +178,11 @@ class Checkpointer:
     if self._saving is None:
       return
     path, self._saving = self.directory / str(self._saving), None
-    with self._writing():
+    with self._disk.errors():
       self._manager.wait_until_finished()
     _open_again(path)
     if jax.process_index() == 0:
-      with self._writing():
+      with self._disk.errors():
         delete_all_but(self.directory, self._max_to_keep)
 
   def close(self):
@@ -193,25 +192,8 @@ class Checkpointer:
     finally:
       manager, self._manager = self._manager, None
       if manager is not None:
-        self._close(manager)
-
-  def _close(self, manager):
-    failed = self._failed
-    try:
-      with self._writing():
-        manager.close()
-    except UserError:
-      if not failed:  # Orbax raises what it raised before once more; the first one says it better
-        raise
-
-  @contextlib.contextmanager
-  def _writing(self):
-    try:
-      with disk_errors(self.directory):
-        yield
-    except UserError:
-      self._failed = True
-      raise
+        with self._disk.errors(again=True):
+          manager.close()
 
 
 def _open_again(path):

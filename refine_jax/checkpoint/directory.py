@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from refine_jax import files
@@ -109,13 +110,31 @@ def delete_all_but(directory: Path, keep: int):
     shutil.rmtree(path, ignore_errors=True)
 
 
-def disk_errors(directory: Path) -> contextlib.AbstractContextManager[None]:
-  """Turns errors of the file system into a UserError (files.write_errors)."""
-  return files.write_errors(
-    directory,
-    what=f"The checkpoint in {directory}",
-    advice="Earlier checkpoints are whole: make room and start again.",
-  )
+class Disk:
+  """What the file system says of a checkpoints directory, told once."""
+
+  def __init__(self, directory: Path):
+    self._directory, self._failed = directory, False
+
+  @contextlib.contextmanager
+  def errors(self, *, again: bool = False) -> Iterator[None]:
+    """Turns errors of the file system into a UserError (files.write_errors).
+
+    Args:
+      again: whether Orbax raises in this block what it has raised before; that is left out then.
+    """
+    failed = self._failed
+    try:
+      with files.write_errors(
+        self._directory,
+        what=f"The checkpoint in {self._directory}",
+        advice="Earlier checkpoints are whole: make room and start again.",
+      ):
+        yield
+    except UserError:
+      self._failed = True
+      if not (again and failed):
+        raise
 
 
 def quiet_threads():
