@@ -16,6 +16,14 @@ from refine_jax.errors import UserError
 # Also what pathlib makes of "gs://bucket": "gs:/bucket".
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _NAME_SHOWN = 60
+# What a disk that takes nothing more says: no fault of ours, wherever it shows.
+DISK_ERRORS = frozenset(
+  (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
+)
+# How TensorStore, Rust and C++ libraries write an errno.
+_OS_ERROR = re.compile(
+  "|".join((r"os_error_code|\bos error \d", *(re.escape(os.strerror(e)) for e in DISK_ERRORS)))
+)
 
 
 def local_path(value: str | os.PathLike, option: str) -> Path:
@@ -67,14 +75,42 @@ def refuse_used(output: Path, option: str = ""):
 
 
 @contextlib.contextmanager
-def write_errors(path: Path) -> Iterator[None]:
-  """Errors of the file system as a UserError that names `path` and the room that is left."""
+def write_errors(path: Path, *, what: str = "", advice: str = "") -> Iterator[None]:
+  """Turns an error of the file system into a UserError: the one rule for everything written.
+
+  A full disk, a read-only one, a directory that was removed: one line with the place, the reason
+  and the room that is left. Libraries that keep the error's number in their own kind of exception
+  (safetensors, TensorStore, XLA) count; any other exception passes.
+
+  Args:
+    path: what is written, or a directory around it.
+    what: a name for it; default: the path.
+    advice: a sentence with what to do.
+
+  Raises:
+    UserError: the file system refused.
+  """
   try:
     yield
-  except OSError as error:
-    raise UserError(
-      f"{path} could not be written ({error.strerror or error}); {free_space(path)}."
-    ) from error
+  except UserError:
+    raise
+  except Exception as error:
+    if not isinstance(error, OSError) and not _OS_ERROR.search(str(error)):
+      raise
+    message = f"{what or path} could not be written ({reason_of(error)}); {free_space(path)}."
+    raise UserError(f"{message} {advice}") from error
+
+
+def reason_of(error: Exception) -> str:
+  """The first line of what a library said, without TensorStore's specification."""
+  if isinstance(error, OSError) and error.strerror:
+    # Where it is another file than the one that is being written, its name is the news.
+    return error.strerror + (f": {error.filename}" if error.filename else "")
+  line = f"{type(error).__name__}: {error}".splitlines()[0]
+  for tail in (" [tensorstore_spec", " See full TensorStore details"):
+    line = line.split(tail)[0]
+  # TensorStore puts the cause last, after each layer that it went through.
+  return line if len(line) <= 300 else f"{line[:100]} ... {line[-180:]}"
 
 
 def free_space(path: Path) -> str:

@@ -11,12 +11,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "refine_jax"
 
 # A folder (or a module beside them) -> the folders that it may import from, itself included.
-_LEAVES = {"errors", "tree", "files"}
+_LEAVES = {"errors", "tree", "files", "records"}
 MAY_IMPORT = {
   "errors": set(),
   "tree": set(),
   "files": {"errors"},
-  "cli": {"errors"},
+  "records": {"files"},
+  "cli": {"errors", "files"},
   "interrupt": set(),
   "config": _LEAVES,
   "sharding": _LEAVES | {"config"},

@@ -18,18 +18,19 @@ from jax.experimental import multihost_utils
 
 from refine_jax.checkpoint import checksums, compare
 from refine_jax.checkpoint.directory import (
+  Disk,
   check_writable_name,
   checkpoint_directory,
   delete_all_but,
-  disk_errors,
   find_step,
-  reason_of,
+  quiet_threads,
   refuse_taken,
   resolve_resume_path,
   set_aside,
   steps,
 )
 from refine_jax.errors import UserError
+from refine_jax.files import reason_of
 from refine_jax.tree import leaf_name
 
 
@@ -46,6 +47,7 @@ class Checkpointer:
     self._max_to_keep = max_to_keep
     self._manager = None
     self._saving = None  # the step
+    self._disk = Disk(self.directory)
 
   def latest_step(self) -> int | None:
     return max(steps(self.directory), default=None)
@@ -85,13 +87,14 @@ class Checkpointer:
       data=grain.checkpoint.CheckpointSave(iterator),
       record=ocp.args.JsonSave(record | {"crc": _crc(record)}),
     )
-    with disk_errors(self.directory):
+    with self._disk.errors():
       self._open().save(step, args=args, force=True)  # when to save is the caller's business
     self._saving = step
 
   def _open(self) -> ocp.CheckpointManager:
     # Made when first needed: it creates the directory, which a run that fails early must not.
     if self._manager is None:
+      quiet_threads()
       # Old ones are deleted here (_finish), when the new one can be read.
       options = ocp.CheckpointManagerOptions(max_to_keep=None, cleanup_tmp_directories=True)
       self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -175,11 +178,11 @@ class Checkpointer:
     if self._saving is None:
       return
     path, self._saving = self.directory / str(self._saving), None
-    with disk_errors(self.directory):
+    with self._disk.errors():
       self._manager.wait_until_finished()
     _open_again(path)
     if jax.process_index() == 0:
-      with disk_errors(self.directory):
+      with self._disk.errors():
         delete_all_but(self.directory, self._max_to_keep)
 
   def close(self):
@@ -189,7 +192,8 @@ class Checkpointer:
     finally:
       manager, self._manager = self._manager, None
       if manager is not None:
-        manager.close()
+        with self._disk.errors(again=True):
+          manager.close()
 
 
 def _open_again(path):

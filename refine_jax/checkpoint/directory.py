@@ -1,8 +1,11 @@
 """WORKDIR/checkpoints: which steps are there, and what the path must look like for Orbax."""
 
 import contextlib
+import logging
+import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from refine_jax import files
@@ -107,24 +110,46 @@ def delete_all_but(directory: Path, keep: int):
     shutil.rmtree(path, ignore_errors=True)
 
 
-def reason_of(error: Exception) -> str:
-  """The first line of what a library said, without TensorStore's specification."""
-  line = f"{type(error).__name__}: {error}".splitlines()[0]
-  for tail in (" [tensorstore_spec", " See full TensorStore details"):
-    line = line.split(tail)[0]
-  # TensorStore puts the cause last, after each layer that it went through.
-  return line if len(line) <= 300 else f"{line[:100]} ... {line[-180:]}"
+class Disk:
+  """What the file system says of a checkpoints directory, told once."""
+
+  def __init__(self, directory: Path):
+    self._directory, self._failed = directory, False
+
+  @contextlib.contextmanager
+  def errors(self, *, again: bool = False) -> Iterator[None]:
+    """Turns errors of the file system into a UserError (files.write_errors).
+
+    Args:
+      again: whether Orbax raises in this block what it has raised before; that is left out then.
+    """
+    failed = self._failed
+    try:
+      with files.write_errors(
+        self._directory,
+        what=f"The checkpoint in {self._directory}",
+        advice="Earlier checkpoints are whole: make room and start again.",
+      ):
+        yield
+    except UserError:
+      self._failed = True
+      if not (again and failed):
+        raise
 
 
-@contextlib.contextmanager
-def disk_errors(directory):
-  """Errors of the file system as a UserError, with the room that is left."""
-  try:
-    yield
-  except Exception as error:
-    if not isinstance(error, OSError) and "os_error_code" not in str(error):
-      raise
-    raise UserError(
-      f"The checkpoint in {directory} could not be written ({reason_of(error)});"
-      f" {files.free_space(directory)}. Earlier checkpoints are whole: make room and start again."
-    ) from error
+def quiet_threads():
+  """Keeps tracebacks of Orbax's threads off the console: the caller raises their errors itself.
+
+  With REFINE_JAX_VERBOSE they stay.
+  """
+  if not os.environ.get("REFINE_JAX_VERBOSE"):
+    # A logger takes the same filter once.
+    for name in ("absl", "asyncio", "concurrent.futures"):
+      logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  error = record.exc_info[1] if record.exc_info else None
+  if record.name == "absl":
+    return error is None or "orbax" not in Path(record.pathname).parts
+  return "Event loop is closed" not in str(error)

@@ -17,6 +17,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 
+from refine_jax import files
 from refine_jax.errors import UserError
 
 # Name, type, columns (0: one-dimensional).
@@ -185,7 +186,8 @@ def read_or_build(place: Path, build: Callable[[Writer], None]) -> tuple[Example
         raise OSError("what was written differs when read back")
   except OSError as error:
     raise UserError(
-      f"The token cache {place} cannot be written: {error}."
+      f"The token cache {place} cannot be written: {files.reason_of(error)};"
+      f" {files.free_space(place)}."
       " Set config.data.cache_dir or REFINE_JAX_CACHE to a place with room."
     ) from error
   return examples, False

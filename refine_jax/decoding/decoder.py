@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refine_jax.decoding import compile_cache, sampler
+from refine_jax.decoding import compile_cache, sampler, sampling
 from refine_jax.decoding.options import check_options, default_block_size, default_draft
 from refine_jax.decoding.prompts import prompt_ids
 from refine_jax.decoding.result import Generation, Pass, Trace, token_texts
@@ -17,6 +17,7 @@ from refine_jax.text import detokenize
 from refine_jax.text.vocabulary import check_ids
 
 _SMALLEST_BUCKET = 16
+_ROWS_SHOWN = 8
 
 
 class Decoder:
@@ -204,10 +205,25 @@ class Decoder:
     self.state = self.state._replace(done=jnp.asarray(done))
 
   def _new(self, state: sampler.State) -> list[list[int]]:
-    return [
+    """The rows' committed tokens.
+
+    Raises:
+      UserError: logits of a row were not finite.
+    """
+    tokens = [
       state.tokens[row, len(prompt) : state.length[row]].tolist()
       for row, prompt in enumerate(self.prompts)
     ]
+    bad = [row for row, new in enumerate(tokens) if sampling.NOT_FINITE in new[-1:]]
+    if bad:
+      shown = ", ".join(f"{self.first_row + row + 1}" for row in bad[:_ROWS_SHOWN])
+      more = f" and {len(bad) - _ROWS_SHOWN} more" if len(bad) > _ROWS_SHOWN else ""
+      raise UserError(
+        f"The model's logits are not finite (NaN or infinite) in prompt {shown}{more}, the first"
+        f" time after {len(tokens[bad[0]]) - 1} tokens of its answer; load the model with"
+        " dtype=float32 or bfloat16, and if it stays so, its weights are damaged."
+      )
+    return tokens
 
   def result(self) -> Generation:
     if self.state is None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from refine_jax.attention import cached
 from refine_jax.attention.cached import slice_rows, write_rows
-from refine_jax.decoding import drafts, sampling
+from refine_jax.decoding import compile_cache, drafts, sampling
 from refine_jax.decoding.settings import Settings
 from refine_jax.model import transformer
 from refine_jax.model.transformer import ModelConfig
@@ -43,6 +43,9 @@ class State(NamedTuple):
     turn: int32 [B], passes over the current block ("fixed").
     passes: int32 [B].
     accepted: int32 [Settings.most], how often a pass committed the place at this offset.
+    refine_iter, tau: int32 and float32 [B], of Settings, as the next three.
+    inverse_temperature: float32 [B], 1 for greedy.
+    top_k, top_p: int32 and float32 [B].
     caches: for each layer keys and values (cached.empty_caches).
     seeds: uint32 [B], for sampling.
   """
@@ -55,6 +58,11 @@ class State(NamedTuple):
   turn: jax.Array
   passes: jax.Array
   accepted: jax.Array
+  refine_iter: jax.Array
+  tau: jax.Array
+  inverse_temperature: jax.Array
+  top_k: jax.Array
+  top_p: jax.Array
   caches: list
   seeds: jax.Array
 
@@ -100,6 +108,10 @@ def prefill(
 
 def begin(tokens, caches, lengths, limits, done, seeds, settings: Settings) -> State:
   """The state after `prefill`."""
+
+  def each(value, dtype):
+    return np.full(len(lengths), value, dtype)
+
   # An array for each field: `decode` takes their memory over.
   return State(
     tokens=tokens,
@@ -110,6 +122,12 @@ def begin(tokens, caches, lengths, limits, done, seeds, settings: Settings) -> S
     turn=np.zeros_like(lengths),
     passes=np.zeros_like(lengths),
     accepted=np.zeros(settings.most, np.int32),
+    refine_iter=each(settings.refine_iter, np.int32),
+    tau=each(settings.tau, np.float32),
+    # A product with it is what XLA makes of a division by a constant.
+    inverse_temperature=each(1 / np.float32(settings.temperature or 1), np.float32),
+    top_k=each(min(settings.top_k, np.iinfo(np.int32).max), np.int32),
+    top_p=each(settings.top_p, np.float32),
     caches=caches,
     seeds=seeds,
   )
@@ -141,12 +159,12 @@ def one_pass(
   predicted, probability, verified, caches = _predict(
     params, state, tokens, start, config, settings
   )
-  count, turn = _commit_count(verified, probability, state.turn, settings)
+  count, turn = _commit_count(verified, probability, state, settings)
 
-  # The end of a row: an EOS among the committed, or its limit.
+  # The end of a row: an EOS among the committed, its limit, or that the model says nothing more.
   count = jnp.minimum(count, state.limit - state.length)
   is_eos = jnp.isin(predicted, jnp.asarray(settings.eos_ids, jnp.int32))
-  before_eos = _leading(~is_eos)
+  before_eos = _leading(~is_eos & (predicted != sampling.NOT_FINITE))
   ends = before_eos < count
   count = jnp.where(ends, before_eos + 1, count)
   count = jnp.where(state.done, 0, count)
@@ -158,19 +176,17 @@ def one_pass(
     committed = jnp.arange(settings.width)[None, :] < count[:, None]
     keep = jnp.where(committed, predicted, settings.noise_token)
   written = write_rows(tokens, keep, state.length)
-  new = State(
+  new = state._replace(
     tokens=jnp.where(state.done[:, None], state.tokens, written),
     length=length,
     # All that was committed before is cached now, and so are the drafts that were right.
     cached=jnp.where(state.done, state.cached, jnp.minimum(state.length + verified, length - 1)),
-    limit=state.limit,
     done=done,
     turn=jnp.where(state.done, state.turn, turn),
     passes=state.passes + ~state.done,
     accepted=state.accepted
     + jnp.sum(jnp.arange(settings.most)[None, :] < count[:, None], axis=0, dtype=jnp.int32),
     caches=caches,
-    seeds=state.seeds,
   )
   return new, Seen(predicted, probability, count)
 
@@ -190,7 +206,7 @@ def _predict(params, state, tokens, start, config, settings):
 
   def choose(x_BND, first_B):
     positions = first_B[:, None] + jnp.arange(x_BND.shape[1])[None, :]
-    return sampling.choose(transformer.logits(params, x_BND), positions, state.seeds, settings)
+    return sampling.choose(transformer.logits(params, x_BND), positions, state, settings)
 
   # Only the rows that predict the block meet the head.
   predicted, probability = choose(slice_rows(x, base, block), state.length)
@@ -206,15 +222,16 @@ def _predict(params, state, tokens, start, config, settings):
   return predicted, probability, verified, caches
 
 
-def _commit_count(verified, probability, turn, settings):
+def _commit_count(verified, probability, state, settings):
   """How many predictions each row commits, and its next turn."""
+  turn = state.turn
   if settings.mode == "fixed":
     turn = turn + 1
     # A pass that changes no draft has reached the fixed point: further ones would repeat it.
-    full = (turn >= settings.refine_iter) | (verified == settings.block - 1)
+    full = (turn >= state.refine_iter) | (verified == settings.block - 1)
     return jnp.where(full, settings.block, 0), jnp.where(full, 0, turn)
   if settings.mode == "threshold":
-    sure = probability >= settings.tau
+    sure = probability >= state.tau[:, None]
     if settings.branched:  # made behind the verified run, not beside it
       places = jnp.arange(settings.width)[None, :] - verified[:, None]
       sure = (sure | (places <= 0)) & (places < settings.block)  # where the branch ends
@@ -241,9 +258,13 @@ def _leading(flags_BN):
   return jnp.sum(jnp.cumprod(flags_BN.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
 
 
-@functools.cache
 def programs(config: ModelConfig, settings: Settings) -> tuple:
   """The jitted (decode, one_pass) of a model's shape; parameters are an argument."""
+  return _programs(config, settings.program)
+
+
+@functools.lru_cache(compile_cache.MOST_PROGRAMS)
+def _programs(config, settings):
   bound = {"config": config, "settings": settings}
   return tuple(
     jax.jit(functools.partial(function, **bound), donate_argnums=1)
@@ -251,7 +272,7 @@ def programs(config: ModelConfig, settings: Settings) -> tuple:
   )
 
 
-@functools.cache
+@functools.lru_cache(compile_cache.MOST_PROGRAMS)
 def prefill_program(config: ModelConfig):
   """The jitted `prefill`, whose options are static."""
   return jax.jit(

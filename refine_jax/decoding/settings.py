@@ -5,6 +5,7 @@ import dataclasses
 import jax
 
 from refine_jax.decoding import drafts
+from refine_jax.decoding.compile_cache import bucket
 
 # On a GPU, products of fewer rows than this take longer, not less.
 _LEAST_ROWS = 16
@@ -15,7 +16,10 @@ DRAFTS = ("tail", "noise", "ngram", "branches")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """Static choices of one compiled program.
+  """How one call decodes.
+
+  Values are arrays of the state (sampler.State), so that a new one compiles nothing; the rest is
+  static, and `program` is what a program is compiled for.
 
   Attributes:
     mode: "exact"; "fixed" (refine_iter passes a block, then commit it: the document's
@@ -46,6 +50,20 @@ class Settings:
   eos_ids: tuple[int, ...] = ()
   engine: str = "xla"
   least_window: int = 1
+
+  @property
+  def program(self) -> "Settings":
+    """These settings with one value in the place of all that the same program serves."""
+    samples = self.temperature > 0
+    return dataclasses.replace(
+      self,
+      refine_iter=1,
+      tau=0.0,
+      temperature=1.0 if samples else 0.0,
+      # How many logits are sorted out; the state says how many of them stay.
+      top_k=bucket(self.top_k, 1) if samples and self.top_k else 0,
+      top_p=0.5 if samples and self.top_p < 1 else 1.0,
+    )
 
   @property
   def window(self) -> int:

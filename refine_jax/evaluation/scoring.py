@@ -95,9 +95,7 @@ _EXTRAS = {"reasoning_gym": "tasks", "math_verify": "eval"}
 
 def _library(name: str):
   if importlib.util.find_spec(name) is None:
-    raise UserError(
-      f"The scorer {name} needs a package: pip install 'refine_jax[{_EXTRAS[name]}]'."
-    )
+    raise UserError(f"The scorer {name} needs a package: pip install -e '.[{_EXTRAS[name]}]'.")
   return importlib.import_module(name)
 
 

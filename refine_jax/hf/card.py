@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from refine_jax import records
 from refine_jax.errors import UserError
 from refine_jax.hf import config as hf_config
 
@@ -60,7 +61,7 @@ def model_card(workdir, step: int) -> str:
       f"{workdir / 'config.json'} is not the config of a run ({type(error).__name__}: {error});"
       " give the workdir of a training run."
     ) from error
-  lines += _metric_lines(workdir / "metrics.jsonl", step)
+  lines += _metric_lines(workdir / records.NAME, step)
   lines += ["## Configuration", "", "```json", json.dumps(config, indent=2), "```", ""]
   return "\n".join(lines)
 
@@ -107,14 +108,9 @@ def _body(config: dict, name: str, step: int) -> list[str]:
 def _metric_lines(path: Path, step: int) -> list[str]:
   """The newest training and validation numbers up to the step, as a table."""
   newest: dict = {}
-  if path.is_file():
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-      try:
-        record = json.loads(line)
-        if record["step"] <= step:
-          newest |= {k: v for k, v in record.items() if isinstance(v, int | float)}
-      except (ValueError, TypeError, KeyError, RecursionError):  # a killed run was writing the line
-        continue
+  for record in records.read(path):
+    if record["step"] <= step:
+      newest |= {k: v for k, v in record.items() if isinstance(v, int | float)}
   names = [n for n in sorted(newest) if n.removeprefix("eval/").startswith(("loss_", "accuracy_"))]
   if not names:
     return []

@@ -34,8 +34,13 @@ def format_example(tokenizer, step: int, row: dict, rounds: dict) -> str:
 
 
 def append(workdir: Path, text: str):
+  """Adds to WORKDIR/log/debug.log, in a workdir that is there.
+
+  Raises:
+    OSError: it could not be written.
+  """
   path = workdir / "log" / "debug.log"
-  path.parent.mkdir(parents=True, exist_ok=True)
+  path.parent.mkdir(exist_ok=True)
   with open(path, "a", encoding="utf-8") as file:
     file.write(text)
 

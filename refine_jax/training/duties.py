@@ -1,13 +1,13 @@
 """What a run does after a step, and which of it an earlier process left undone."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from refine_jax import records
 from refine_jax.config import Config
 
 # A name that each kind of validation always writes.
@@ -62,7 +62,7 @@ def due(config: Config, step: int, *, total: int, validation: bool, stops: bool 
 def missing(config: Config, workdir: Path, step: int, *, total: int, validation: bool) -> Duties:
   """What was due after the checkpoint of `step` and is not in the workdir; the same everywhere."""
   wanted = due(config, step, total=total, validation=validation)
-  there = _recorded(workdir / "metrics.jsonl", step)
+  there = _recorded(workdir / records.NAME, step)
   exported = (workdir / f"global_step_{step}" / "huggingface").exists()
   undone = np.array(
     [
@@ -78,14 +78,4 @@ def missing(config: Config, workdir: Path, step: int, *, total: int, validation:
 
 def _recorded(path: Path, step: int) -> set[str]:
   """Names of the metrics that were written of this step."""
-  names: set[str] = set()
-  if not path.exists():
-    return names
-  for line in path.read_bytes().splitlines():
-    try:
-      record = json.loads(line)
-    except ValueError:  # the line that a killed run was writing
-      continue
-    if isinstance(record, dict) and record.get("step") == step:
-      names |= record.keys()
-  return names
+  return {name for record in records.read(path) if record["step"] == step for name in record}

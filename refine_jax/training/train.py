@@ -104,28 +104,44 @@ class _Loop:
       if 0 < self.config.log.profile_steps[1] <= first:
         writers.note(f"profile       none: log.profile_steps ends before step {first + 1}")
       with interrupt.Interrupt() as requests:
-        if missing:
-          writers.note(f"step {first}: doing what follows it and was not done.")
-          self._follow(missing, state, first, writers)
-        if first < self.total:
-          return self._steps(state, first, writers, requests)
-      writers.note(f"done: step {first}, {self.workdir}")
-      return 0
+        status = self._all(state, missing, writers, requests)
+    except UserError as error:
+      if writers.failure:  # what came first, and perhaps is why
+        raise UserError(f"{writers.failure} {error}") from error
+      raise
     finally:
-      self._stop_profile()
+      self._stop_profile(writers)
       writers.close()
+    if writers.failure:
+      newest = self.checkpointer.latest_step()
+      raise UserError(f"{writers.failure} The run has ended; its newest checkpoint: step {newest}.")
+    return status
+
+  def _all(self, state, missing, writers, requests) -> int:
+    first = int(state.step)
+    if missing:
+      writers.note(f"step {first}: doing what follows it and was not done.")
+      if not self._follow(missing, state, first, writers, requests):
+        return self._stop(first, writers, requests)
+    if first < self.total:
+      return self._steps(state, first, writers, requests)
+    return self._done(writers)
 
   def _steps(self, state, first, writers, requests) -> int:
     host_batch, batch = self._next_batch()
-    step_fn = self._compile(state, batch, writers)
+    step_fn = self._compile(state, batch, writers, requests)
+    if step_fn is None:
+      return requests.status
     pending = None  # the metrics of the step before, still on the device
     for done in range(first + 1, self.total + 1):
       if duties.is_due(self.config.log.debug_every, done - 1):
-        self._debug(state, host_batch, done - 1)
-      self._profile(done)
+        self._debug(state, host_batch, done - 1, writers)
+      self._profile(done, writers)
       state, step_metrics = step_fn(state, batch)
       # From here to the next step the host works while the device does; it waits only for the
       # metrics of the step before.
+      if writers.failure:
+        requests.ask()
       last, stops = done == self.total, requests.requested(done)
       self.checkpointer.check()
       due = duties.due(
@@ -146,45 +162,65 @@ class _Loop:
         self._save(state, done)
       if stops and not last:
         self.checkpointer.wait()
-      self._follow(due, state, done, writers)
-      if stops and not last:
-        writers.note(f"stopped by {requests.name} after step {done}; checkpoint saved.")
-        return requests.status
+      if not self._follow(due, state, done, writers, requests) or (stops and not last):
+        if not due.save:
+          self._save(state, done)
+        return self._stop(done, writers, requests)
       if due:
         self.throughput.restart()
       if not last:
         host_batch, batch = self._next_batch()
     self.checkpointer.wait()
-    writers.note(f"done: step {self.total}, {self.workdir}")
+    return self._done(writers)
+
+  def _done(self, writers) -> int:
+    if not writers.failure:
+      writers.note(f"done: step {self.total}, {self.workdir}")
     return 0
+
+  def _stop(self, step, writers, requests) -> int:
+    self.checkpointer.wait()
+    if writers.failure:  # the run's error says the rest
+      return 1
+    writers.note(f"stopped by {requests.name} after step {step}; checkpoint saved.")
+    return requests.status
 
   def _next_batch(self):
     host_batch = next(self.iterator)
     return host_batch, sharding.put_batch(host_batch, self.mesh, accumulated=True)
 
-  def _compile(self, state, batch, writers):
-    """The step ahead of time, so that its memory is known before it runs, and compiled once."""
+  def _compile(self, state, batch, writers, requests):
+    """The step ahead of time, so that its memory is known before it runs, and compiled once.
+
+    Returns:
+      the step; None where a signal has come meanwhile, when there is nothing to save.
+    """
     places = sharding.shardings(state, self.mesh)
     with metrics.Timer() as timer:
       lowered = train_step.jit_train_step(self.recipe, self.compute, places).lower(state, batch)
       compiled = lowered.compile()
+    if requests.pending:
+      writers.note(f"stopped by {requests.name} before the first step; nothing to save.")
+      return None
     memory = compiled.memory_analysis()
     size = metrics.gibibytes(memory.temp_size_in_bytes) if memory else "unknown"
     writers.note(f"compiled      in {timer.seconds:.1f} s; temporary memory {size} a device")
     return compiled
 
-  def _profile(self, done):
+  def _profile(self, done, writers):
     first, last = self.config.log.profile or (0, 0)
     if first <= done <= last and not self._profiling:
-      jax.profiler.start_trace(str(self.workdir / "profile"))
-      self._profiling = True
+      with writers.keeping_failures(self.workdir / "profile"):
+        jax.profiler.start_trace(str(self.workdir / "profile"))
+        self._profiling = True
     elif done > last:
-      self._stop_profile()
+      self._stop_profile(writers)
 
-  def _stop_profile(self):
+  def _stop_profile(self, writers):
     if self._profiling:
       self._profiling = False
-      jax.profiler.stop_trace()
+      with writers.keeping_failures(self.workdir / "profile"):
+        jax.profiler.stop_trace()
 
   def _report(self, step, step_metrics, writers):
     values = metrics.train_metrics(
@@ -213,26 +249,34 @@ class _Loop:
       run=self.record,
     )
 
-  def _follow(self, due, state, step, writers):
-    """What is due of the model after `step` steps, but for the checkpoint."""
-    if due.export:
-      path = startup.save_hf(self.workdir, step, state.params)
-      writers.note(f"exported      {path}")
-    if due.validate:
-      self._evaluate(state, step, writers)
-    if due.answer:
-      writers.write(step, self.problems.answer(state.params))
+  def _follow(self, due, state, step, writers, requests) -> bool:
+    """What is due of the model after `step` steps, but for the checkpoint.
 
-  def _evaluate(self, state, step, writers):
+    Returns:
+      whether all of it was done; a signal puts off what has not begun, and ends a validation.
+    """
+    if due.export:
+      with writers.keeping_failures(self.workdir / f"global_step_{step}"):
+        path = startup.save_hf(self.workdir, step, state.params)
+        writers.note(f"exported      {path}")
+    if due.validate:
+      self._evaluate(state, step, writers, requests)
+    if due.answer and not requests.pending:
+      writers.write(step, self.problems.answer(state.params))
+    return not (requests.pending and (due.validate or due.answer))
+
+  def _evaluate(self, state, step, writers, requests):
     sums = None
     for host_batch in self.plan.eval_batches():
+      if requests.pending:
+        return
       batch = sharding.put_batch(host_batch, self.mesh, accumulated=False)
       part = self.eval_step(state.params, batch)
       sums = part if sums is None else jax.tree.map(jax.numpy.add, sums, part)
     values = metrics.eval_metrics(jax.device_get(sums), self.config.objective, self.config.noise)
     writers.write(step, values)
 
-  def _debug(self, state, host_batch, step):
+  def _debug(self, state, host_batch, step, writers):
     # One row, as many times as there are shards of rows, so that it fits the mesh.
     row = {name: x[0, :1] for name, x in host_batch.items()}
     copies = sharding.batch_shards(self.mesh) // jax.process_count()
@@ -241,6 +285,6 @@ class _Loop:
     rounds = jax.device_get(self.debug_rounds(state.params, batch, step=step))
     if jax.process_index() == 0:
       first = {name: x[0] for name, x in row.items()}
-      debug_log.append(
-        self.workdir, debug_log.format_example(self.source.tokenizer, step, first, rounds)
-      )
+      text = debug_log.format_example(self.source.tokenizer, step, first, rounds)
+      with writers.keeping_failures(self.workdir / "log" / "debug.log"):
+        debug_log.append(self.workdir, text)
