@@ -22,7 +22,7 @@ def format_example(tokenizer, step: int, row: Batch, rounds: dict) -> str:
   clean = row.ids[response]
   prompt = tokenizer.decode(row.ids[mine & ~row.response_mask])
   lines = [
-    f"=== step {step}, example {row['example_ids'][0]}",
+    f"=== step {step}, example {row.example_ids[0]}",
     f"prompt  {_one_line(prompt)}",
     f"t0      {_marked(tokenizer, clean, clean)}",
   ]

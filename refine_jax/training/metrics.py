@@ -54,7 +54,8 @@ def eval_metrics(sums: dict, objective: ObjectiveConfig, noise: NoiseConfig) -> 
     result |= term_metrics(term.name, part)
   # Whether or not it is trained on.
   result |= term_metrics(CLEAN, terms[CLEAN])
-  result["loss_total"] = sum(t.weight * result[f"loss_{t.name}"] for t in plan)
+  by_weight = [(t.weight, result[f"loss_{t.name}"]) for t in rounds + plan_lib.others(plan)]
+  result["loss_total"] = sum(weight * loss for weight, loss in by_weight)
   result |= block_metrics.named(sums["block"])
   result |= _by_bucket(terms, rounds, noise_lib.from_config(noise).buckets())
   return {f"eval/{name}": value for name, value in result.items()}

@@ -9,6 +9,7 @@ from refine_jax.config import NoiseConfig
 from refine_jax.errors import UserError
 from refine_jax.objective.noise.block import BlockNoise, block_noise
 from refine_jax.objective.noise.kind import (
+  NOISE_BUCKETS,
   Noised,
   NoiseKind,
   response_lengths,
@@ -24,6 +25,7 @@ KINDS: dict[str, Callable[[NoiseConfig], NoiseKind]] = {
 
 __all__ = [
   "KINDS",
+  "NOISE_BUCKETS",
   "NoiseKind",
   "Noised",
   "add_noise",
