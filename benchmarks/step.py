@@ -209,7 +209,9 @@ def main(argv=None) -> dict:
   parser = timing.parser(__doc__)
   parser.add_argument("--rounds", type=int, default=2)
   parser.add_argument("--rows", type=int, help="rows of the batch; default: the shape's")
-  parser.add_argument("--remat", choices=("auto", *remat_lib.POLICIES), default="auto")
+  parser.add_argument(
+    "--remat", choices=("auto", *remat_lib.POLICIES, *remat_lib.ALIASES), default="auto"
+  )
   parser.add_argument("--attention", default="auto")
   parser.add_argument(
     "--unroll",

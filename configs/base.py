@@ -53,7 +53,8 @@ def get_config(recipe: str = "document") -> ConfigDict:
   model.compute_dtype = "bfloat16"
   # auto | xla | cudnn | cudnn_packed | splash: see refine_jax/attention.py.
   model.attention = "auto"
-  # What a layer keeps for its backward pass: auto | none | mlp | attention | full (model.py).
+  # What a layer keeps for its backward pass: auto | none | save_attention_mlp |
+  # save_attention | full (model/remat.py).
   model.remat = "auto"
   # Layers in each turn of the scan over layers, all of them: no scan. 0: no scan on an accelerator,
   # where that saves copies, but for remat "full", which needs the scan to save memory.

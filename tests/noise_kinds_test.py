@@ -63,9 +63,15 @@ def test_a_kind_refuses_values_that_make_no_sense_for_it():
 
 
 def test_a_kind_describes_itself_and_tells_the_sampler_its_block():
-  assert kind_of("uniform").describe() == "noise rate uniform in [0.2, 0.8]"
-  assert "blocks of 4 noise tokens" in kind_of("block").describe()
-  assert kind_of("uniform", noise_min=0.0, noise_max=0.0).describe() == "no noise"
+  values = dataclasses.asdict(CONFIG)
+  assert "replaced by EOS" in noise.describe(values, "EOS")
+  assert "uniformly from [0.2, 0.8]." in noise.describe(values, "EOS")
+  text = noise.describe(values | {"kind": "block"}, "EOS")
+  assert "blocks of 5 tokens" in text and "the 4 drafts of each block are EOS" in text
+  assert "counts 0.9 times as much" in text
+  # A run from before there were kinds, and one from after this version.
+  assert "[0.1, 0.9]" in noise.describe({"noise_min": 0.1, "noise_max": 0.9}, "EOS")
+  assert noise.describe({"kind": "new"}, "EOS") == "Noise of kind 'new', with EOS."
   assert kind_of("uniform").refinement(7) == {"noise_token": 7, "block_size": None}
   assert kind_of("block").refinement(7) == {"noise_token": 7, "block_size": 5}
 

@@ -9,9 +9,18 @@ _CHOICES = {
   "data.truncation": ("error", "left", "right"),
   "model.compute_dtype": ("float32", "bfloat16"),
   "model.attention": ("auto", "xla", "cudnn", "cudnn_packed", "splash"),
-  "model.remat": ("auto", "none", "mlp", "attention", "full"),
-  "model.head_gradient": ("auto", "forward", "recompute"),
+  # The last two are older names (model/remat.py).
+  "model.remat": (
+    "auto",
+    "none",
+    "save_attention_mlp",
+    "save_attention",
+    "full",
+    "mlp",
+    "attention",
+  ),
   "noise.kind": ("uniform", "block"),
+  "model.head_gradient": ("auto", "forward", "recompute"),
   "optim.moment_dtype": ("float32", "bfloat16"),
   "checkpoint.resume_mode": ("auto", "disable", "resume_path"),
 }
@@ -68,20 +77,6 @@ def check(c):
   _require(
     all(w >= 0 for w in weights) and sum(weights) > 0,
     f"config.objective.loss_weights is {weights}; weights are not negative, and one is positive.",
-  )
-  low, high = c.noise.noise_min, c.noise.noise_max
-  _require(
-    0 <= low <= high <= 1,
-    f"config.noise has noise_min={low} and noise_max={high};"
-    " they must satisfy 0 <= noise_min <= noise_max <= 1.",
-  )
-  _require(
-    c.noise.kind != "block" or c.noise.block_size > 1,
-    "config.noise.block_size is 1: such blocks have no drafts to train; make it at least 2.",
-  )
-  _require(
-    0 < c.noise.offset_decay <= 1,
-    f"config.noise.offset_decay is {c.noise.offset_decay}; it must be in (0, 1].",
   )
   _require(
     len(c.optim.betas) == 2 and all(0 <= b < 1 for b in c.optim.betas),

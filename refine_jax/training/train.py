@@ -29,6 +29,7 @@ def run(config: Config, workdir: str) -> int:
     UserError: what a user can mend.
   """
   workdir = Path(workdir).absolute()
+  noise.from_config(config.noise)  # refuses, before anything is done, what the kind cannot do
   startup.check_workdir(workdir, config)
   startup.enable_compilation_cache()
   mesh = sharding.make_mesh(config.mesh)

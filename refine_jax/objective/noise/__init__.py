@@ -1,6 +1,7 @@
 """What the rounds see instead of the response: a file for each kind of noise."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -30,6 +31,7 @@ __all__ = [
   "Noised",
   "add_noise",
   "block_noise",
+  "describe",
   "from_config",
   "response_lengths",
   "response_offsets",
@@ -47,6 +49,19 @@ def from_config(config: NoiseConfig) -> NoiseKind:
   kind = KINDS[config.kind](config)
   kind.check()
   return kind
+
+
+def describe(values: Mapping[str, Any], token: str) -> str:
+  """Says for a model card what a run's rounds were shown, in a sentence.
+
+  Args:
+    values: "noise" of the run's config.json; keys that older runs lack have their defaults.
+    token: what to call the noise token.
+  """
+  values = {"kind": "uniform", "block_size": 8, "offset_decay": 1.0, "token": -1} | dict(values)
+  if values["kind"] not in KINDS:
+    return f"Noise of kind {values['kind']!r}, with {token}."
+  return KINDS[values["kind"]](NoiseConfig(**values)).describe(token)
 
 
 def add_noise(

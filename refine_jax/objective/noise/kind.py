@@ -69,8 +69,12 @@ class NoiseKind(Protocol):
     """
     ...
 
-  def describe(self) -> str:
-    """Says for a model card what the rounds were shown: the end of "Training: ..., "."""
+  def describe(self, token: str) -> str:
+    """Says for a model card what the rounds were shown, in a sentence.
+
+    Args:
+      token: what to call the noise token.
+    """
     ...
 
   def refinement(self, noise_token: int) -> dict:

@@ -60,10 +60,12 @@ class UniformNoise:
     low, high = self.config.noise_min, self.config.noise_max
     return low + (high - low) * rate, draws_BT
 
-  def describe(self) -> str:
-    if self.config.noise_max == 0:
-      return "no noise"
-    return f"noise rate uniform in [{self.config.noise_min}, {self.config.noise_max}]"
+  def describe(self, token: str) -> str:
+    low, high = self.config.noise_min, self.config.noise_max
+    return (
+      f"Response tokens are replaced by {token}, each with its example's rate, drawn uniformly from"
+      f" [{low:g}, {high:g}]."
+    )
 
   def refinement(self, noise_token: int) -> dict:
     return {"noise_token": noise_token, "block_size": None}
