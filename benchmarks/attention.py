@@ -52,7 +52,7 @@ def _measure(shape, engine, ceiling, repeats) -> dict:
     jax.random.normal(key, (shape.rows, shape.length, n, c.head_dim), timing.default_dtype())
     for key, n in zip(keys, heads, strict=True)
   )
-  segment_ids = jnp.asarray(random_batch(shape, packed=packed, prompt=1)["segment_ids"][0])
+  segment_ids = jnp.asarray(random_batch(shape, packed=packed, prompt=1).segment_ids[0])
   segments = shape.segments if packed else 1
 
   def forward(q, k, v, ids):

@@ -15,6 +15,7 @@ if not __package__:  # Python has put benchmarks/ on its path, not the folder ar
   raise SystemExit("error: run it from the repository's root as python -m benchmarks.embedding")
 
 from benchmarks import timing
+from refine_jax.batch import Batch
 from refine_jax.model import transformer
 
 
@@ -38,10 +39,8 @@ def _model_gradient(config, dtype):
     def hidden(table):
       scale = jnp.ones((config.width,))
       params = {"embedding": table, "layers": [], "final_norm": {"scale": scale}}
-      positions = jnp.zeros((1, ids_N.size), jnp.int32)
-      return transformer.hidden_states(
-        params, config, ids_N[None], positions, lambda _: None, dtype=dtype
-      )[0]
+      batch = Batch(ids_N[None], jnp.zeros((1, ids_N.size), jnp.int32))
+      return transformer.hidden_states(params, config, batch, lambda _: None, dtype=dtype)[0]
 
     return jax.vjp(hidden, table_VD)[1](rows_ND)[0]
 

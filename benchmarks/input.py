@@ -141,7 +141,7 @@ def throughput(rows, prefetch: int, count: int) -> dict:
     next(iterator)
   tokens, start = 0, time.perf_counter()
   for batch in itertools.islice(iterator, count):
-    tokens += int(np.count_nonzero(batch["segment_ids"]))
+    tokens += int(np.count_nonzero(batch.segment_ids))
   seconds = time.perf_counter() - start
   return {
     "batches_per_second": count / seconds,

@@ -18,11 +18,14 @@ if not __package__:  # Python has put benchmarks/ on its path, not the folder ar
 
 from benchmarks import timing
 from refine_jax.attention.choose import choose_backend
+from refine_jax.batch import Batch
 from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
 from refine_jax.model import layout, transformer
 from refine_jax.model import remat as remat_lib
+from refine_jax.objective import plan as plan_lib
 from refine_jax.training import compute as compute_lib
-from refine_jax.training import train_step
+from refine_jax.training import flops as flops_lib
+from refine_jax.training import memory, train_step
 
 _JOINS = {
   "attention": ("attention",),
@@ -32,7 +35,7 @@ _JOINS = {
 }
 
 
-def random_batch(shape: timing.Shape, *, packed: bool, prompt: int) -> dict:
+def random_batch(shape: timing.Shape, *, packed: bool, prompt: int) -> Batch:
   """Random tokens [1, B, T]: each example starts with `prompt` tokens that are not scored."""
   rows, length = shape.rows, shape.length
   segments = shape.segments if packed else 1
@@ -44,24 +47,24 @@ def random_batch(shape: timing.Shape, *, packed: bool, prompt: int) -> dict:
   lengths = np.diff(cuts)
   segment_ids = np.repeat(np.arange(1, segments + 1), lengths)
   positions = np.concatenate([np.arange(n) for n in lengths])
-  batch = {
-    "ids": rng.integers(0, shape.model.vocab_size - 1, (rows, length)),
-    "segment_ids": np.tile(segment_ids, (rows, 1)),
-    "positions": np.tile(positions, (rows, 1)),
-    "response_mask": np.tile(positions >= prompt, (rows, 1)),
-    "example_ids": segment_ids[None] + segments * np.arange(rows)[:, None],
-  }
-  return {k: v.astype(bool if k == "response_mask" else np.int32)[None] for k, v in batch.items()}
+  batch = Batch(
+    ids=rng.integers(0, shape.model.vocab_size - 1, (rows, length)),
+    segment_ids=np.tile(segment_ids, (rows, 1)),
+    positions=np.tile(positions, (rows, 1)),
+    response_mask=np.tile(positions >= prompt, (rows, 1)),
+    example_ids=segment_ids[None] + segments * np.arange(rows)[:, None],
+  )
+  return batch.map(lambda x: x.astype(bool if x.dtype == bool else np.int32)[None])
 
 
-def example_length(batch: dict) -> float:
+def example_length(batch: Batch) -> float:
   """Of the example that a token finds itself in, on average: what attention's cost grows with."""
-  counts = np.unique(batch["example_ids"], return_counts=True)[1].astype(float)
+  counts = np.unique(batch.example_ids, return_counts=True)[1].astype(float)
   return float(np.sum(counts**2) / np.sum(counts))
 
 
-def make_recipe(shape: timing.Shape, rounds: int) -> train_step.Recipe:
-  return train_step.Recipe(
+def make_recipe(shape: timing.Shape, rounds: int) -> train_step.StepConfig:
+  return train_step.StepConfig(
     objective=ObjectiveConfig(
       num_iterations=rounds, loss_weights=(1.0,) * rounds, clean_weight=0.0
     ),
@@ -103,16 +106,16 @@ def measure(shape: timing.Shape, arguments, *, packed: bool) -> dict:
     packed=packed,
   )
   parameters = sum(x.size for x in jax.tree.leaves(transformer.param_shapes(shape.model)))
-  remat = compute_lib.choose_remat(
+  remat = memory.choose_remat(
     arguments.remat,
     shape.model,
     dtype=dtype,
     tokens=shape.rows * shape.length,
     parameters=parameters,
     head_chunk=arguments.head_chunk,
-    memory=compute_lib.device_memory(),
+    memory=memory.device_memory(),
   )
-  compute = compute_lib.Compute(
+  compute = compute_lib.ForwardConfig(
     model=shape.model,
     dtype=dtype,
     attention=engine,
@@ -126,7 +129,8 @@ def measure(shape: timing.Shape, arguments, *, packed: bool) -> dict:
   recipe = make_recipe(shape, arguments.rounds)
   # Each example attends to itself alone.
   batch = random_batch(shape, packed=packed, prompt=min(128, shape.length // 16))
-  flops = compute_lib.train_flops_per_token(shape.model, example_length(batch), arguments.rounds)
+  passes = plan_lib.passes(recipe.plan)
+  flops = flops_lib.train_flops_per_token(shape.model, example_length(batch), passes)
   batch = jax.device_put(batch)
   state = jax.jit(
     lambda key: train_step.init_state(transformer.init_params(shape.model, key), recipe.optim)
@@ -164,7 +168,7 @@ def measure(shape: timing.Shape, arguments, *, packed: bool) -> dict:
 
 def mfu(flops_per_second: float) -> float | None:
   """Of one device's dense bfloat16 peak; None where that is not known."""
-  peak = compute_lib.peak_flops()
+  peak = flops_lib.peak_flops()
   return flops_per_second / peak if peak else None
 
 
@@ -208,7 +212,9 @@ def main(argv=None) -> dict:
   parser = timing.parser(__doc__)
   parser.add_argument("--rounds", type=int, default=2)
   parser.add_argument("--rows", type=int, help="rows of the batch; default: the shape's")
-  parser.add_argument("--remat", choices=("auto", *remat_lib.POLICIES), default="auto")
+  parser.add_argument(
+    "--remat", choices=("auto", *remat_lib.POLICIES, *remat_lib.ALIASES), default="auto"
+  )
   parser.add_argument("--attention", default="auto")
   parser.add_argument(
     "--unroll",

@@ -83,24 +83,6 @@ SHAPES = {
   ),
 }
 
-# Bytes a second of one device's memory as its maker states it, by a part of its device_kind.
-_BANDWIDTHS = (
-  ("H100 PCIe", 2.0e12),
-  ("H100", 3.35e12),
-  ("H200", 4.8e12),
-  ("B200", 8.0e12),
-  ("L40S", 0.864e12),
-  ("L4", 0.3e12),
-  ("T4", 0.32e12),
-  ("v6 lite", 1.64e12),
-  ("v6e", 1.64e12),
-  ("v5 lite", 0.819e12),
-  ("v5e", 0.819e12),
-  ("v5p", 2.765e12),
-  ("v5", 2.765e12),
-  ("v4", 1.228e12),
-)
-
 
 def parser(description: str) -> argparse.ArgumentParser:
   result = argparse.ArgumentParser(description=description.splitlines()[0])
@@ -172,12 +154,6 @@ def copy_bytes_per_second(shape: str, repeats: int) -> float:
     return y
 
   return 10 * 2 * x.nbytes / median_seconds(run, repeats)
-
-
-def nominal_bytes_per_second() -> float | None:
-  """Of the device's memory, as its maker states it; None where it is not known."""
-  kind = jax.local_devices()[0].device_kind
-  return next((bandwidth for name, bandwidth in _BANDWIDTHS if name in kind), None)
 
 
 def peak_gibibytes() -> float | None:

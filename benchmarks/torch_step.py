@@ -22,7 +22,7 @@ if not __package__:  # Python has put benchmarks/ on its path, not the folder ar
 from benchmarks import timing
 from refine_jax.hf.families import FAMILIES
 from refine_jax.model.config import ModelConfig
-from refine_jax.training import compute
+from refine_jax.training import flops as flops_lib
 
 _CHUNK = 2048
 
@@ -151,7 +151,7 @@ def measure(
   except torch.OutOfMemoryError:
     return result | {"tokens_per_second": None, "note": "out of memory"}
   tokens = rows * shape.length
-  flops = compute.train_flops_per_token(shape.model, shape.length, rounds)
+  flops = flops_lib.train_flops_per_token(shape.model, shape.length, rounds)
   return result | {
     "attention": "sdpa",
     "step_ms": seconds * 1e3,

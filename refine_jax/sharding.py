@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from refine_jax.batch import Batch
 from refine_jax.config import MeshConfig, OptimConfig
 from refine_jax.errors import UserError
 from refine_jax.tree import leaf_name
@@ -102,7 +103,7 @@ def batch_sharding(mesh: Mesh, *, accumulated: bool) -> NamedSharding:
   return NamedSharding(mesh, spec)
 
 
-def put_batch(batch: dict, mesh: Mesh, *, accumulated: bool) -> dict:
+def put_batch(batch: Batch, mesh: Mesh, *, accumulated: bool) -> Batch:
   """This process's rows (numpy, [A, B_local, T] or [B_local, T]) as global device arrays."""
   sharding = batch_sharding(mesh, accumulated=accumulated)
-  return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+  return batch.map(lambda x: jax.make_array_from_process_local_data(sharding, x))

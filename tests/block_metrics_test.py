@@ -11,21 +11,22 @@ from refine_jax.objective import block_metrics, noise
 BLOCK, PASSES, EOS = 4, 3, 1
 
 
-def predict(ids):
+def predict(shown):
   """A "model" whose next token is a fixed function of this one and its place in the row."""
+  ids = shown.ids
   return types.SimpleNamespace(predictions=(ids * 3 + np.arange(ids.shape[1])[None]) % 7)
 
 
 def batch_of(packed):
   """Ids that `predict` gets right where the text before is clean, but for every fifth place."""
-  batch = dict(tiny.packed_batch(40, per_row=4, length=80) if packed else tiny.unpacked_batch(40))
-  ids = np.array(batch["ids"])
+  batch = tiny.packed_batch(40, per_row=4, length=80) if packed else tiny.unpacked_batch(40)
+  ids = np.array(batch.ids)
   for row in range(len(ids)):
     for i in range(1, ids.shape[1]):
-      same = batch["segment_ids"][row, i] == batch["segment_ids"][row, i - 1]
-      if same and batch["response_mask"][row, i]:
+      same = batch.segment_ids[row, i] == batch.segment_ids[row, i - 1]
+      if same and batch.response_mask[row, i]:
         ids[row, i] = (ids[row, i - 1] * 3 + i - 1) % 7 if i % 5 else 6
-  return batch | {"ids": ids}
+  return batch._replace(ids=ids)
 
 
 def oracle(batch, noised):
@@ -37,21 +38,21 @@ def oracle(batch, noised):
     "count": np.zeros(BLOCK),
     "blocks": 0.0,
   }
-  for example in sorted(set(batch["example_ids"].ravel().tolist()) - {-1}):
-    row = int(np.nonzero((batch["example_ids"] == example).any(axis=1))[0][0])
-    places = np.nonzero((batch["example_ids"][row] == example) & noised.trained[row])[0]
+  for example in sorted(set(batch.example_ids.ravel().tolist()) - {-1}):
+    row = int(np.nonzero((batch.example_ids == example).any(axis=1))[0][0])
+    places = np.nonzero((batch.example_ids[row] == example) & noised.trained[row])[0]
     sums["blocks"] += 1
     sums["count"][: len(places)] += 1
     ids = np.array(noised.ids[row])
     for p in range(PASSES):
-      predictions = np.asarray(predict(ids[None]).predictions[0])
+      predictions = np.asarray(predict(batch._replace(ids=ids[None])).predictions[0])
       new = predictions[places - 1]
-      right = new == batch["ids"][row, places]
+      right = new == batch.ids[row, places]
       sums["right"][p, : len(places)] += right
       sums["ended"][p, : len(places)] += ~right & (new == EOS)
       sums["run"][p] += np.cumprod(right).sum()
       sums["fixed"][p] += (new == ids[places]).all()
-      ids = np.array(batch["ids"][row])
+      ids = np.array(batch.ids[row])
       ids[places] = new
   return sums
 

@@ -32,9 +32,9 @@ def add_noise(batch, key=0, config=NOISE):
 
 def blocks_of(doubled):
   """For each block of the copy: its row, the columns of its prefix, and its own."""
-  length = doubled["block_starts"].shape[1]
-  starts, positions = doubled["block_starts"], doubled["positions"][:, length:]
-  response, examples = doubled["response_mask"][:, :length], doubled["example_ids"][:, :length]
+  length = doubled.block_starts.shape[1]
+  starts, positions = doubled.block_starts, doubled.positions[:, length:]
+  response, examples = doubled.response_mask[:, :length], doubled.example_ids[:, :length]
   result = []
   for example in sorted(set(examples[response].tolist())):
     row = int(np.nonzero((examples == example).any(axis=1))[0][0])
@@ -49,21 +49,21 @@ def blocks_of(doubled):
 def test_blocks_tile_each_response_from_a_random_phase_on():
   batch = tiny.packed_batch(60, per_row=4, length=80)
   doubled, noised = add_noise(batch)
-  length = batch["ids"].shape[1]
-  covered, firsts = np.zeros((len(batch["ids"]), length), int), []
+  length = batch.ids.shape[1]
+  covered, firsts = np.zeros((len(batch.ids), length), int), []
   for row, prefix, block in blocks_of(doubled):
     columns = block - length
     assert (np.diff(columns) == 1).all() and columns[0] == prefix[-1] + 1
     covered[row, columns] += 1
-    if not batch["response_mask"][row, columns[0] - 1]:
+    if not batch.response_mask[row, columns[0] - 1]:
       firsts.append(len(columns))  # the first of its response
-    elif columns[-1] + 1 < length and batch["response_mask"][row, columns[-1] + 1]:
+    elif columns[-1] + 1 < length and batch.response_mask[row, columns[-1] + 1]:
       assert len(columns) == DRAFTS
-  np.testing.assert_array_equal(covered, batch["response_mask"])
+  np.testing.assert_array_equal(covered, batch.response_mask)
   assert set(firsts) == {1, 2, 3, 4}
   clean, copy = np.split(noised.ids, 2, axis=1)
-  np.testing.assert_array_equal(clean, batch["ids"])
-  want = np.where(batch["response_mask"], tiny.NOISE_TOKEN, batch["ids"])
+  np.testing.assert_array_equal(clean, batch.ids)
+  want = np.where(batch.response_mask, tiny.NOISE_TOKEN, batch.ids)
   np.testing.assert_array_equal(copy, want)
 
 
@@ -72,7 +72,7 @@ def test_what_further_rounds_see():
   kept = []
   for row, _, block in blocks_of(doubled):
     refined, later = noised.refined[row, block], noised.later[row, block]
-    assert not refined[0] and later[0] == doubled["ids"][row, block[0]]  # committed
+    assert not refined[0] and later[0] == doubled.ids[row, block[0]]  # committed
     count = refined.sum()
     assert refined[1 : 1 + count].all()  # one run of predictions, then noise
     assert (later[1 + count :] == tiny.NOISE_TOKEN).all()
@@ -81,7 +81,7 @@ def test_what_further_rounds_see():
   assert set(kept) == set(range(DRAFTS))
   # The clean half stays as it is.
   clean = np.split(noised.later, 2, axis=1)[0]
-  np.testing.assert_array_equal(clean, np.split(doubled["ids"], 2, axis=1)[0])
+  np.testing.assert_array_equal(clean, np.split(doubled.ids, 2, axis=1)[0])
   assert not np.split(noised.refined, 2, axis=1)[0].any()
 
 
@@ -89,11 +89,11 @@ def test_blocks_are_drawn_anew_with_the_key_and_not_with_the_packing():
   packed, rows = (add_noise(b) for b in (tiny.packed_batch(), tiny.unpacked_batch()))
   other = add_noise(tiny.packed_batch(), key=1)[0]
   for example in range(12):
-    where, there = (b[0]["example_ids"] == example for b in (packed, rows))
+    where, there = (b[0].example_ids == example for b in (packed, rows))
     for name in ("ids", "later", "refined", "weights"):
       got, want = (getattr(b[1], name) for b in (packed, rows))
       np.testing.assert_array_equal(got[where], want[there])
-  assert (other["block_starts"] != packed[0]["block_starts"]).any()
+  assert (other.block_starts != packed[0].block_starts).any()
 
 
 def test_later_drafts_count_less():
@@ -107,15 +107,15 @@ def test_later_drafts_count_less():
 def torch_oracle(params, config, doubled, noised, loss_weights, clean_weight):
   """Losses and gradient with a row for each block: its prefix, and the block behind it."""
   leaves = torch_model.leaves(params)
-  length = doubled["block_starts"].shape[1]
-  half = {name: x[:, :length] for name, x in doubled.items() if name != "block_starts"}
+  length = doubled.block_starts.shape[1]
+  half = doubled._replace(block_starts=None).map(lambda x: x[:, :length])
   blocks = blocks_of(doubled)
   width = max(len(prefix) + len(block) for _, prefix, block in blocks)
   segments = np.zeros((len(blocks), width), int)
   rows = np.zeros((len(blocks), width), int)
   for i, (row, prefix, block) in enumerate(blocks):
     segments[i, : len(prefix) + len(block)] = 1
-    rows[i, : len(prefix)] = doubled["ids"][row, prefix]
+    rows[i, : len(prefix)] = doubled.ids[row, prefix]
   current, losses = noised.ids.copy(), []
 
   for _ in loss_weights:
@@ -130,19 +130,19 @@ def torch_oracle(params, config, doubled, noised, loss_weights, clean_weight):
         at = len(prefix) + j
         after = column + 1
         same = after < 2 * length and (
-          doubled["example_ids"][row, after] == doubled["example_ids"][row, column]
+          doubled.example_ids[row, after] == doubled.example_ids[row, column]
         )
         if same:
           weight = noised.weights[row, column]
-          total = total - weight * log_probs[i, at, doubled["ids"][row, after]]
+          total = total - weight * log_probs[i, at, doubled.ids[row, after]]
           count += weight
           if noised.refined[row, after]:
             current[row, after] = logits[i, at].argmax()
     losses.append(total / count)
 
-  logits = torch_model.forward(leaves, config, half["ids"], half["segment_ids"], half["positions"])
-  where, columns = np.nonzero(half["response_mask"])
-  clean = -torch.log_softmax(logits, -1)[where, columns - 1, half["ids"][where, columns]].mean()
+  logits = torch_model.forward(leaves, config, half.ids, half.segment_ids, half.positions)
+  where, columns = np.nonzero(half.response_mask)
+  clean = -torch.log_softmax(logits, -1)[where, columns - 1, half.ids[where, columns]].mean()
   if clean_weight:
     losses, loss_weights = [clean, *losses], (clean_weight, *loss_weights)
   sum(w * loss for w, loss in zip(loss_weights, losses, strict=True)).backward()
@@ -167,7 +167,7 @@ def test_losses_and_gradients_equal_those_of_each_block_alone(rounds, clean_weig
 def test_the_mask_is_that_of_the_clean_text_and_of_the_own_block(window):
   """Which keys a query reads, by the gradient."""
   doubled, _ = add_noise(tiny.packed_batch(6, per_row=3, length=40))
-  total = doubled["ids"].shape[1]
+  total = doubled.ids.shape[1]
   keys = jax.random.split(jax.random.key(0), 3)
   q, k, v = (jax.random.normal(key, (2, total, 2, 4)) for key in keys)
   attend = packed.beside(jax.tree.map(jnp.asarray, doubled))(window)
@@ -176,10 +176,10 @@ def test_the_mask_is_that_of_the_clean_text_and_of_the_own_block(window):
   for row, prefix, block in blocks_of(doubled):
     for j, column in enumerate(block):
       seen = [*prefix, *block[: j + 1]]
-      at = {c: p for c, p in enumerate(doubled["positions"][row])}
+      at = {c: p for c, p in enumerate(doubled.positions[row])}
       want[row, column, [c for c in seen if window is None or at[column] - at[c] < window]] = True
   used = want.any(-1)
-  assert used.sum() == doubled["response_mask"].sum() // 2
+  assert used.sum() == doubled.response_mask.sum() // 2
   for row in range(2):
     np.testing.assert_array_equal(reads[row, :, row][used[row]], want[row][used[row]])
     assert not reads[row, :, 1 - row].any()

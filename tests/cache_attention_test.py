@@ -9,6 +9,7 @@ import pytest
 import train_fixtures as tiny
 
 from refine_jax.attention import cached, cached_triton
+from refine_jax.batch import Batch
 from refine_jax.decoding import drafts, sampler
 from refine_jax.decoding import settings as sampler_settings
 from refine_jax.model import layout
@@ -85,7 +86,10 @@ def test_the_kernel_gives_branches_what_xla_does(rows, window):
   block, places, heads, kv_heads = 9, 512, 6, 2
   start = jnp.asarray(np.random.default_rng(1).integers(0, 360, rows))
   base = jnp.asarray(np.random.default_rng(2).integers(0, 3, rows))
-  new = drafts.following(start, base, block, block)
+  positions, reach = cached.following(start, block)
+  tokens = Batch(jnp.zeros_like(positions), positions, is_noise=positions < 0)
+  tokens, reach = drafts.KINDS["branches"].extend(tokens, reach, base, block, noise_token=1)
+  new = tokens.positions, reach
   shapes = [(rows, block * block, n, 16) for n in (heads, kv_heads, kv_heads)]
   shapes += [(rows, kv_heads, places, 16)] * 2
   keys = jax.random.split(jax.random.key(0), 5)

@@ -14,24 +14,35 @@ PACKAGE = Path(__file__).parents[1] / "refine_jax"
 _LEAVES = {"errors", "tree", "files", "records"}
 MAY_IMPORT = {
   "errors": set(),
+  "batch": set(),
   "tree": set(),
   "files": {"errors"},
   "records": {"files"},
   "cli": {"errors", "files"},
   "interrupt": set(),
   "config": _LEAVES,
-  "sharding": _LEAVES | {"config"},
+  "sharding": _LEAVES | {"batch", "config"},
   "text": _LEAVES,
-  "model": {"sharding"},
+  "model": {"batch", "sharding"},
   "checkpoint": _LEAVES,
-  "attention": {"errors", "model", "sharding"},
-  "objective": {"config"},
-  "data": _LEAVES | {"config", "text"},
+  "attention": {"batch", "errors", "model", "sharding"},
+  "objective": {"batch", "config", "errors"},
+  "data": _LEAVES | {"batch", "config", "text"},
   "hf": _LEAVES | {"model", "text"},
-  "decoding": _LEAVES | {"attention", "checkpoint", "hf", "model", "text"},
+  "decoding": _LEAVES | {"attention", "batch", "checkpoint", "hf", "model", "text"},
   "evaluation": _LEAVES | {"cli", "data", "decoding", "hf", "model", "text"},
   "training": _LEAVES
-  | {"attention", "checkpoint", "config", "data", "decoding", "evaluation", "hf", "interrupt"}
+  | {
+    "attention",
+    "batch",
+    "checkpoint",
+    "config",
+    "data",
+    "decoding",
+    "evaluation",
+    "hf",
+    "interrupt",
+  }
   | {"model", "objective", "sharding", "text"},
 }
 DOORS = {"main", "evaluate", "lm_eval", "__init__"}

@@ -11,6 +11,7 @@ import pytest
 from data_fixtures import data_config
 
 from refine_jax import data
+from refine_jax.batch import Batch
 from refine_jax.errors import UserError
 
 
@@ -35,41 +36,44 @@ def make_rows(examples=None, *, batch_size=4, total_epochs=3, seed=5, **changes)
   )
 
 
-def all_batches(rows, accumulation=1, **where) -> list[dict]:
+def all_batches(rows, accumulation=1, **where) -> list[Batch]:
   return list(data.train_iterator(rows, accumulation=accumulation, prefetch=2, **where))
 
 
-def assert_same(a: dict, b: dict):
-  assert a.keys() == b.keys()
-  for name in a:
-    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+def assert_same(a: Batch, b: Batch):
+  for name, x, y in zip(Batch._fields, a, b, strict=True):
+    np.testing.assert_array_equal(x, y, err_msg=name)
 
 
-def flat(batches: list[dict]) -> dict:
+def flat(batches: list[Batch]) -> Batch:
   """Rows [N, T] of all batches."""
-  return {
-    k: np.concatenate([b[k].reshape(-1, b[k].shape[-1]) for b in batches]) for k in batches[0]
-  }
+  return joined([b.map(lambda x: x.reshape(-1, x.shape[-1])) for b in batches], axis=0)
 
 
-def check_arrays(examples, rows: dict) -> list[int]:
+def joined(batches: list[Batch], axis: int) -> Batch:
+  return Batch(
+    *(None if x[0] is None else np.concatenate(x, axis) for x in zip(*batches, strict=True))
+  )
+
+
+def check_arrays(examples, rows: Batch) -> list[int]:
   """Against the examples, one by one; returns those that were met."""
   met = []
-  for row in range(len(rows["ids"])):
-    used = rows["segment_ids"][row] > 0
+  for row in range(len(rows.ids)):
+    used = rows.segment_ids[row] > 0
     assert np.all(np.diff(np.flatnonzero(~used)) == 1)  # padding is one stretch, at the end
     assert used.all() or not used[-1]
-    for segment in range(1, rows["segment_ids"][row].max() + 1):
-      place = rows["segment_ids"][row] == segment
-      (index,) = set(rows["example_ids"][row, place])
+    for segment in range(1, rows.segment_ids[row].max() + 1):
+      place = rows.segment_ids[row] == segment
+      (index,) = set(rows.example_ids[row, place])
       met.append(int(index))
       ids = examples.example(index)
-      np.testing.assert_array_equal(rows["ids"][row, place], ids)
-      np.testing.assert_array_equal(rows["positions"][row, place], np.arange(len(ids)))
+      np.testing.assert_array_equal(rows.ids[row, place], ids)
+      np.testing.assert_array_equal(rows.positions[row, place], np.arange(len(ids)))
       response = np.arange(len(ids)) >= examples.prompt_lengths[index]
-      np.testing.assert_array_equal(rows["response_mask"][row, place], response)
+      np.testing.assert_array_equal(rows.response_mask[row, place], response)
     for name, padding in (("ids", 0), ("positions", 0), ("response_mask", 0), ("example_ids", -1)):
-      assert np.all(rows[name][row, ~used] == padding)
+      assert np.all(getattr(rows, name)[row, ~used] == padding)
   return met
 
 
@@ -82,16 +86,16 @@ def test_every_epoch_has_every_example_once_whole_and_marked(pack):
   assert per_epoch == 50 or pack
   orders = []
   for epoch in range(3):
-    part = {k: x[epoch * per_epoch : (epoch + 1) * per_epoch] for k, x in arrays.items()}
+    part = arrays.map(lambda x, e=epoch: x[e * per_epoch : (e + 1) * per_epoch])
     orders.append(check_arrays(examples, part))
     assert sorted(orders[-1]) == list(range(50))
   assert len(set(map(tuple, orders))) == 3
-  assert np.all(arrays["segment_ids"][3 * per_epoch :] == 0)  # the last batch, filled up
+  assert np.all(arrays.segment_ids[3 * per_epoch :] == 0)  # the last batch, filled up
 
 
 def test_shapes_and_types():
   (batch, *_) = all_batches(make_rows(batch_size=8), accumulation=2)
-  types = {k: (x.shape, x.dtype) for k, x in batch.items()}
+  types = {k: (x.shape, x.dtype) for k, x in batch._asdict().items() if x is not None}
   shape = (2, 4, 32)
   assert types == {
     "ids": (shape, np.int32),
@@ -108,7 +112,7 @@ def test_counts():
   batches = all_batches(rows)
   assert len(batches) == rows.num_batches == -(-3 * rows.packing.rows // 4)
   assert rows.batches_per_epoch == rows.packing.rows / 4
-  used = flat(batches)["segment_ids"][: len(rows)]
+  used = flat(batches).segment_ids[: len(rows)]
   assert rows.packing_efficiency == np.mean(used > 0)
   assert rows.max_segments == used.max()
   assert make_rows(examples, max_segments=2).max_segments == 2
@@ -125,21 +129,21 @@ def test_a_global_batch_depends_on_neither_accumulation_nor_processes(accumulati
     for i in range(process_count)
   ]
   for index, expected in enumerate(whole):
-    joined = {k: np.concatenate([p[index][k] for p in parts], axis=1) for k in expected}
-    assert joined["ids"].shape == (accumulation, 8 // accumulation, 32)
-    assert_same(expected, {k: x.reshape(1, 8, 32) for k, x in joined.items()})
+    both = joined([p[index] for p in parts], axis=1)
+    assert both.ids.shape == (accumulation, 8 // accumulation, 32)
+    assert_same(expected, both.map(lambda x: x.reshape(1, 8, 32)))
 
 
 def test_order_depends_on_the_seed_alone():
   first, again, other = (flat(all_batches(make_rows(seed=s))) for s in (5, 5, 6))
   assert_same(first, again)
-  assert not np.array_equal(first["example_ids"], other["example_ids"])
+  assert not np.array_equal(first.example_ids, other.example_ids)
 
 
 def test_more_epochs_change_nothing_of_the_first():
   short, long = (flat(all_batches(make_rows(total_epochs=n))) for n in (1, 4))
   count = make_rows().packing.rows
-  assert_same({k: x[:count] for k, x in short.items()}, {k: x[:count] for k, x in long.items()})
+  assert_same(short.map(lambda x: x[:count]), long.map(lambda x: x[:count]))
 
 
 @pytest.mark.parametrize("consumed", [0, 1, 7, 13])
@@ -182,7 +186,7 @@ def test_validation_is_every_example_once_in_the_same_order(process_count):
   ]
   assert all(len(p) == rows.num_batches for p in parts)
   arrays = [flat(p) for p in parts]
-  assert parts[0][0]["ids"].shape == (4 // process_count, 32)
+  assert parts[0][0].ids.shape == (4 // process_count, 32)
   met = itertools.chain.from_iterable(check_arrays(examples, a) for a in arrays)
   assert sorted(met) == list(range(50))
   again = data.eval_rows(examples, data_config(max_length=32), batch_size=4)
@@ -211,4 +215,4 @@ def test_the_package_imports_only_config_text_and_errors_and_no_jax():
       for name in names:
         assert name.split(".")[0] not in ("jax", "flax"), path
         if name.startswith("refine_jax"):
-          assert name.split(".")[1] in ("data", "config", "text", "errors")
+          assert name.split(".")[1] in ("batch", "data", "config", "text", "errors")

@@ -5,12 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 
+from refine_jax.batch import Batch
 from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
 from refine_jax.model import transformer
 from refine_jax.model.rope import RopeConfig
+from refine_jax.objective import plan as plan_lib
 from refine_jax.objective import rounds as objective
-from refine_jax.training.compute import Compute
-from refine_jax.training.train_step import Recipe
+from refine_jax.training.compute import ForwardConfig
+from refine_jax.training.train_step import StepConfig
 
 NOISE_TOKEN = 1
 
@@ -73,7 +75,7 @@ def recipe(
   kind="uniform",
   clean_weight=0.0,
   **optim_changes,
-) -> Recipe:
+) -> StepConfig:
   optim = OptimConfig(
     batch_size=8,
     accumulation=1,
@@ -88,7 +90,7 @@ def recipe(
     moment_dtype="float32",
     max_nonfinite=3,
   )
-  return Recipe(
+  return StepConfig(
     objective=ObjectiveConfig(
       num_iterations=num_iterations,
       loss_weights=tuple(loss_weights or [1.0, 0.7, 0.4, 0.2][:num_iterations]),
@@ -110,19 +112,20 @@ def recipe(
   )
 
 
-def compute(config=None, **changes) -> Compute:
+def compute(config=None, **changes) -> ForwardConfig:
   changes = {"max_segments": 3, "head_chunk": 16} | changes
-  return Compute(model=config or tiny_config(), **changes)
+  return ForwardConfig(model=config or tiny_config(), **changes)
 
 
 def gradients_of_rounds(compute, params, batch, noised, loss_weights, clean_weight=0.0):
   """objective.refinement_gradients of one batch [B, S]."""
   one = jax.tree.map(lambda x: x[None], (batch, noised))
-  return jax.jit(
-    lambda params: objective.refinement_gradients(
-      compute.loss, params, *one, loss_weights=loss_weights, clean_weight=clean_weight
-    )
-  )(params)
+  plan = plan_lib.of_weights(
+    loss_weights, clean_weight, clean_text_inside=batch.block_starts is not None
+  )
+  return jax.jit(lambda params: objective.refinement_gradients(compute.loss, params, *one, plan))(
+    params
+  )
 
 
 def examples(count: int, seed=0, max_prompt=6, max_response=9) -> list:
@@ -136,39 +139,39 @@ def examples(count: int, seed=0, max_prompt=6, max_response=9) -> list:
   return result
 
 
-def make_batch(rows: list, length: int, ids: list | None = None) -> dict:
+def make_batch(rows: list, length: int) -> Batch:
   """Rows of lists of (example id, prompt, response) -> arrays [B, T]."""
   shape = (len(rows), length)
-  batch = {
-    "ids": np.zeros(shape, np.int32),
-    "segment_ids": np.zeros(shape, np.int32),
-    "positions": np.zeros(shape, np.int32),
-    "response_mask": np.zeros(shape, bool),
-    "example_ids": np.full(shape, -1, np.int32),
-  }
+  batch = Batch(
+    ids=np.zeros(shape, np.int32),
+    segment_ids=np.zeros(shape, np.int32),
+    positions=np.zeros(shape, np.int32),
+    response_mask=np.zeros(shape, bool),
+    example_ids=np.full(shape, -1, np.int32),
+  )
   for b, row in enumerate(rows):
     start = 0
     for s, (example, prompt, response) in enumerate(row):
       tokens = np.concatenate([prompt, response])
       span = (b, slice(start, start + len(tokens)))
-      batch["ids"][span] = tokens
-      batch["segment_ids"][span] = s + 1
-      batch["positions"][span] = np.arange(len(tokens))
-      batch["response_mask"][span] = np.arange(len(tokens)) >= len(prompt)
-      batch["example_ids"][span] = example
+      batch.ids[span] = tokens
+      batch.segment_ids[span] = s + 1
+      batch.positions[span] = np.arange(len(tokens))
+      batch.response_mask[span] = np.arange(len(tokens)) >= len(prompt)
+      batch.example_ids[span] = example
       start += len(tokens)
   return batch
 
 
-def packed_batch(count=12, per_row=3, length=48, seed=0) -> dict:
+def packed_batch(count=12, per_row=3, length=48, seed=0) -> Batch:
   data = [(i, *e) for i, e in enumerate(examples(count, seed))]
   return make_batch([data[i : i + per_row] for i in range(0, count, per_row)], length)
 
 
-def unpacked_batch(count=12, length=16, seed=0) -> dict:
+def unpacked_batch(count=12, length=16, seed=0) -> Batch:
   return make_batch([[(i, *e)] for i, e in enumerate(examples(count, seed))], length)
 
 
-def split(batch: dict, parts: int) -> dict:
+def split(batch: Batch, parts: int) -> Batch:
   """[B, T] -> [A, B / A, T]."""
-  return {k: v.reshape(parts, -1, v.shape[-1]) for k, v in batch.items()}
+  return batch.map(lambda x: x.reshape(parts, -1, x.shape[-1]))

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from refine_jax.attention import probe
-from refine_jax.attention.packed import attend_with, beside, segment_positions
+from refine_jax.attention.packed import for_batch, segment_positions
+from refine_jax.batch import Batch
 from refine_jax.errors import UserError
 
 # Below this, cuDNN's packed form scales key offsets by the number of query heads and answers
@@ -84,23 +85,21 @@ def _probe(backend, heads, kv_heads, head_dim, max_segments, blocks, scale=None)
   row[1, : cuts[0]] = 1
   if backend == "cudnn":
     row[:] = 1
-  batch = {"segment_ids": jnp.asarray(row)}
+  segments, positions = jnp.asarray(row), segment_positions(jnp.asarray(row))
+  batch = Batch(ids=jnp.zeros_like(segments), positions=positions, segment_ids=segments)
   if blocks:
-    batch["positions"] = segment_positions(batch["segment_ids"])
-    batch = {name: jnp.tile(x, 2) for name, x in batch.items()}
-    batch["block_starts"] = batch["positions"][:, :length] // 7 * 7
+    batch = batch.map(lambda x: jnp.tile(x, 2))._replace(block_starts=positions // 7 * 7)
   groups = heads // kv_heads
   small_heads = 2 * groups if kv_heads > 1 else groups
   keys = jax.random.split(jax.random.key(0), 4)
   count = {0: small_heads, 1: small_heads // groups, 2: small_heads // groups, 3: small_heads}
   q, k, v, weight = (
-    jax.random.normal(key, (*batch["segment_ids"].shape, count[i], head_dim), jnp.bfloat16)
+    jax.random.normal(key, (*batch.ids.shape, count[i], head_dim), jnp.bfloat16)
     for i, key in enumerate(keys)
   )
 
   def run(backend, q, k, v):
-    options = {"backend": backend, "max_segments": max_segments}
-    engine = beside(batch, **options) if blocks else attend_with(batch["segment_ids"], **options)
+    engine = for_batch(batch, backend=backend, max_segments=max_segments)
     out = engine(None)(q, k, v, None, scale)[0]
     return jnp.sum((out * weight).astype(jnp.float32)), out
 

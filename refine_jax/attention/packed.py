@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from refine_jax.batch import Batch
 from refine_jax.sharding import BATCH_AXES
 
 _SPLASH_LANES = 128
@@ -69,8 +70,19 @@ def _on_mesh(engine, mesh, rank: int):
   )
 
 
-def beside(batch: dict, *, backend: str = "xla", max_segments: int = 1, mesh=None):
-  """The engine for rows whose second half is a copy in blocks (noise.blocks_beside).
+def for_batch(batch: Batch, **options):
+  """The engine for a batch: `beside` where a copy stands next to each row, else `attend_with`.
+
+  Args:
+    options: keywords of these.
+  """
+  if batch.block_starts is not None:
+    return beside(batch, **options)
+  return attend_with(batch.segment_ids, **options)
+
+
+def beside(batch: Batch, *, backend: str = "xla", max_segments: int = 1, mesh=None):
+  """The engine for rows whose second half is a copy in blocks (objective/noise/block.py).
 
   The clean half attends as `attend_with` has it. A token of the copy sees the clean text before
   its block, and its block up to itself.
@@ -80,10 +92,10 @@ def beside(batch: dict, *, backend: str = "xla", max_segments: int = 1, mesh=Non
     backend, max_segments, mesh: for the clean half, see attend_with. The copy's mask is data, which
       cuDNN takes as a bias; elsewhere XLA computes it.
   """
-  length = batch["block_starts"].shape[1]
-  segments, positions = batch["segment_ids"][:, :length], batch["positions"][:, :length]
+  length = batch.block_starts.shape[1]
+  segments, positions = batch.segment_ids[:, :length], batch.positions[:, :length]
   clean_engine = attend_with(segments, backend=backend, max_segments=max_segments, mesh=mesh)
-  starts_q, starts_k = batch["block_starts"][:, :, None], batch["block_starts"][:, None, :]
+  starts_q, starts_k = batch.block_starts[:, :, None], batch.block_starts[:, None, :]
   distance = positions[:, :, None] - positions[:, None, :]
   same = segments[:, :, None] == segments[:, None, :]
   # A prompt's copy has no block, though it carries the start of the first one.

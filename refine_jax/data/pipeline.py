@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
+from refine_jax.batch import Batch
 from refine_jax.config import DataConfig
 from refine_jax.data import packing as packing_lib
 from refine_jax.data.packing import Packing
@@ -77,39 +78,31 @@ class Rows:
     start, stop = self.packing.starts[order[row] : order[row] + 2]
     return by_rank[self.packing.ranks[start:stop]]
 
-  def batch(self, indices) -> dict:
-    """Rows as arrays [len(indices), T]; those past the end are empty.
-
-    Returns:
-      ids: int32, 0 on padding.
-      segment_ids: int32, 1 and up for the examples of a row, 0 on padding.
-      positions: int32, from 0 in each example.
-      response_mask: bool, true on response tokens and their EOS.
-      example_ids: int32, index of the example in the tokenised set, -1 on padding.
-    """
+  def batch(self, indices) -> Batch:
+    """Rows as numpy arrays [len(indices), T]; those past the end are empty."""
     shape = (len(indices), self.length)
-    batch = {
-      "ids": np.zeros(shape, np.int32),
-      "segment_ids": np.zeros(shape, np.int32),
-      "positions": np.zeros(shape, np.int32),
-      "response_mask": np.zeros(shape, bool),
-      "example_ids": np.full(shape, -1, np.int32),
-    }
+    batch = Batch(
+      ids=np.zeros(shape, np.int32),
+      segment_ids=np.zeros(shape, np.int32),
+      positions=np.zeros(shape, np.int32),
+      response_mask=np.zeros(shape, bool),
+      example_ids=np.full(shape, -1, np.int32),
+    )
     for row, index in enumerate(indices):
       if index < len(self):
-        self._fill({name: x[row] for name, x in batch.items()}, self.members(index))
+        self._fill(batch.map(lambda x, row=row: x[row]), self.members(index))
     return batch
 
-  def _fill(self, row: dict, members):
+  def _fill(self, row: Batch, members):
     start = 0
     for segment, member in enumerate(members, 1):
       ids = self.examples.example(member)
       span = slice(start, start + len(ids))
-      row["ids"][span] = ids
-      row["segment_ids"][span] = segment
-      row["positions"][span] = np.arange(len(ids))
-      row["response_mask"][start + self.examples.prompt_lengths[member] : span.stop] = True
-      row["example_ids"][span] = member
+      row.ids[span] = ids
+      row.segment_ids[span] = segment
+      row.positions[span] = np.arange(len(ids))
+      row.response_mask[start + self.examples.prompt_lengths[member] : span.stop] = True
+      row.example_ids[span] = member
       start = span.stop
 
 
@@ -150,7 +143,7 @@ class _Batches(Sequence):
   def __len__(self) -> int:
     return self.rows.num_batches
 
-  def __getitem__(self, index: int) -> dict:
+  def __getitem__(self, index: int) -> Batch:
     if not 0 <= index < len(self):
       raise IndexError(index)
     size = self.rows.batch_size
@@ -158,15 +151,14 @@ class _Batches(Sequence):
     # each process takes a contiguous part of every micro-batch.
     indices = (index * size + np.arange(size)).reshape(self.accumulation, self.process_count, -1)
     mine = indices[:, self.process_index]
-    batch = self.rows.batch(mine.ravel())
-    return {name: x.reshape(*mine.shape, -1) for name, x in batch.items()}
+    return self.rows.batch(mine.ravel()).map(lambda x: x.reshape(*mine.shape, -1))
 
 
 class _EvalBatches(_Batches):
   """Without the axis of the accumulation, [B_local, T]."""
 
-  def __getitem__(self, index: int) -> dict:
-    return {name: x[0] for name, x in super().__getitem__(index).items()}
+  def __getitem__(self, index: int) -> Batch:
+    return super().__getitem__(index).map(lambda x: x[0])
 
 
 def train_iterator(
@@ -196,7 +188,7 @@ def train_iterator(
   return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
-def eval_batches(rows: Rows, *, process_index: int = 0, process_count: int = 1) -> Sequence[dict]:
+def eval_batches(rows: Rows, *, process_index: int = 0, process_count: int = 1) -> Sequence[Batch]:
   """`Rows.batch` as [B_local, T]; the last batch may hold empty rows.
 
   Raises:

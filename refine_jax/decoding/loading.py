@@ -10,6 +10,7 @@ import numpy as np
 
 from refine_jax import files
 from refine_jax.attention import cached, packed
+from refine_jax.batch import Batch
 from refine_jax.errors import UserError
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights as hf_weights
@@ -87,11 +88,9 @@ class Model:
 
 def hidden_states(params, config: ModelConfig, ids_BT, segment_ids_BT):
   """Of whole sequences, segments as in Model.__call__: [B, T, D] in the layers' dtype."""
-  positions = packed.segment_positions(segment_ids_BT)
+  batch = Batch(ids_BT, packed.segment_positions(segment_ids_BT), segment_ids_BT)
   dtype = jax.tree.leaves(params["layers"])[0].dtype
-  return transformer.hidden_states(
-    params, config, ids_BT, positions, packed.attend_with(segment_ids_BT), dtype=dtype
-  )
+  return transformer.hidden_states(params, config, batch, packed.for_batch(batch), dtype=dtype)
 
 
 @functools.partial(jax.jit, static_argnames="config")

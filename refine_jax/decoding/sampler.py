@@ -22,6 +22,7 @@ import numpy as np
 
 from refine_jax.attention import cached
 from refine_jax.attention.cached import slice_rows, write_rows
+from refine_jax.batch import Batch
 from refine_jax.decoding import compile_cache, drafts, sampling
 from refine_jax.decoding.settings import Settings
 from refine_jax.model import transformer
@@ -38,6 +39,7 @@ class State(NamedTuple):
     tokens: int32 [B, S].
     length: int32 [B], committed tokens, prompt included.
     cached: int32 [B], leading tokens whose cache rows are right.
+    drafted: int32 [B], leading tokens that are text or predictions; noise tokens follow.
     limit: int32 [B], the most that length may become.
     done: bool [B].
     turn: int32 [B], passes over the current block ("fixed").
@@ -53,6 +55,7 @@ class State(NamedTuple):
   tokens: jax.Array
   length: jax.Array
   cached: jax.Array
+  drafted: jax.Array
   limit: jax.Array
   done: jax.Array
   turn: jax.Array
@@ -98,8 +101,9 @@ def prefill(
   tokens = tokens.at[:, :width].set(jnp.where(inside, prompts_BP, noise_token))
   start_B = jnp.zeros(rows, jnp.int32)
   count = width + max(ahead - 1, 0)
-  window = cached.following(start_B, count)
-  x, caches = _run(params, config, tokens[:, :count], start_B, window, caches, engine)
+  positions, reach = cached.following(start_B, count)
+  window = Batch(tokens[:, :count], positions, is_noise=positions >= lengths[:, None])
+  x, caches = _run(params, config, window, start_B, reach, caches, engine)
   if ahead:
     drafted = jnp.argmax(transformer.logits(params, slice_rows(x, lengths - 1, ahead)), axis=-1)
     tokens = write_rows(tokens, drafted, lengths)
@@ -117,6 +121,7 @@ def begin(tokens, caches, lengths, limits, done, seeds, settings: Settings) -> S
     tokens=tokens,
     length=np.array(lengths),
     cached=np.array(lengths),
+    drafted=lengths + np.int32(settings.drafts_of_prompt),
     limit=limits,
     done=done,
     turn=np.zeros_like(lengths),
@@ -153,12 +158,9 @@ def one_pass(
 ) -> tuple[State, Seen]:
   """One forward pass over each row's window, and what the mode commits of it."""
   start = jnp.minimum(state.cached, state.length - 1)
-  tokens = state.tokens
-  if settings.draft == "ngram":
-    tokens = drafts.continue_ngrams(tokens, state.length, settings.block)
-  predicted, probability, verified, caches = _predict(
-    params, state, tokens, start, config, settings
-  )
+  tokens, drafted = settings.kind.fill(state.tokens, state.drafted, state.length, settings.block)
+  filled = state._replace(tokens=tokens, drafted=drafted)
+  (predicted, probability), verified, caches = _predict(params, filled, start, config, settings)
   count, turn = _commit_count(verified, probability, state, settings)
 
   # The end of a row: an EOS among the committed, its limit, or that the model says nothing more.
@@ -171,16 +173,16 @@ def one_pass(
   length = state.length + count
   done = state.done | ends | (length >= state.limit)
 
-  keep = predicted
-  if settings.draft == "noise" and settings.mode != "fixed":
-    committed = jnp.arange(settings.width)[None, :] < count[:, None]
-    keep = jnp.where(committed, predicted, settings.noise_token)
+  # "fixed" refines what it predicted, wherever a block's first drafts come from.
+  after = drafts.KINDS["tail"] if settings.mode == "fixed" else settings.kind
+  keep, drafted = after.following(predicted, count, state.length, settings.noise_token)
   written = write_rows(tokens, keep, state.length)
   new = state._replace(
     tokens=jnp.where(state.done[:, None], state.tokens, written),
     length=length,
     # All that was committed before is cached now, and so are the drafts that were right.
     cached=jnp.where(state.done, state.cached, jnp.minimum(state.length + verified, length - 1)),
+    drafted=jnp.where(state.done, state.drafted, drafted),
     done=done,
     turn=jnp.where(state.done, state.turn, turn),
     passes=state.passes + ~state.done,
@@ -191,35 +193,26 @@ def one_pass(
   return new, Seen(predicted, probability, count)
 
 
-def _predict(params, state, tokens, start, config, settings):
-  """What one forward pass says: predicted, probability [B, width], verified drafts [B], caches."""
-  block = settings.block
-  ids = slice_rows(tokens, start, settings.window)
+def _predict(params, state, start, config, settings):
+  """What one forward pass says: Predicted [B, width], verified drafts [B], caches."""
+  block, kind = settings.block, settings.kind
   base = state.length - 1 - start
-  if settings.branched:
-    noise = jnp.full((len(ids), drafts.branch_tokens(block)), settings.noise_token, ids.dtype)
-    ids = jnp.concatenate([ids, noise], axis=1)
-    window = drafts.following(start, base, settings.window, block)
-  else:
-    window = cached.following(start, settings.window)
-  x, caches = _run(params, config, ids, start, window, state.caches, settings.engine)
+  positions, reach = cached.following(start, settings.window)
+  ids = slice_rows(state.tokens, start, settings.window)
+  window = Batch(ids, positions, is_noise=positions >= state.drafted[:, None])
+  window, reach = kind.extend(window, reach, base, block, settings.noise_token)
+  x, caches = _run(params, config, window, start, reach, state.caches, settings.engine)
 
   def choose(x_BND, first_B):
     positions = first_B[:, None] + jnp.arange(x_BND.shape[1])[None, :]
-    return sampling.choose(transformer.logits(params, x_BND), positions, state, settings)
+    logits = transformer.logits(params, x_BND)
+    return drafts.Predicted(*sampling.choose(logits, positions, state, settings))
 
   # Only the rows that predict the block meet the head.
-  predicted, probability = choose(slice_rows(x, base, block), state.length)
-  drafted = slice_rows(tokens, state.length, block)
-  verified = _leading(predicted[:, :-1] == drafted[:, :-1])
-  if settings.branched:
-    x_ahead = drafts.chosen(x, verified, settings.window, block)
-    ahead = choose(x_ahead, state.length + verified + 1)
-    predicted, probability = (
-      drafts.continued(own, new, verified)
-      for own, new in zip((predicted, probability), ahead, strict=True)
-    )
-  return predicted, probability, verified, caches
+  own = choose(slice_rows(x, base, block), state.length)
+  drafted = slice_rows(state.tokens, state.length, block)
+  verified = _leading(own.tokens[:, :-1] == drafted[:, :-1])
+  return kind.predict(own, verified, state.length, x, choose), verified, caches
 
 
 def _commit_count(verified, probability, state, settings):
@@ -231,23 +224,18 @@ def _commit_count(verified, probability, state, settings):
     full = (turn >= state.refine_iter) | (verified == settings.block - 1)
     return jnp.where(full, settings.block, 0), jnp.where(full, 0, turn)
   if settings.mode == "threshold":
-    sure = probability >= state.tau[:, None]
-    if settings.branched:  # made behind the verified run, not beside it
-      places = jnp.arange(settings.width)[None, :] - verified[:, None]
-      sure = (sure | (places <= 0)) & (places < settings.block)  # where the branch ends
+    sure = settings.kind.may_commit(probability >= state.tau[:, None], verified, settings.block)
     return jnp.maximum(verified + 1, _leading(sure)), turn
   return verified + 1, turn
 
 
-def _run(params, config, ids_BT, start_B, window, caches, engine):
-  """Hidden states of ids behind the first `start` places of the caches, and these with them."""
-  positions_BT, reach = window
+def _run(params, config, window: Batch, start_B, reach, caches, engine):
+  """Hidden states of a window after the first `start` places of the caches, and these with it."""
   return transformer.hidden_states(
     params,
     config,
-    ids_BT,
-    positions_BT,
-    cached.attend_with(start_B, positions_BT, reach, engine),
+    window,
+    cached.attend_with(start_B, window.positions, reach, engine),
     dtype=caches[0][0].dtype,
     caches=caches,
   )

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from refine_jax.batch import Batch
 from refine_jax.model import remat as remat_lib
 from refine_jax.model import rope as rope_lib
 from refine_jax.model.config import ModelConfig
@@ -190,8 +191,7 @@ def cast_for_compute(params: dict, dtype) -> dict:
 def hidden_states(
   params: dict,
   config: ModelConfig,
-  ids_BT,
-  positions_BT,
+  batch: Batch,
   attend_with: Callable[[int | None], Attend],
   *,
   dtype=jnp.float32,
@@ -205,8 +205,7 @@ def hidden_states(
 
   Args:
     params: as `init_params` makes them, or in a form of layout.py.
-    ids_BT: token ids, int32.
-    positions_BT: the position of each token in its own sequence, int32.
+    batch: the tokens [B, T]; their ids and positions are read here.
     attend_with: gives the attention engine for a sliding window (None: no window).
     dtype: of the activations.
     remat: one of remat.POLICIES.
@@ -218,8 +217,8 @@ def hidden_states(
   Returns:
     hidden states [B, T, D] in `dtype`; with `caches`, also the list of new ones.
   """
-  x = constrain(_embed(params, config, ids_BT, dtype))
-  rotation_with = _rotations(config, positions_BT)
+  x = constrain(_embed(params, config, batch.ids, dtype))
+  rotation_with = _rotations(config, batch.positions)
 
   def layer(x, layer_params, cache, window, prevent_cse=True):
     def run(x, layer_params, cache):

@@ -11,18 +11,19 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from refine_jax.batch import Batch
 from refine_jax.objective import noise as noise_lib
 from refine_jax.objective import rounds as objective
 from refine_jax.objective.noise import Noised
 
 
 def block_sums(
-  predict: Callable, batch: dict, noised: Noised, *, block_size: int, passes: int, eos: int
+  predict: Callable, batch: Batch, noised: Noised, *, block_size: int, passes: int, eos: int
 ) -> dict:
   """Sums over the blocks of a batch [B, T].
 
   Args:
-    predict: ids_BT -> HeadOutput.
+    predict: a round's Batch -> HeadOutput.
     noised: of noise.block_noise; its first pass sees noise.
     eos: the id that ends an answer.
 
@@ -43,7 +44,7 @@ def block_sums(
 
   def collect(ids, output):
     after = objective.next_round_ids(batch, output.predictions, noised)
-    right = block & (after == batch["ids"])
+    right = block & (after == batch.ids)
     ended = block & ~right & (after == eos)
     unbroken = block & (_count_since(first, block & ~right) == 0)
     unchanged = block & (_count_since(first, block & (after != ids)) == 0)
@@ -82,12 +83,12 @@ def named(sums: dict) -> dict:
 def _before(flags_BT, batch):
   """Whether the token before, of the same example, has the flag."""
   shifted = jnp.pad(flags_BT[:, :-1], ((0, 0), (1, 0)))
-  return shifted & (batch["positions"] > 0)
+  return shifted & (batch.positions > 0)
 
 
 def _after(flags_BT, batch):
   """Whether the token after, of the same example, has the flag."""
-  same = batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]
+  same = batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]
   return jnp.pad(flags_BT[:, 1:] & same, ((0, 0), (0, 1)))
 
 

@@ -4,23 +4,25 @@ from pathlib import Path
 
 import numpy as np
 
+from refine_jax.batch import Batch
+
 # Around each token that differs from the clean one.
 _OPEN, _CLOSE = "⟦", "⟧"
 
 
-def format_example(tokenizer, step: int, row: dict, rounds: dict) -> str:
+def format_example(tokenizer, step: int, row: Batch, rounds: dict) -> str:
   """The first example of a packed row.
 
   Args:
     row: numpy arrays [T] of a batch.
     rounds: numpy "inputs" and "predictions", int32 [rounds, T] (train_step.debug_rounds).
   """
-  mine = row["segment_ids"] == 1
-  response = mine & row["response_mask"]
-  clean = row["ids"][response]
-  prompt = tokenizer.decode(row["ids"][mine & ~row["response_mask"]])
+  mine = row.segment_ids == 1
+  response = mine & row.response_mask
+  clean = row.ids[response]
+  prompt = tokenizer.decode(row.ids[mine & ~row.response_mask])
   lines = [
-    f"=== step {step}, example {row['example_ids'][0]}",
+    f"=== step {step}, example {row.example_ids[0]}",
     f"prompt  {_one_line(prompt)}",
     f"t0      {_marked(tokenizer, clean, clean)}",
   ]

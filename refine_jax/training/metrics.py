@@ -7,13 +7,15 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from refine_jax import files
 from refine_jax.config import LogConfig, NoiseConfig, ObjectiveConfig
 from refine_jax.errors import UserError
 from refine_jax.objective import block_metrics
+from refine_jax.objective import noise as noise_lib
+from refine_jax.objective import plan as plan_lib
+from refine_jax.objective.plan import CLEAN, Plan
 from refine_jax.training import sinks
 
 # On the console, in this order; the rest goes to the files.
@@ -25,59 +27,49 @@ def ratio(a, b) -> float:
   return float(a) / float(b) if float(b) else 0.0
 
 
-def round_metrics(sums: dict) -> dict:
-  """Names for objective.ROUND_SUMS [rounds]: losses and shares of tokens predicted right."""
+def term_metrics(name: str, sums: dict) -> dict:
+  """Names for the objective.ROUND_SUMS of one term: loss, and shares of tokens predicted right."""
+  result = {f"loss_{name}": ratio(sums["loss"], sums["count"])}
+  if name == CLEAN:
+    return result | {f"accuracy_{name}": ratio(sums["clean_right"], sums["count"])}
+  for kind in ("corrupted", "clean"):
+    result[f"accuracy_{name}_{kind}"] = ratio(sums[f"{kind}_right"], sums[kind])
+  right = sums["corrupted_right"] + sums["clean_right"]
+  return result | {f"accuracy_{name}": ratio(right, sums["corrupted"] + sums["clean"])}
+
+
+def train_metrics(step_metrics: dict, plan: Plan) -> dict:
+  """The numbers of one training step, as train_step.train_step returns them."""
   result = {}
-  for i in range(len(sums["loss"])):
-    result[f"loss_s{i}"] = ratio(sums["loss"][i], sums["count"][i])
-    for kind in ("corrupted", "clean"):
-      result[f"accuracy_s{i}_{kind}"] = ratio(sums[f"{kind}_right"][i], sums[kind][i])
-    right = sums["corrupted_right"][i] + sums["clean_right"][i]
-    result[f"accuracy_s{i}"] = ratio(right, sums["corrupted"][i] + sums["clean"][i])
-  return result
-
-
-def train_metrics(step_metrics: dict, *, clean: bool = False) -> dict:
-  """The numbers of one training step, as train_step.train_step returns them.
-
-  Args:
-    clean: whether the first pass was on clean text (objective.clean_weight).
-  """
-  scalars = {k: v for k, v in step_metrics.items() if np.ndim(v) == 0}
-  sums = {k: v for k, v in step_metrics.items() if np.ndim(v) == 1}
-  result = {}
-  if clean:
-    result["loss_clean"] = ratio(sums["loss"][0], sums["count"][0])
-    result["accuracy_clean"] = ratio(sums["clean_right"][0], sums["count"][0])
-    sums = {k: v[1:] for k, v in sums.items()}
-  result |= round_metrics(sums)
-  return result | {name: float(value) for name, value in scalars.items()}
+  for term in plan:
+    result |= term_metrics(term.name, step_metrics["terms"][term.name])
+  scalars = {name: float(value) for name, value in step_metrics.items() if name != "terms"}
+  return result | scalars
 
 
 def eval_metrics(sums: dict, objective: ObjectiveConfig, noise: NoiseConfig) -> dict:
-  """Validation: sums of train_step.eval_step -> means over all tokens, by rate, by offset."""
-  rounds, clean = sums["rounds"], sums["clean"]
-  result = round_metrics({name: x.sum(axis=1) for name, x in rounds.items()})
-  result["loss_clean"] = ratio(clean["loss"], clean["count"])
-  result["accuracy_clean"] = ratio(clean["clean_right"], clean["count"])
-  losses = [result[f"loss_s{i}"] for i in range(objective.num_iterations)]
-  result["loss_total"] = float(np.dot(losses, objective.loss_weights))
-  result["loss_total"] += objective.clean_weight * result["loss_clean"]
+  """Validation: sums of train_step.eval_step -> means over all tokens, by bucket, by offset."""
+  plan, terms = plan_lib.plan(objective, noise), sums["terms"]
+  rounds, result = plan_lib.rounds(plan), {}
+  for term in rounds:
+    part = {name: x.sum() for name, x in terms[term.name].items()}
+    result |= term_metrics(term.name, part)
+  # Whether or not it is trained on.
+  result |= term_metrics(CLEAN, terms[CLEAN])
+  by_weight = [(t.weight, result[f"loss_{t.name}"]) for t in rounds + plan_lib.others(plan)]
+  result["loss_total"] = sum(weight * loss for weight, loss in by_weight)
   result |= block_metrics.named(sums["block"])
-  if noise.kind == "uniform":
-    result |= _by_rate(rounds, noise)
+  result |= _by_bucket(terms, rounds, noise_lib.from_config(noise).buckets())
   return {f"eval/{name}": value for name, value in result.items()}
 
 
-def _by_rate(rounds, noise):
-  buckets = rounds["loss"].shape[1]
-  edges = np.linspace(noise.noise_min, noise.noise_max, buckets + 1)
+def _by_bucket(terms, rounds, labels):
   result = {}
-  for b in range(buckets):
-    part = round_metrics({name: x[:, b] for name, x in rounds.items()})
-    if rounds["count"][:, b].any():
-      label = f"noise_{edges[b]:.2f}-{edges[b + 1]:.2f}"
-      result |= {f"{label}/{k}": v for k, v in part.items() if k.startswith("loss")}
+  for b, label in enumerate(labels):
+    for term in rounds:
+      part = {name: x[b] for name, x in terms[term.name].items()}
+      if part["count"]:
+        result[f"{label}/loss_{term.name}"] = ratio(part["loss"], part["count"])
   return result
 
 

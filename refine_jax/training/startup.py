@@ -20,11 +20,11 @@ from refine_jax.model.transformer import ModelConfig
 from refine_jax.objective import noise
 from refine_jax.text.vocabulary import check_ids
 from refine_jax.training import compute as compute_lib
-from refine_jax.training import optim, train_step
+from refine_jax.training import memory, optim, train_step
 from refine_jax.training.data_plan import DataPlan
 from refine_jax.training.metrics import gibibytes
 from refine_jax.training.source import Source
-from refine_jax.training.train_step import Recipe
+from refine_jax.training.train_step import StepConfig
 from refine_jax.tree import leaf_name
 
 
@@ -46,27 +46,29 @@ def choose_compute(config: Config, shape: ModelConfig, mesh, plan: DataPlan):
     dtype=dtype,
     max_segments=plan.max_segments,
     packed=config.data.pack,
-    blocks=config.noise.kind == "block",
+    blocks=noise.from_config(config.noise).clean_text_inside,
     scale=shape.attention_scale,
   )
   shapes = transformer.param_shapes(shape)
   state_on_device = _bytes_per_device(shapes, sharding.shardings(shapes, mesh))
   rows_on_device = config.optim.micro_batch // sharding.batch_shards(mesh)
-  remat = compute_lib.choose_remat(
+  remat = memory.choose_remat(
     source.remat,
     shape,
     dtype=dtype,
-    tokens=rows_on_device * config.data.max_length * noise.columns_per_token(config.noise),
+    tokens=rows_on_device
+    * config.data.max_length
+    * noise.from_config(config.noise).columns_per_token,
     parameters=state_on_device // 4,
     head_chunk=source.head_chunk,
-    memory=compute_lib.device_memory(),
+    memory=memory.device_memory(),
     moment_itemsize=jnp.dtype(config.optim.moment_dtype).itemsize,
   )
   gradient = source.head_gradient
   if gradient == "auto":
     gradient = "forward" if mesh.size == mesh.shape["data"] else "recompute"
   unroll = compute_lib.choose_unroll(source.scan_unroll, remat, shape.layers)
-  return compute_lib.Compute(
+  return compute_lib.ForwardConfig(
     model=shape,
     dtype=dtype,
     attention=engine,
@@ -80,7 +82,7 @@ def choose_compute(config: Config, shape: ModelConfig, mesh, plan: DataPlan):
   )
 
 
-def make_recipe(config: Config, source: Source, plan: DataPlan) -> Recipe:
+def make_recipe(config: Config, source: Source, plan: DataPlan) -> StepConfig:
   """The noise token is EOS unless the config names an id of the vocabulary."""
   token = config.noise.token_id
   if token is None:
@@ -90,7 +92,7 @@ def make_recipe(config: Config, source: Source, plan: DataPlan) -> Recipe:
     ("The tokenizer's EOS", [source.tokenizer.eos_token_id]),
   ):
     check_ids(ids, source.model.vocab_size, what, source.tokenizer)
-  return Recipe(
+  return StepConfig(
     objective=config.objective,
     noise=config.noise,
     optim=config.optim,
@@ -111,7 +113,7 @@ def identity(shape: ModelConfig) -> dict:
   return json.loads(json.dumps({k: v for k, v in values.items() if v != defaults[k]}))
 
 
-def run_record(config: Config, recipe: Recipe, plan: DataPlan) -> dict:
+def run_record(config: Config, recipe: StepConfig, plan: DataPlan) -> dict:
   """What makes a run beside its model: name -> JSON; a checkpoint keeps it, a resume compares it.
 
   "data" is the tokenised training examples; the others are keys of the config, resolved.
@@ -141,7 +143,7 @@ def run_record(config: Config, recipe: Recipe, plan: DataPlan) -> dict:
 
 
 def start(
-  config: Config, source: Source, recipe: Recipe, mesh, checkpointer, iterator, run: dict
+  config: Config, source: Source, recipe: StepConfig, mesh, checkpointer, iterator, run: dict
 ) -> tuple:
   """The state to go on from. The order: own workdir, resume path, pretrained weights, scratch.
 

@@ -11,9 +11,10 @@ from refine_jax.checkpoint.checkpointer import Checkpointer
 from refine_jax.config import Config
 from refine_jax.errors import UserError
 from refine_jax.objective import noise
+from refine_jax.objective import plan as plan_lib
 from refine_jax.training import debug_log, duties, metrics, startup, train_step
-from refine_jax.training.compute import peak_flops, train_flops_per_token
 from refine_jax.training.data_plan import plan_data
+from refine_jax.training.flops import peak_flops, train_flops_per_token
 from refine_jax.training.problems import Problems
 from refine_jax.training.source import read_source
 from refine_jax.training.workdir import check_workdir, hold, prepare_workdir
@@ -29,6 +30,7 @@ def run(config: Config, workdir: str) -> int:
     UserError: what a user can mend.
   """
   workdir = files.local_path(workdir, "--workdir").absolute()
+  noise.from_config(config.noise)  # refuses, before anything is done, what the kind cannot do
   check_workdir(workdir, config)
   with hold(workdir):
     return _run(config, workdir)
@@ -81,12 +83,11 @@ class _Loop:
     self.recipe, self.compute, self.mesh = recipe, compute, compute.mesh
     self.checkpointer, self.iterator, self.record = checkpointer, iterator, record
     self.total = recipe.total_steps
-    bound = {"recipe": recipe, "compute": compute}
+    bound = {"step_config": recipe, "forward": compute}
     self.eval_step = jax.jit(functools.partial(train_step.eval_step, **bound))
     self.debug_rounds = jax.jit(functools.partial(train_step.debug_rounds, **bound))
-    columns = noise.columns_per_token(config.noise)
-    passes = config.objective.num_iterations * columns
-    passes += int(config.objective.clean_weight > 0 and columns == 1)
+    columns = noise.from_config(config.noise).columns_per_token
+    passes = plan_lib.passes(recipe.plan) * columns
     flops = train_flops_per_token(source.model, plan.train.mean_length, passes)
     self.problems = None
     if config.eval.generate_every:
@@ -223,9 +224,7 @@ class _Loop:
         jax.profiler.stop_trace()
 
   def _report(self, step, step_metrics, writers):
-    values = metrics.train_metrics(
-      jax.device_get(step_metrics), clean=self.config.objective.clean_weight > 0
-    )
+    values = metrics.train_metrics(jax.device_get(step_metrics), self.recipe.plan)
     self.throughput.add(values["tokens"])
     writers.advance()
     if duties.is_due(self.config.log.every, step) or step == self.total:
@@ -278,13 +277,13 @@ class _Loop:
 
   def _debug(self, state, host_batch, step, writers):
     # One row, as many times as there are shards of rows, so that it fits the mesh.
-    row = {name: x[0, :1] for name, x in host_batch.items()}
+    row = host_batch.map(lambda x: x[0, :1])
     copies = sharding.batch_shards(self.mesh) // jax.process_count()
-    tiled = {name: np.repeat(x, copies, axis=0) for name, x in row.items()}
+    tiled = row.map(lambda x: np.repeat(x, copies, axis=0))
     batch = sharding.put_batch(tiled, self.mesh, accumulated=False)
     rounds = jax.device_get(self.debug_rounds(state.params, batch, step=step))
     if jax.process_index() == 0:
-      first = {name: x[0] for name, x in row.items()}
+      first = row.map(lambda x: x[0])
       text = debug_log.format_example(self.source.tokenizer, step, first, rounds)
       with writers.keeping_failures(self.workdir / "log" / "debug.log"):
         debug_log.append(self.workdir, text)

@@ -9,16 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from refine_jax.batch import Batch
 from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
 from refine_jax.objective import block_metrics
 from refine_jax.objective import noise as noise_lib
+from refine_jax.objective import plan as plan_lib
 from refine_jax.objective import rounds as objective
 from refine_jax.training import optim
-from refine_jax.training.compute import Compute
-
-# Validation losses are reported by the example's noise rate, in so many equal parts of
-# [noise_min, noise_max].
-NOISE_BUCKETS = 4
+from refine_jax.training.compute import ForwardConfig
 
 
 @flax.struct.dataclass
@@ -41,8 +39,8 @@ class TrainState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-  """What a step does, beside how it is computed; static."""
+class StepConfig:
+  """What a step does, apart from how it is computed; static."""
 
   objective: ObjectiveConfig
   noise: NoiseConfig
@@ -51,6 +49,11 @@ class Recipe:
   eos_token: int
   total_steps: int
   seed: int
+
+  @property
+  def plan(self) -> plan_lib.Plan:
+    """The terms of the loss."""
+    return plan_lib.plan(self.objective, self.noise)
 
 
 def init_state(params, optim_config: OptimConfig) -> TrainState:
@@ -65,41 +68,38 @@ def init_state(params, optim_config: OptimConfig) -> TrainState:
   )
 
 
-def train_step(state: TrainState, batch: dict, *, recipe: Recipe, compute: Compute) -> tuple:
+def train_step(
+  state: TrainState, batch: Batch, *, step_config: StepConfig, forward: ForwardConfig
+) -> tuple:
   """One optimizer step.
 
   Args:
     state: donated by the caller's jit.
-    batch: arrays [A, B, T] (objective.py names them): A micro-batches of B rows.
+    batch: arrays [A, B, T]: A micro-batches of B rows.
 
   Returns:
     the new state; a dict of float32 metrics: scalars loss_total, grad_norm, lr, noise_mean,
-    tokens, response_tokens, skipped, skipped_in_row, and objective.ROUND_SUMS of
-    objective.refinement_gradients.
+    tokens, response_tokens, skipped, skipped_in_row; and "terms", for the name of each term of the
+    plan objective.ROUND_SUMS, scalars.
   """
-  key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-  response_tokens = sum_over_batch(lambda b: b["response_mask"], batch)
-  tokens = sum_over_batch(lambda b: b["segment_ids"] > 0, batch)
+  key = jax.random.fold_in(jax.random.key(step_config.seed), state.step)
+  response_tokens = sum_over_batch(lambda b: b.response_mask, batch)
+  tokens = sum_over_batch(lambda b: b.segment_ids > 0, batch)
   batch, noised = jax.vmap(
-    lambda micro: noise_lib.add_noise(key, micro, recipe.noise, recipe.noise_token)
+    lambda micro: noise_lib.add_noise(key, micro, step_config.noise, step_config.noise_token)
   )(batch)
-  weights, clean_weight = recipe.objective.loss_weights, recipe.objective.clean_weight
+  plan = step_config.plan
   gradients, sums = objective.refinement_gradients(
-    compute.loss,
-    compute.cast(state.params),
-    batch,
-    noised,
-    loss_weights=weights,
-    clean_weight=clean_weight,
+    forward.loss, forward.cast(state.params), batch, noised, plan
   )
-  gradients = compute.canonical(gradients)
-  if clean_weight > 0:
-    weights = (clean_weight, *weights)
-  losses = sums["loss"] / jnp.maximum(sums["count"], 1)
-  loss_total = jnp.sum(losses * jnp.asarray(weights))
-  new_state, norm, rate = _update(state, gradients, loss_total, recipe)
-  noised_tokens = jnp.sum(noised.rates * batch["response_mask"])
-  metrics = sums | {
+  gradients = forward.canonical(gradients)
+  loss, count = (jnp.stack([sums[term.name][x] for term in plan]) for x in ("loss", "count"))
+  weights = jnp.asarray([term.weight for term in plan])
+  loss_total = jnp.sum(loss / jnp.maximum(count, 1) * weights)
+  new_state, norm, rate = _update(state, gradients, loss_total, step_config)
+  noised_tokens = jnp.sum(noised.rates * batch.response_mask)
+  metrics = {
+    "terms": sums,
     "loss_total": loss_total,
     "grad_norm": norm,
     "lr": rate,
@@ -112,17 +112,17 @@ def train_step(state: TrainState, batch: dict, *, recipe: Recipe, compute: Compu
   return new_state, metrics
 
 
-def sum_over_batch(select, batch: dict):
+def sum_over_batch(select, batch: Batch):
   """The float32 sum over all micro-batches of what `select` takes from one."""
   return jnp.sum(jax.vmap(select)(batch), dtype=jnp.float32)
 
 
-def _update(state, gradients, loss, recipe):
+def _update(state, gradients, loss, step_config):
   """The new state, the gradient's norm and the learning rate; the old values if not finite."""
   norm = optax.tree.norm(gradients)
   finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-  rate = optim.schedule(recipe.optim, recipe.total_steps)(state.step)
-  updates, opt_state = optim.optimizer(recipe.optim).update(
+  rate = optim.schedule(step_config.optim, step_config.total_steps)(state.step)
+  updates, opt_state = optim.optimizer(step_config.optim).update(
     gradients, state.opt_state, state.params
   )
   params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
@@ -141,7 +141,9 @@ def _update(state, gradients, loss, recipe):
   return new_state, norm, rate
 
 
-def eval_step(params: dict, batch: dict, *, recipe: Recipe, compute: Compute) -> dict:
+def eval_step(
+  params: dict, batch: Batch, *, step_config: StepConfig, forward: ForwardConfig
+) -> dict:
   """Sums for validation.
 
   The noise is that of step 0, so that every validation sees the same.
@@ -150,23 +152,20 @@ def eval_step(params: dict, batch: dict, *, recipe: Recipe, compute: Compute) ->
     batch: arrays [B, T].
 
   Returns:
-    "rounds": objective.ROUND_SUMS, float32 [rounds, NOISE_BUCKETS], by the example's noise rate;
-    "clean": the same of one pass over the clean text, float32 scalars; "block":
-    block_metrics.block_sums, of one pass more than there are rounds.
+    "terms": for the name of each round objective.ROUND_SUMS, float32 [buckets], by the buckets of
+    the noise kind; for "clean", whether or not the plan has it, the same of one pass over the
+    clean text, float32 scalars. "block": block_metrics.block_sums, of one pass more than there are
+    rounds.
   """
-  key = jax.random.key(recipe.seed)
-  noise = recipe.noise
-  round_batch, noised = noise_lib.add_noise(key, batch, noise, recipe.noise_token)
-  width = max(noise.noise_max - noise.noise_min, 1e-6) / NOISE_BUCKETS
-  bucket = ((noised.rates - noise.noise_min) / width).astype(jnp.int32)
-  bucket = jnp.clip(bucket, 0, NOISE_BUCKETS - 1)
-  # The rate belongs to the example, and so to all its tokens.
-  in_bucket = jax.nn.one_hot(bucket, NOISE_BUCKETS)
-  working = compute.cast(params)
+  key = jax.random.key(step_config.seed)
+  kind = noise_lib.from_config(step_config.noise)
+  round_batch, noised = kind.corrupt(key, batch, step_config.noise_token)
+  in_bucket = jax.nn.one_hot(kind.bucket(noised), noise_lib.NOISE_BUCKETS)
+  working = forward.cast(params)
 
-  def predict(ids, batch=batch, trained=None):
-    targets, scored = objective.next_token_targets(batch, trained)
-    return compute.loss(working, ids, batch, targets, scored.astype(jnp.float32))[1]
+  def predict(tokens, clean=batch, trained=None):
+    targets, scored = objective.next_token_targets(clean, trained)
+    return forward.loss(working, tokens, targets, scored.astype(jnp.float32))[1]
 
   def collect(_, output):
     targets, scored = objective.next_token_targets(round_batch, noised.trained)
@@ -174,56 +173,65 @@ def eval_step(params: dict, batch: dict, *, recipe: Recipe, compute: Compute) ->
     sums = objective.round_sums(round_batch, noised.ids, targets, weights, output)
     return {name: jnp.einsum("bt,btk->k", x, in_bucket) for name, x in sums.items()}
 
-  rounds = recipe.objective.num_iterations
-  blocks = noise_lib.block_noise(key, batch, noise.block_size, recipe.noise_token)
+  rounds = plan_lib.rounds(step_config.plan)
+  block_size = step_config.noise.block_size
+  blocks = noise_lib.block_noise(key, batch, block_size, step_config.noise_token)
   targets, scored = objective.next_token_targets(batch)
   clean = objective.round_sums(
-    batch, batch["ids"], targets, scored.astype(jnp.float32), predict(batch["ids"])
+    batch, batch.ids, targets, scored.astype(jnp.float32), predict(batch)
   )
+  by_round = objective.refine(
+    lambda tokens: predict(tokens, round_batch, noised.trained),
+    round_batch,
+    noised,
+    num_rounds=len(rounds),
+    collect=collect,
+  )
+  terms = {t.name: {k: x[i] for k, x in by_round.items()} for i, t in enumerate(rounds)}
   return {
-    "rounds": objective.refine(
-      lambda ids: predict(ids, round_batch, noised.trained),
-      round_batch,
-      noised,
-      num_rounds=rounds,
-      collect=collect,
-    ),
-    "clean": jax.tree.map(jnp.sum, clean),
+    "terms": terms | {plan_lib.CLEAN: jax.tree.map(jnp.sum, clean)},
     "block": block_metrics.block_sums(
-      predict, batch, blocks, block_size=noise.block_size, passes=rounds + 1, eos=recipe.eos_token
+      predict,
+      batch,
+      blocks,
+      block_size=block_size,
+      passes=len(rounds) + 1,
+      eos=step_config.eos_token,
     ),
   }
 
 
-def debug_rounds(params: dict, batch: dict, *, recipe: Recipe, compute: Compute, step) -> dict:
-  """One row's way through the rounds, for log/debug.log: batch arrays are [1, T].
+def debug_rounds(
+  params: dict, batch: Batch, *, step_config: StepConfig, forward: ForwardConfig, step
+) -> dict:
+  """Follows one row through the rounds, for log/debug.log: batch arrays are [1, T].
 
   Returns:
     "inputs" int32 [rounds, T]: s0, s1, ..; "predictions" int32 [rounds, T]: what each round
-    predicts for the place of each token.
+    predicts for the position of each token.
   """
-  key = jax.random.fold_in(jax.random.key(recipe.seed), step)
-  length = batch["ids"].shape[1]
-  batch, noised = noise_lib.add_noise(key, batch, recipe.noise, recipe.noise_token)
+  key = jax.random.fold_in(jax.random.key(step_config.seed), step)
+  length = batch.ids.shape[1]
+  batch, noised = noise_lib.add_noise(key, batch, step_config.noise, step_config.noise_token)
   targets, scored = objective.next_token_targets(batch)
-  working = compute.cast(params)
+  working = forward.cast(params)
 
-  def predict(ids):
-    return compute.loss(working, ids, batch, targets, scored.astype(jnp.float32))[1]
+  def predict(tokens):
+    return forward.loss(working, tokens, targets, scored.astype(jnp.float32))[1]
 
   def collect(ids, output):
-    # A prediction each for the place of the next token, refined or not.
-    everywhere = noised._replace(refined=batch["response_mask"])
+    # A prediction for the position of each next token, refined or not.
+    everywhere = noised._replace(refined=batch.response_mask)
     after = objective.next_round_ids(batch, output.predictions, everywhere)
-    # Of blocks beside the clean text, the copy.
+    # Where a copy stands next to the clean text, the copy.
     return {"inputs": ids[0, -length:], "predictions": after[0, -length:]}
 
-  rounds = recipe.objective.num_iterations
+  rounds = step_config.objective.num_iterations
   return objective.refine(predict, batch, noised, num_rounds=rounds, collect=collect)
 
 
-def jit_train_step(recipe: Recipe, compute: Compute, state_shardings=None):
+def jit_train_step(step_config: StepConfig, forward: ForwardConfig, state_shardings=None):
   """The one place where the step is compiled: state donated, its shardings kept."""
-  step = functools.partial(train_step, recipe=recipe, compute=compute)
+  step = functools.partial(train_step, step_config=step_config, forward=forward)
   out = None if state_shardings is None else (state_shardings, None)
   return jax.jit(step, donate_argnums=0, out_shardings=out)

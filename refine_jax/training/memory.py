@@ -1,0 +1,62 @@
+"""What fits into a device's memory, and so how much a backward pass recomputes."""
+
+import jax
+import jax.numpy as jnp
+
+from refine_jax.model import remat as remat_lib
+from refine_jax.model.transformer import ModelConfig
+
+
+def saved_bytes_per_token(config: ModelConfig, remat: str, itemsize: int) -> int:
+  """An estimate of what all layers together keep of a token for the backward pass."""
+  query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+  kept = config.width  # the residual stream between layers
+  if remat != "full":
+    kept += 2 * query + 2 * key
+  if remat in ("save_attention_mlp", "none"):
+    kept += 2 * config.feed_forward
+  if remat == "none":
+    # Norms' inputs in float32, rotations, the gated product: about as much again.
+    kept += 6 * config.width + 2 * query + 2 * key + 2 * config.feed_forward
+  return kept * itemsize * config.layers
+
+
+def choose_remat(
+  wanted: str,
+  config: ModelConfig,
+  *,
+  dtype: str,
+  tokens: int,
+  parameters: int,
+  head_chunk: int,
+  memory: int | None,
+  moment_itemsize: int = 4,
+) -> str:
+  """The policy that recomputes least among those that fit, or `wanted` where it names one.
+
+  Args:
+    tokens: in a micro-batch, on one device.
+    parameters: on one device.
+    memory: bytes of one device; None (a CPU): nothing is recomputed.
+  """
+  if wanted != "auto":
+    return remat_lib.resolve(wanted)
+  if memory is None:
+    return "none"
+  itemsize = jnp.dtype(dtype).itemsize
+  # Masters and moments, the sum of gradients, one round's gradients, the working copy.
+  fixed = parameters * (4 + 4 + moment_itemsize + 4 + itemsize + itemsize)
+  fixed += head_chunk * config.vocab_size * (4 + itemsize)
+  room = 0.9 * memory - fixed
+  for policy in remat_lib.POLICIES:
+    # One layer's backward pass needs about as much as "none" keeps of it.
+    working = tokens * saved_bytes_per_token(config, "none", itemsize) / config.layers
+    if tokens * saved_bytes_per_token(config, policy, itemsize) + working <= room:
+      return policy
+  return "full"
+
+
+def device_memory() -> int | None:
+  """Bytes that this process may use of its first device; None where it is not known (CPU)."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return stats.get("bytes_limit")
