@@ -18,10 +18,10 @@ def get_config(recipe: str = "document") -> ConfigDict:
   c.seed = 0
 
   c.data = data = ConfigDict()
-  # A prompt and a response a row, as Parquet or JSON lines (.jsonl, .ndjson, .json): a path, a glob,
-  # or several separated by commas. A row that is null, empty, of another type, or refused by the
-  # chat template or the tokenizer is dropped, counted by reason, and the first few are named; more
-  # than nine of ten such rows stop the run before its first step.
+  # A prompt and a response a row, as Parquet or JSON lines (.jsonl, .ndjson, .json): a path, a
+  # glob, or several separated by commas. A row that is null, empty, of another type, or refused by
+  # the chat template or the tokenizer is dropped, counted by reason, and the first few are named;
+  # more than nine of ten such rows stop the run before its first step.
   data.train_files = ""
   # The same for validation; empty: none.
   data.val_files = ""
