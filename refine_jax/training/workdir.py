@@ -14,6 +14,7 @@ from refine_jax.checkpoint.directory import check_writable_name, checkpoint_dire
 from refine_jax.config import Config
 from refine_jax.errors import UserError
 from refine_jax.hf import model_files
+from refine_jax.objective import noise
 from refine_jax.training.source import Source
 
 _LOCK = ".lock"
@@ -146,14 +147,13 @@ def _write_model_files(place: Path, config: Config, source: Source, noise_token:
   """What exports and the sampler need; `anew` because they tell of the noise and the template."""
   if place.exists() and not anew:
     return
-  block_size = config.noise.block_size if config.noise.kind == "block" else None
   with files.write_errors(place), files.unfinished(place) as temporary:
     model_files.save_model_files(
       source.directory,
       source.tokenizer,
       temporary,
       chat_template=config.data.chat_template,
-      refinement={"noise_token": noise_token, "block_size": block_size},
+      refinement=noise.from_config(config.noise).refinement(noise_token),
     )
     if place.exists():
       shutil.rmtree(place)
