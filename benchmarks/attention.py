@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+if not __package__:  # Python has put benchmarks/ on its path, not the folder around it
+  raise SystemExit("error: run it from the repository's root as python -m benchmarks.attention")
+
 from benchmarks import timing
 from benchmarks.step import random_batch
 from refine_jax.attention import packed as packed_attention

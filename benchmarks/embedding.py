@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+if not __package__:  # Python has put benchmarks/ on its path, not the folder around it
+  raise SystemExit("error: run it from the repository's root as python -m benchmarks.embedding")
+
 from benchmarks import timing
 from refine_jax.batch import Batch
 from refine_jax.model import transformer

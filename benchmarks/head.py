@@ -8,6 +8,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+if not __package__:  # Python has put benchmarks/ on its path, not the folder around it
+  raise SystemExit("error: run it from the repository's root as python -m benchmarks.head")
+
 from benchmarks import timing
 from refine_jax.model.head import cross_entropy
 

@@ -23,10 +23,13 @@ import pyarrow.parquet
 import tokenizers
 import transformers
 
+if not __package__:  # Python has put benchmarks/ on its path, not the folder around it
+  raise SystemExit("error: run it from the repository's root as python -m benchmarks.input")
+
 from benchmarks import timing
 from refine_jax.config import DataConfig
 from refine_jax.data import load_examples, train_iterator, train_rows
-from refine_jax.hf import weights as hf_weights
+from refine_jax.text.tokenizer import load_tokenizer
 
 # Examples, and milliseconds that a step is taken to last.
 _DEFAULTS = {"tiny": (2000, 20.0), "135m": (20000, 150.0), "1.5b": (20000, 600.0)}
@@ -66,7 +69,7 @@ def _measure(arguments, directory: Path) -> tuple:
   length, batch_size = arguments.max_length or shape.length, arguments.batch or shape.rows
   step_ms = step_ms if arguments.step_ms is None else arguments.step_ms
   if arguments.data:
-    files, tokenizer = arguments.data, hf_weights.load_tokenizer(arguments.tokenizer)
+    files, tokenizer = arguments.data, load_tokenizer(arguments.tokenizer)
   else:
     texts = synthetic_texts(arguments.examples or count, length)
     files, tokenizer = _write(texts, directory), byte_tokenizer()
@@ -86,7 +89,8 @@ def _measure(arguments, directory: Path) -> tuple:
 
   def load():
     start = time.perf_counter()
-    return load_examples(files, data, tokenizer, name="train"), time.perf_counter() - start
+    examples = load_examples(files, data, tokenizer, name="train", vocab_size=len(tokenizer))
+    return examples, time.perf_counter() - start
 
   examples, cold = load()
   examples, cached = load()

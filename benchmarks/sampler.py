@@ -23,12 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+if not __package__:  # Python has put benchmarks/ on its path, not the folder around it
+  raise SystemExit("error: run it from the repository's root as python -m benchmarks.sampler")
+
 from benchmarks import timing
 from refine_jax.decoding import compile_cache, generation, loading, sampler
 from refine_jax.decoding import settings as sampler_settings
 from refine_jax.hf import export as hf_export
 from refine_jax.model import transformer
-from refine_jax.training import flops
+from refine_jax.training import flops as flops_lib
 
 _PASSES = 32
 # The document's add_eos_length of 7.
@@ -121,7 +124,7 @@ def pass_cost(
   moved = weight_bytes(config, itemsize) + rows * (context + tokens) * cache
   scores = 4 * config.heads * config.head_dim * config.layers * context
   head = 2 * config.width * config.vocab_size
-  layers = flops.matmul_flops_per_token(config) - head
+  layers = flops_lib.matmul_flops_per_token(config) - head
   return moved, rows * (tokens * (layers + scores) + predictions * head)
 
 
@@ -189,7 +192,7 @@ def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
   moved, flops = pass_cost(
     config,
     rows=rows,
-    tokens=settings.tokens if settings.branched else block,
+    tokens=settings.tokens if settings.extra_tokens else block,
     predictions=settings.width,
     context=arguments.prompt,
     itemsize=itemsize,
@@ -229,7 +232,7 @@ def _roofline(moved, flops, seconds, ceilings) -> dict:
   By what this run measured, and by what the device's makers state.
   """
   memory, work = moved / ceilings["bytes"], flops / ceilings["flops"]
-  peak, bandwidth = flops.peak_flops(), flops.peak_bandwidth()
+  peak, bandwidth = flops_lib.peak_flops(), flops_lib.peak_bandwidth()
   nominal = max(moved / bandwidth, flops / peak) if peak and bandwidth else None
   return {
     "bytes": moved,

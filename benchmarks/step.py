@@ -13,6 +13,9 @@ import time
 import jax
 import numpy as np
 
+if not __package__:  # Python has put benchmarks/ on its path, not the folder around it
+  raise SystemExit("error: run it from the repository's root as python -m benchmarks.step")
+
 from benchmarks import timing
 from refine_jax.attention.choose import choose_backend
 from refine_jax.batch import Batch
@@ -209,7 +212,9 @@ def main(argv=None) -> dict:
   parser = timing.parser(__doc__)
   parser.add_argument("--rounds", type=int, default=2)
   parser.add_argument("--rows", type=int, help="rows of the batch; default: the shape's")
-  parser.add_argument("--remat", choices=("auto", *remat_lib.POLICIES), default="auto")
+  parser.add_argument(
+    "--remat", choices=("auto", *remat_lib.POLICIES, *remat_lib.ALIASES), default="auto"
+  )
   parser.add_argument("--attention", default="auto")
   parser.add_argument(
     "--unroll",

@@ -16,9 +16,12 @@ import torch
 import transformers
 from torch.utils.checkpoint import checkpoint
 
+if not __package__:  # Python has put benchmarks/ on its path, not the folder around it
+  raise SystemExit("error: run it from the repository's root as python -m benchmarks.torch_step")
+
 from benchmarks import timing
-from refine_jax.hf import config as hf_config
-from refine_jax.model.transformer import ModelConfig
+from refine_jax.hf.families import FAMILIES
+from refine_jax.model.config import ModelConfig
 from refine_jax.training import flops as flops_lib
 
 _CHUNK = 2048
@@ -28,7 +31,7 @@ def hf_values(config: ModelConfig) -> dict:
   """A config.json of this shape, as far as the benchmarks' shapes go: no windows, plain rope."""
   family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
   return {
-    "architectures": [hf_config.ARCHITECTURES[family]],
+    "architectures": [FAMILIES[family].architecture],
     "model_type": family,
     "vocab_size": config.vocab_size,
     "hidden_size": config.width,

@@ -4,29 +4,70 @@ import functools
 import os
 import signal
 import sys
+from collections.abc import Callable
 
+from refine_jax import files
 from refine_jax.errors import UserError
 
 
 def entry_point(main):
   """Runs `main`; a UserError becomes one line on stderr and exit status 1.
 
-  An interrupt and a closed pipe end it with the status that a shell gives them.
+  So does a full or read-only disk. An interrupt and a closed pipe end it with the status that a
+  shell gives them.
   """
 
   @functools.wraps(main)
   def run():
     try:
-      sys.exit(main())
+      status = main()
+      sys.stdout.flush()
+      sys.exit(status)
     except UserError as error:
-      print(f"error: {error}", file=sys.stderr)
-      sys.exit(1)
+      _fail(error)
     except KeyboardInterrupt:
       print(file=sys.stderr)
       sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
-      # Or Python would try to write what is left in the buffer, and fail again.
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      _drop_output()
       sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+      if error.errno not in files.DISK_ERRORS:
+        raise
+      place = f"{error.filename}: " if error.filename else ""
+      _fail(f"{place}{error.strerror}; make room, or write elsewhere.")
 
   return run
+
+
+def whole_number(option: str, least: int) -> Callable[[str], int]:
+  """A type for argparse: whole numbers of at least so much.
+
+  Raises:
+    UserError: from the type, names the option, what was given and what it may be.
+  """
+
+  def parse(text: str) -> int:
+    try:
+      value = int(text)
+    except ValueError:
+      value = None
+    if value is None or value < least:
+      raise UserError(f"{option}={text!r} must be a whole number of at least {least}.")
+    return value
+
+  return parse
+
+
+def _fail(error):
+  print(f"error: {error}", file=sys.stderr)
+  try:
+    sys.stdout.flush()
+  except OSError:  # it may be what failed
+    _drop_output()
+  sys.exit(1)
+
+
+def _drop_output():
+  # Or Python would try to write what is left in the buffer, and fail again.
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT as a request to save and leave after the current step."""
 
+import os
 import signal
 
 import jax
@@ -11,12 +12,16 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Interrupt:
   """Catches the signals while entered; a second one ends the process at once.
 
+  At once: by the system, without a word and whatever the process waits for, be it a save that goes
+  on or a file system that does not answer.
+
   With several processes all must stop after the same step: JAX's preemption service, which
   catches SIGTERM itself, agrees on one.
   """
 
   def __init__(self):
     self._signal = None
+    self._asked = False
     self._previous = {}
 
   def __enter__(self):
@@ -28,10 +33,21 @@ class Interrupt:
     self._restore()
 
   def requested(self, step: int) -> bool:
-    """Whether to stop after `step` steps."""
+    """Whether to stop after `step` steps; with several processes once for each step."""
     if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
       self._signal = signal.SIGTERM
-    return self._signal is not None
+    return self.pending
+
+  @property
+  def pending(self) -> bool:
+    """Whether to stop soon, as far as this process knows without asking others."""
+    return self._signal is not None or (self._asked and jax.process_count() == 1)
+
+  def ask(self):
+    """Asks for a stop as a signal does; with several processes of all of them."""
+    if not self._asked and jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    self._asked = True
 
   @property
   def name(self) -> str:
@@ -44,7 +60,8 @@ class Interrupt:
 
   def _handle(self, number, _):
     self._signal = number
-    self._restore()
+    for s in self._previous:
+      signal.signal(s, signal.SIG_DFL)
 
   def _restore(self):
     for s, handler in self._previous.items():

@@ -15,14 +15,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from refine_jax import files
 from refine_jax.cli import entry_point
+from refine_jax.config import recipes
 from refine_jax.errors import UserError
-from refine_jax.evaluation import evaluate
+from refine_jax.evaluation import report
 
 # The modes that each recipe is decoded with, and how many of the seeds it gets.
 _MODES = {
   "ar_sft": ("ar,exact:ngram", None),
-  "document": ("ar,exact,fixed:2", 1),
+  "uniform": ("ar,exact,fixed:2", 1),
   "blocks": ("ar,exact:branches,exact:tail,threshold:0.99:branches", None),
 }
 # What tells from the others where results are read.
@@ -33,9 +35,7 @@ _NUMBERS = ("solved", "tokens_per_pass", "seconds_per_problem", "not_stopped")
 def run_all(arguments, extra: list[str]) -> dict:
   """recipe -> seed -> the settings of its results.json."""
   results: dict = {}
-  for recipe in arguments.recipes.split(","):
-    if recipe not in _MODES:
-      raise UserError(f"--recipes: {recipe!r} is not known; known are {', '.join(_MODES)}.")
+  for recipe in map(recipes.canonical, arguments.recipes.split(",")):
     modes, most = _MODES[recipe]
     for seed in arguments.seeds.split(",")[:most]:
       workdir = Path(arguments.runs) / f"{recipe}-{seed}"
@@ -124,22 +124,16 @@ def summarise(results: dict, block_size: int) -> dict:
   return summary
 
 
-def _write(path: Path, numbers: dict):
-  temporary = path.with_name(path.name + ".new")
-  temporary.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-  temporary.replace(path)
-
-
 def plot(summary: dict, path: Path) -> bool:
-  """evaluate.plot of every setting, its seeds' problems taken together."""
+  """report.plot of every setting, its seeds' problems taken together."""
   rows = []
   for recipe, modes in summary.items():
     for entry in modes.values():
       problems = entry["problems"] * len(entry["seeds"]["solved"])
-      low, high = evaluate.wilson(round(entry["solved"] * problems), problems)
+      low, high = report.wilson(round(entry["solved"] * problems), problems)
       mode = {"mode": f"{recipe} {entry['setting']}", "solved_low": low, "solved_high": high}
       rows.append(entry | mode)
-  return evaluate.plot(rows, path)
+  return report.plot(rows, path)
 
 
 def table(summary: dict) -> str:
@@ -166,7 +160,7 @@ def main():
   parser.add_argument("--config", default="configs/smollm2_tasks.py")
   parser.add_argument("--test", default="data/tasks/test.parquet")
   parser.add_argument("--recipes", default=",".join(_MODES))
-  parser.add_argument("--seeds", default="0,1,2", help="document gets the first alone")
+  parser.add_argument("--seeds", default="0,1,2", help="uniform gets the first alone")
   parser.add_argument("--block_sizes", default="8,16")
   parser.add_argument("--block_size", type=int, default=16, help="whose results have plain names")
   parser.add_argument("--scorer", default="auto")
@@ -176,14 +170,13 @@ def main():
   parser.add_argument("--timed", type=int, default=100, help="problems for wall-clock; 0: none")
   arguments, extra = parser.parse_known_args()
   summary = summarise(run_all(arguments, extra), arguments.block_size)
-  output = Path(arguments.output)
-  output.parent.mkdir(parents=True, exist_ok=True)
-  _write(output, summary)
+  output = files.local_path(arguments.output, "--output")
+  files.write_json(output, summary)
   plot(summary, output.with_suffix(".png"))
   print(table(summary))
   if "blocks" in arguments.recipes.split(",") and arguments.timed:
     timed = wall_clock(arguments)
-    _write(output.with_name("one_at_a_time.json"), timed)
+    files.write_json(output.with_name("one_at_a_time.json"), timed)
     print(f"one at a time: exact answers {timed['speedup']:.2f} times as fast as ar")
 
 

@@ -4,10 +4,10 @@ python scripts/export_hf.py --workdir=runs/mine --output=models/mine [--step=N] 
 """
 
 import argparse
-from pathlib import Path
 
 from refine_jax.checkpoint import checkpointer
 from refine_jax.cli import entry_point
+from refine_jax.files import local_path, refuse_used
 from refine_jax.hf import export as hf_export
 
 
@@ -19,14 +19,17 @@ def main():
   parser.add_argument("--step", type=int, help="default: the newest checkpoint")
   parser.add_argument("--dtype", default="bfloat16", help=", ".join(hf_export.DTYPES))
   arguments = parser.parse_args()
-  hf_export.refuse_used(Path(arguments.output))  # before the weights are read
-  params, step = checkpointer.restore_params(arguments.workdir, arguments.step)
+  workdir = local_path(arguments.workdir, "--workdir")
+  output = local_path(arguments.output, "--output")
+  hf_export.check_dtype(arguments.dtype)  # all this before the weights are read
+  refuse_used(output)
+  params, step = checkpointer.restore_params(workdir, arguments.step)
   output = hf_export.export(
     params,
-    Path(arguments.workdir) / "model",
-    arguments.output,
+    workdir / "model",
+    output,
     dtype=arguments.dtype,
-    card=hf_export.model_card(arguments.workdir, step),
+    card=hf_export.model_card(workdir, step),
   )
   print(f"step {step} -> {output}")
 

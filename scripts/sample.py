@@ -9,23 +9,33 @@ Prompts are lines, of a file or of standard input: text, or JSON {"prompt": ..} 
 messages or token ids. Answers go to standard output, each with its batch; a batch of one prompt
 streams. Numbers go to standard error. --html writes how the answers came to be, pass by pass, to
 be opened in a browser. --check decodes once more, one token a pass, and says where answers part.
+A prompt that cannot be answered has an error in its place, and the exit status is 1 at the end.
 """
 
 import argparse
 import contextlib
 import json
 import sys
-from pathlib import Path
+from typing import NamedTuple
 
 from refine_jax.cli import entry_point
 from refine_jax.decoding import comparison, generation, loading, result, trace_html
 from refine_jax.decoding import settings as sampler_settings
 from refine_jax.decoding.options import check_options
+from refine_jax.decoding.prompts import refusals
 from refine_jax.errors import UserError
+from refine_jax.files import local_path
 from refine_jax.hf import export as hf_export
 from refine_jax.interrupt import Interrupt
 
 _FORGET = "/new"  # a line of a chat
+
+
+class NoPrompt(NamedTuple):
+  """A line of the input that is no prompt, and why."""
+
+  line: str
+  reason: str
 
 
 def parse() -> tuple[argparse.Namespace, dict]:
@@ -39,6 +49,7 @@ def parse() -> tuple[argparse.Namespace, dict]:
   add("--dtype", help=f"{', '.join(hf_export.DTYPES)}; default: as stored")
   add("--prompt", help="one prompt")
   add("--prompts_file", help="a prompt a line, text or JSON; default: standard input")
+  add("--chat_template", default="", help="a Jinja template, for a model that has none")
   add("--batch_size", type=int, default=8, help="prompts decoded together (8)")
   add("--chat", action="store_true", help=f"turns; {_FORGET} starts over, Ctrl-C cuts an answer")
   add("--jsonl", action="store_true", help="write a JSON object an answer")
@@ -82,6 +93,7 @@ def check(arguments, options):
   if arguments.check and arguments.temperature:
     raise UserError("--check compares greedy answers; leave --temperature out.")
   if arguments.html:
+    arguments.html = local_path(arguments.html, "--html")
     trace_html.refuse_existing(arguments.html)
 
 
@@ -90,10 +102,13 @@ def read_prompts(arguments) -> list:
   if arguments.prompt is not None:
     return [arguments.prompt]
   if arguments.prompts_file:
-    path = Path(arguments.prompts_file)
+    path = local_path(arguments.prompts_file, "--prompts_file")
     if not path.is_file():
       raise UserError(f"{path} (--prompts_file) is not a file.")
-    data = path.read_bytes()
+    try:
+      data = path.read_bytes()
+    except OSError as error:
+      raise UserError(f"{path} (--prompts_file) cannot be read: {error.strerror}.") from error
   elif not sys.stdin.isatty():
     data = sys.stdin.buffer.read()
   else:
@@ -117,8 +132,24 @@ def _parse(line, number):
   except (ValueError, KeyError, RecursionError):
     prompt = None
   if not isinstance(prompt, str | list):
-    raise UserError(f'Line {number} of the prompts is not {{"prompt": ...}}.')
+    return NoPrompt(line, f'Line {number} of the prompts is not {{"prompt": ...}}.')
   return prompt
+
+
+def check_template(model, prompts, arguments):
+  """Raises UserError where text has no chat template, or would have two."""
+  own = model.require_tokenizer().chat_template
+  if own and arguments.chat_template:
+    raise UserError(
+      f"{arguments.model} has a chat template, which its training used; leave --chat_template out."
+    )
+  # Prompts of token ids need none.
+  text = arguments.chat or any(isinstance(p, str) or isinstance(p[0], dict) for p in prompts if p)
+  if text and not own and not arguments.chat_template:
+    raise UserError(
+      f"{arguments.model} has no chat template, as a base model; give one with --chat_template, a"
+      ' Jinja string such as "{{ messages[0].content }}", or give prompts as token ids.'
+    )
 
 
 def show(stream, asked=None) -> str:
@@ -171,19 +202,43 @@ def chat(model, options):
       messages = [*turn, {"role": "assistant", "content": answer}]
 
 
-def answer(model, prompts, arguments, options):
-  """Decodes the prompts batch by batch, and writes all that was asked for."""
+def refused(model, prompts) -> dict[int, str]:
+  """Index -> why a prompt cannot be answered.
+
+  Raises:
+    UserError: none can.
+  """
+  bad = {i: p.reason for i, p in enumerate(prompts) if isinstance(p, NoPrompt)}
+  bad = (
+    refusals(model, ["" if i in bad else p for i, p in enumerate(prompts)], name="Prompt {}") | bad
+  )
+  if len(bad) == len(prompts):
+    raise UserError(bad[0])
+  return bad
+
+
+def answer(model, prompts, arguments, options) -> int:
+  """Decodes the prompts batch by batch, and writes all that was asked for.
+
+  Returns:
+    the exit status: 1 where a prompt could not be answered.
+  """
+  bad = refused(model, prompts)
+  waiting = dict(bad)
+  good = [i for i in range(len(prompts)) if i not in bad]
   parts = []
-  for start in range(0, len(prompts), arguments.batch_size):
-    batch = prompts[start : start + arguments.batch_size]
+  for start in range(0, len(good), arguments.batch_size):
+    places = good[start : start + arguments.batch_size]
+    batch = [prompts[i] for i in places]
     options |= {"first_row": start, "trace": bool(arguments.html)}
     if arguments.check:
       compared = comparison.compare_with_ar(model, batch, **options)
-      print_answers(batch, compared.answers, arguments.jsonl, compared.rows)
+      print_answers(prompts, places, waiting, compared.answers, arguments.jsonl, compared.rows)
       for number, row in enumerate(compared.rows, start + 1):
         print(f"answer {number}: {row}", file=sys.stderr)
       parts.append(compared.answers)
     elif len(batch) == 1 and not arguments.jsonl:
+      print_refused(prompts, places[0], waiting, arguments.jsonl)
       stream = generation.generate(model, batch, stream=True, **options)
       show(stream)
       parts.append(stream.result)
@@ -191,17 +246,32 @@ def answer(model, prompts, arguments, options):
         print("---", flush=True)
     else:
       parts.append(generation.generate(model, batch, **options))
-      print_answers(batch, parts[-1], arguments.jsonl)
+      print_answers(prompts, places, waiting, parts[-1], arguments.jsonl)
+  print_refused(prompts, len(prompts), waiting, arguments.jsonl)
   out = result.joined(parts)
   print(f"[{out.numbers}]", file=sys.stderr)
   if arguments.html:
     trace_html.write(out, arguments.html)
+  if bad:
+    print(f"error: {len(bad)} of {len(prompts)} prompts cannot be answered.", file=sys.stderr)
+  return 1 if bad else 0
 
 
-def print_answers(prompts, out, as_json, differences=None):
-  for i, prompt in enumerate(prompts):
+def print_refused(prompts, before: int, waiting: dict[int, str], as_json: bool):
+  """Prints the errors of prompts before this index, and takes them out of those that wait."""
+  for i in sorted(index for index in waiting if index < before):
+    prompt = prompts[i].line if isinstance(prompts[i], NoPrompt) else prompts[i]
+    entry = {"prompt": prompt, "error": waiting.pop(i)}
+    # ASCII, for a prompt that is no Unicode is one of the reasons.
+    print(json.dumps(entry) if as_json else f"error: {entry['error']}\n---", flush=True)
+
+
+def print_answers(prompts, places, waiting, out, as_json, differences=None):
+  """Prints a batch's answers; before each, the errors that wait for their place."""
+  for i, place in enumerate(places):
+    print_refused(prompts, place, waiting, as_json)
     line = {
-      "prompt": prompt,
+      "prompt": prompts[place],
       "text": out.texts[i],
       "tokens": len(out.tokens[i]),
       "passes": out.passes[i],
@@ -210,7 +280,17 @@ def print_answers(prompts, out, as_json, differences=None):
     if differences:
       line |= {"differs_from_ar_at": differences[i].offset, "margin": differences[i].margin}
     # Flushed, so that a reader sees each batch, and one that has left is noticed here.
-    print(json.dumps(line, ensure_ascii=False) if as_json else f"{line['text']}\n---", flush=True)
+    print(_as_json(line) if as_json else f"{line['text']}\n---", flush=True)
+
+
+def _as_json(value: dict) -> str:
+  """One line of UTF-8, with escapes where a message's field holds what is no text."""
+  text = json.dumps(value, ensure_ascii=False)
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return json.dumps(value)
+  return text
 
 
 @entry_point
@@ -219,8 +299,9 @@ def main():
   check(arguments, options)
   prompts = [] if arguments.chat else read_prompts(arguments)
   model = loading.load(arguments.model, dtype=arguments.dtype, step=arguments.step)
-  model.require_tokenizer()
-  chat(model, options) if arguments.chat else answer(model, prompts, arguments, options)
+  check_template(model, prompts, arguments)
+  options["chat_template"] = arguments.chat_template
+  return chat(model, options) if arguments.chat else answer(model, prompts, arguments, options)
 
 
 if __name__ == "__main__":

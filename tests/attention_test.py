@@ -71,6 +71,28 @@ def test_engines_equal_a_loop_over_segments(backend, window):
     np.testing.assert_allclose(got, leaf.grad.numpy(), atol=2e-5)
 
 
+@pytest.mark.parametrize("backend", ["xla", "splash"])
+def test_a_scale_takes_the_place_of_the_usual_one(backend):
+  q, k, v, _ = tensors()
+  attend = packed.attend_with(segment_ids(), backend=backend, max_segments=3, interpret=True)(5)
+  usual = q.shape[-1] ** -0.5
+  np.testing.assert_array_equal(attend(q, k, v, None, usual)[0], attend(q, k, v, None)[0])
+  want = attend(q * (0.3 / usual), k, v, None)[0]
+  np.testing.assert_allclose(attend(q, k, v, None, 0.3)[0], want, atol=1e-5)
+
+
+def test_a_scale_holds_for_blocks_beside_their_text_too():
+  q, k, v, _ = (jnp.concatenate([x, x[:, ::-1]], axis=1) for x in tensors())
+  segments = segment_ids()
+  positions = packed.segment_positions(segments)
+  batch = {
+    name: jnp.tile(x, 2) for name, x in (("segment_ids", segments), ("positions", positions))
+  }
+  attend = packed.beside(batch | {"block_starts": positions // 7 * 7})(5)
+  want = attend(q * (0.3 * q.shape[-1] ** 0.5), k, v, None)[0]
+  np.testing.assert_allclose(attend(q, k, v, None, 0.3)[0], want, atol=1e-5)
+
+
 def test_padding_gives_finite_values():
   q, k, v, _ = tensors()
   out, _ = packed.attend_with(segment_ids(((3,), ())), backend="xla")(None)(q, k, v, None)
@@ -115,7 +137,7 @@ def test_an_engine_by_name_that_cannot_run_here_says_so():
 
 
 def test_the_probe_catches_an_engine_that_ignores_segments(monkeypatch):
-  def blind(q, k, v, ids, *, window, interpret, scale):
+  def blind(q, k, v, ids, *, window, scale, interpret):
     return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
   monkeypatch.setattr(packed, "_splash", blind)

@@ -54,7 +54,7 @@ def check_step_row(row, rounds):
   assert row["model_tflops_per_second"] == pytest.approx(flops / 1e12)
   assert row["mfu"] == pytest.approx(flops / PEAK)
   segments = TINY.segments if row["variant"] == "packed" else 1
-  ids = step.random_batch(TINY, packed=segments > 1, prompt=1)["segment_ids"][0]
+  ids = step.random_batch(TINY, packed=segments > 1, prompt=1).segment_ids[0]
   assert len(np.unique(ids)) == segments
   c = TINY.model
   # The convention has each token see half of its example: the diagonal's half is left out.
@@ -163,7 +163,7 @@ def test_head(run):
 def test_attention(run):
   result = run(attention)
   (row,) = result["rows"]
-  ids = step.random_batch(TINY, packed=True, prompt=1)["segment_ids"][0]
+  ids = step.random_batch(TINY, packed=True, prompt=1).segment_ids[0]
   c = TINY.model
   assert row["flops"] == seen_pairs(ids) * 4 * c.heads * c.head_dim
   ceiling = result["matmul_ceiling_tflops"] * 1e12
@@ -237,11 +237,11 @@ def test_input_from_a_file(run, tmp_path):
     "--step_ms=1",
   )
   config = data_fixtures.data_config()
-  examples = load_examples(path, config, tokenizer, name="train")
+  examples = load_examples(path, config, tokenizer, name="train", vocab_size=len(tokenizer))
   assert (result["examples"], result["tokens"]) == (len(examples), len(examples.tokens))
   # Packing efficiency, counted in the batches of an epoch.
   rows = train_rows(examples, config, batch_size=2, total_epochs=1, seed=0)
-  filled = [rows.batch([i])["segment_ids"] > 0 for i in range(len(rows))]
+  filled = [rows.batch([i]).segment_ids > 0 for i in range(len(rows))]
   assert result["packing_efficiency"] == pytest.approx(np.mean(filled))
 
 

@@ -9,6 +9,7 @@ import pytest
 import train_fixtures as tiny
 
 from refine_jax.attention import cached, cached_triton
+from refine_jax.batch import Batch
 from refine_jax.decoding import drafts, sampler
 from refine_jax.decoding import settings as sampler_settings
 from refine_jax.model import layout
@@ -63,6 +64,21 @@ def test_blocks_over_a_cache_equal_the_whole(rows, window, engine):
     np.testing.assert_allclose(got[b, :end], want, atol=1e-5)
 
 
+def test_a_scale_takes_the_place_of_the_usual_one(engine):
+  config = tiny.tiny_config()
+  keys = jax.random.split(jax.random.key(0), 3)
+  q, k, v = (
+    jax.random.normal(key, (1, 5, n, config.head_dim))
+    for key, n in zip(keys, (4, 2, 2), strict=True)
+  )
+  at = jnp.zeros(1, jnp.int32)
+  attend = cached.attend_with(at, *cached.following(at, 5), engine)(None)
+  cache = cached.empty_caches(config, 1, PLACES, jnp.float32)[0]
+  want, _ = attend(q * (0.3 * config.head_dim**0.5), k, v, cache)
+  got, _ = attend(q, k, v, cache, scale=0.3)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_the_kernel_gives_branches_what_xla_does(rows, window):
@@ -70,7 +86,10 @@ def test_the_kernel_gives_branches_what_xla_does(rows, window):
   block, places, heads, kv_heads = 9, 512, 6, 2
   start = jnp.asarray(np.random.default_rng(1).integers(0, 360, rows))
   base = jnp.asarray(np.random.default_rng(2).integers(0, 3, rows))
-  new = drafts.following(start, base, block, block)
+  positions, reach = cached.following(start, block)
+  tokens = Batch(jnp.zeros_like(positions), positions, is_noise=positions < 0)
+  tokens, reach = drafts.KINDS["branches"].extend(tokens, reach, base, block, noise_token=1)
+  new = tokens.positions, reach
   shapes = [(rows, block * block, n, 16) for n in (heads, kv_heads, kv_heads)]
   shapes += [(rows, kv_heads, places, 16)] * 2
   keys = jax.random.split(jax.random.key(0), 5)

@@ -48,7 +48,7 @@ def test_boundary_is_the_prompts_own_length_where_a_merge_would_cross_it():
   assert joint[: len(alone)] != alone  # a merge does cross it
   dropped = {}
   ((_, prompt_ids, response_ids),) = tokenize._encode(
-    tokenizer, [prompt], [response], data_fixtures.data_config(), dropped
+    tokenizer, [prompt], [response], data_fixtures.data_config(), dropped, noted={}
   )
   ids, boundary = tokenize.fit(prompt_ids, response_ids, data_fixtures.data_config())
   assert ids[:boundary] == alone

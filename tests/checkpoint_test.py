@@ -236,3 +236,142 @@ def test_another_runs_damaged_checkpoint_stays_where_it_is(tmp_path):
   state, path = other.restore_from(str(tmp_path), *arguments)
   assert path.name == "1" and checkpoint.steps(tmp_path / "checkpoints") == [1, 2]
   assert_same(state, new_state(1))
+
+
+NUMBERS = {"x": jnp.arange(8.0)}
+
+
+def save_numbers(workdir, steps=(1,), keep=3, run=None):
+  """A small state at each step, after as many batches."""
+  iterator = new_iterator()
+  with contextlib.closing(Checkpointer(workdir, max_to_keep=keep)) as writer:
+    for step in range(1, max(steps) + 1):
+      next(iterator)
+      if step in steps:
+        state = {"x": NUMBERS["x"] * step}
+        writer.save(step, state, iterator, {"seed": step}, IDENTITY, run=run)
+
+
+def restore_numbers(workdir, **compared):
+  reader = Checkpointer(workdir, max_to_keep=3)
+  return reader.restore(None, abstract(NUMBERS), new_iterator(), IDENTITY, **compared)
+
+
+@pytest.mark.parametrize("name", ["run[1]", "sweep[a]/run", "a\\b", "a**b", "a?", "\udcff"])
+def test_a_workdir_that_could_not_be_read_again_is_refused_before_anything_is_written(
+  tmp_path, name
+):
+  with pytest.raises(UserError, match="choose a --workdir without") as error:
+    save_numbers(tmp_path / name)
+  str(error.value).encode()  # it can be printed
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["lr=1e-5, a b", "a]#%20", "a{b}:c", "日本", "a\nb"])
+def test_other_names_of_a_workdir_are_saved_and_restored(tmp_path, name):
+  save_numbers(tmp_path / name)
+  assert_same(restore_numbers(tmp_path / name)[0], NUMBERS)
+
+
+def test_a_checkpoint_moved_under_brackets_can_be_sampled_from(tmp_path):
+  save_numbers(tmp_path / "plain")
+  (tmp_path / "plain").rename(tmp_path / "run[1]")
+  assert checkpoint.saved_config(tmp_path / "run[1]") == {"seed": 1}
+
+
+@pytest.mark.parametrize("lost", ["state/manifest.ocdbt", "record/metadata"])
+def test_a_save_that_cannot_be_opened_again_does_not_count_and_deletes_nothing(
+  tmp_path, lost, monkeypatch
+):
+  save_numbers(tmp_path, (1,), keep=1)
+  writer = Checkpointer(tmp_path, max_to_keep=1)
+  writer.save(2, NUMBERS, new_iterator(), {}, IDENTITY)
+  finish = writer._manager.wait_until_finished
+
+  def loses_a_file():
+    finish()
+    (tmp_path / "checkpoints" / "2" / lost).unlink(missing_ok=True)
+
+  monkeypatch.setattr(writer._manager, "wait_until_finished", loses_a_file)
+  with pytest.raises(UserError, match="checkpoints/2 was written and cannot be opened again"):
+    writer.wait()
+  writer.close()
+  assert_same(restore_numbers(tmp_path)[0], NUMBERS)
+
+
+def _edit(path, old, new):
+  text = path.read_text()
+  assert old in text
+  path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+  "file, old, new",
+  [
+    ("data/process_0-of-1.json", '"next_index": 2', '"next_index": 3'),
+    ("record/metadata", '"next_index": 2', '"next_index": 3'),
+    ("record/metadata", '"seed": 2', '"seed": 7'),
+  ],
+)
+def test_one_changed_digit_beside_the_arrays_sets_the_checkpoint_aside(tmp_path, file, old, new):
+  save_numbers(tmp_path, (1, 2))
+  _edit(tmp_path / "checkpoints" / "2" / file, old, new)
+  state, step = restore_numbers(tmp_path)
+  assert step == 1 and (tmp_path / "checkpoints" / "2.damaged").is_dir()
+  assert_same(state, NUMBERS)
+
+
+def test_what_does_not_belong_to_its_step_is_set_aside(tmp_path):
+  save_numbers(tmp_path, (1, 2))
+
+  def check(step, state, iterator):
+    if float(state["x"][1]) != step or iterator.get_state() != {"next_index": step}:
+      raise ValueError("of another step")
+
+  assert restore_numbers(tmp_path, check=check)[1] == 2
+  (tmp_path / "checkpoints" / "2").rename(tmp_path / "checkpoints" / "5")
+  assert restore_numbers(tmp_path, check=check)[1] == 1
+  assert (tmp_path / "checkpoints" / "5.damaged").is_dir()
+
+
+def test_odd_names_among_the_steps_are_left_alone(tmp_path):
+  directory = tmp_path / "checkpoints"
+  save_numbers(tmp_path, (1, 2))
+  odd = ("²", "٣", "07", "x", "-4")
+  for name in odd:
+    (directory / name).mkdir()
+  (directory / "9").write_text("a file")
+  (directory / "13").symlink_to(tmp_path / "gone")
+  assert checkpoint.steps(directory) == [1, 2]
+  assert restore_numbers(tmp_path)[1] == 2
+  save_numbers(tmp_path, (3,), keep=1)
+  assert {p.name for p in directory.iterdir()} == {*odd, "9", "13", "3"}
+
+
+def test_a_linked_checkpoint_is_read_and_never_deleted(tmp_path):
+  save_numbers(tmp_path / "elsewhere", (1, 2))
+  directory, target = tmp_path / "checkpoints", tmp_path / "elsewhere" / "checkpoints" / "2"
+  directory.mkdir()
+  (directory / "2").symlink_to(target)
+  assert restore_numbers(tmp_path)[1] == 2
+  save_numbers(tmp_path, (3,), keep=1)
+  assert checkpoint.steps(directory) == [3] and target.is_dir()
+
+
+def test_a_file_where_a_step_goes_is_an_error_that_names_it(tmp_path):
+  (tmp_path / "checkpoints").mkdir()
+  (tmp_path / "checkpoints" / "1").write_text("mine")
+  with pytest.raises(UserError, match="checkpoints/1"):
+    save_numbers(tmp_path)
+  assert (tmp_path / "checkpoints" / "1").read_text() == "mine"
+
+
+def test_another_run_is_refused_by_what_differs_and_each_difference_can_be_allowed(tmp_path):
+  save_numbers(tmp_path, run={"seed": 1, "data": "ab", "noise.kind": "block"})
+  mine = {"seed": 2, "data": "cd", "noise.kind": "block"}
+  both = r"data ab there, cd here; seed 1 there, 2 here.*allow_changes=\"\('data','seed',\)\""
+  with pytest.raises(UserError, match=both):
+    restore_numbers(tmp_path, run=mine)
+  with pytest.raises(UserError, match=r"\(seed 1 there, 2 here\)"):
+    restore_numbers(tmp_path, run=mine, allow=("data",))
+  assert restore_numbers(tmp_path, run=mine, allow=("data", "seed"))[1] == 1

@@ -85,7 +85,10 @@ def message(role: str, content: str) -> dict:
 
 
 def load(files, tokenizer=None, **changes):
-  return load_examples(files, data_config(**changes), tokenizer or make_tokenizer(), name="train")
+  tokenizer = tokenizer or make_tokenizer()
+  return load_examples(
+    files, data_config(**changes), tokenizer, name="train", vocab_size=len(tokenizer)
+  )
 
 
 def targets(examples, tokenizer=None) -> list[str]:

@@ -12,11 +12,12 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from refine_jax.checkpoint import checkpointer
 from refine_jax.checkpoint.checkpointer import Checkpointer
 from refine_jax.decoding import loading
 from refine_jax.errors import UserError
 from refine_jax.hf import export as hf_export
-from refine_jax.hf import weights as hf_weights
+from refine_jax.hf import model_files
 from tests.hf_fixtures import random_ids, tiny_hf_model, torch_logits
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "export_hf.py"
@@ -44,7 +45,7 @@ def run(tmp_path):
   directory, torch_model = tiny_hf_model("qwen3", tmp_path)
   workdir = tmp_path / "run"
   workdir.mkdir()
-  hf_weights.save_model_files(directory, _tokenizer(), workdir / "model")
+  model_files.save_model_files(directory, _tokenizer(), workdir / "model")
   (workdir / "config.json").write_text(json.dumps(RUN_CONFIG))
   lines = [
     {"step": 5, "loss_total": 2.5},
@@ -55,10 +56,10 @@ def run(tmp_path):
   text = "\n".join(map(json.dumps, lines)) + '\n{"step": 9, "lo'  # as a killed run leaves it
   (workdir / "metrics.jsonl").write_text(text)
   params = loading.load(directory).params
-  checkpointer = Checkpointer(workdir, max_to_keep=2)
+  writer = Checkpointer(workdir, max_to_keep=2)
   iterator = iter(grain.MapDataset.source([1, 2, 3]).to_iter_dataset())
-  checkpointer.save(7, {"params": params, "step": np.int32(7)}, iterator, RUN_CONFIG, {})
-  checkpointer.close()
+  writer.save(7, {"params": params, "step": np.int32(7)}, iterator, RUN_CONFIG, {})
+  writer.close()
   return workdir, params, torch_model
 
 
@@ -105,6 +106,14 @@ def test_a_workdir_loads_as_its_checkpoint(run):
     loading.load(workdir / "model", step=7)
 
 
+def test_a_checkpoint_that_is_not_finite_is_refused_by_its_leaf(run, monkeypatch):
+  workdir, params, _ = run
+  broken = {"final_norm": {"scale": np.full(3, np.nan, np.float32)}}
+  monkeypatch.setattr(checkpointer, "restore_params", lambda *_: (params | broken, 7))
+  with pytest.raises(UserError, match="step 7 of .*: final_norm/scale holds values"):
+    loading.load(workdir)
+
+
 def test_each_step_exports_beside_the_checkpoints(run):
   workdir, params, _ = run
   output = hf_export.export_step(workdir, 7, params, dtype="float32")
@@ -125,7 +134,7 @@ def test_the_card_has_base_metrics_of_that_step_and_config(run):
 def test_model_files_already_there_are_kept(run, tmp_path):
   other, _ = tiny_hf_model("llama", tmp_path, seed=5)
   before = (run[0] / "model" / "config.json").read_bytes()
-  hf_weights.save_model_files(other, None, run[0] / "model")
+  model_files.save_model_files(other, None, run[0] / "model")
   assert (run[0] / "model" / "config.json").read_bytes() == before
 
 
@@ -134,14 +143,14 @@ def test_an_export_ends_and_talks_as_the_training_did(tmp_path):
   directory, _ = tiny_hf_model("llama", tmp_path, eos_token_id=5)
   tokenizer = _tokenizer()
   tokenizer.chat_template = None
-  hf_weights.save_model_files(
+  model_files.save_model_files(
     directory, tokenizer, tmp_path / "files", chat_template="{{ messages }}"
   )
   saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "files")
   assert saved.chat_template == "{{ messages }}" and tokenizer.chat_template is None
   ends = json.loads((tmp_path / "files" / "generation_config.json").read_text())["eos_token_id"]
   assert ends == [5, 1]
-  hf_weights.save_model_files(
+  model_files.save_model_files(
     directory, _tokenizer(), tmp_path / "own", chat_template="{{ messages }}"
   )
   saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "own")

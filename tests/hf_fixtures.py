@@ -12,6 +12,16 @@ FAMILIES = {
   "mistral": (transformers.MistralConfig, {"sliding_window": None}),
   "qwen2": (transformers.Qwen2Config, {}),
   "qwen3": (transformers.Qwen3Config, {"head_dim": 8}),
+  # A scale that is not that of head_dim, and layers that slide, see all, slide.
+  "gemma3_text": (
+    transformers.Gemma3TextConfig,
+    {
+      "head_dim": 8,
+      "query_pre_attn_scalar": 20,
+      "sliding_window": 6,
+      "sliding_window_pattern": 2,
+    },
+  ),
 }
 
 

@@ -11,13 +11,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "refine_jax"
 
 # A folder (or a module beside them) -> the folders that it may import from, itself included.
-_LEAVES = {"errors", "tree", "files"}
+_LEAVES = {"errors", "tree", "files", "records"}
 MAY_IMPORT = {
   "errors": set(),
   "batch": set(),
   "tree": set(),
   "files": {"errors"},
-  "cli": {"errors"},
+  "records": {"files"},
+  "cli": {"errors", "files"},
   "interrupt": set(),
   "config": _LEAVES,
   "sharding": _LEAVES | {"batch", "config"},
@@ -29,7 +30,7 @@ MAY_IMPORT = {
   "data": _LEAVES | {"batch", "config", "text"},
   "hf": _LEAVES | {"model", "text"},
   "decoding": _LEAVES | {"attention", "batch", "checkpoint", "hf", "model", "text"},
-  "evaluation": _LEAVES | {"cli", "data", "decoding", "hf", "model"},
+  "evaluation": _LEAVES | {"cli", "data", "decoding", "hf", "model", "text"},
   "training": _LEAVES
   | {
     "attention",
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     "hf",
     "interrupt",
   }
-  | {"model", "objective", "sharding"},
+  | {"model", "objective", "sharding", "text"},
 }
 DOORS = {"main", "evaluate", "lm_eval", "__init__"}
 

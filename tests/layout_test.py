@@ -1,6 +1,7 @@
 """Forms of the parameters: the same function, and back again without loss."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,14 @@ from refine_jax.config import MeshConfig
 from refine_jax.model import layout, transformer
 from refine_jax.model import remat as remat_lib
 from refine_jax.training import compute as compute_lib
+from refine_jax.training import memory
 from refine_jax.training.train_step import init_state, jit_train_step
 
 FAMILIES = {
   "qwen2": {"qkv_bias": True},
   "qwen3": {"qkv_bias": False, "qk_norm": True},
   "biases": {"mlp_bias": True, "output_bias": True, "windows": (None, 3)},
+  "gemma3": tiny.GEMMA3,
 }
 FORMS = {
   "apart": layout.unstack_layers,
@@ -75,7 +78,8 @@ def assert_near(got, want):
 
 
 @pytest.mark.parametrize(
-  ("form", "remat"), [("joined", "full"), ("apart", "none"), ("apart and joined", "mlp")]
+  ("form", "remat"),
+  [("joined", "full"), ("apart", "none"), ("apart and joined", "save_attention_mlp")],
 )
 def test_forms_compute_the_same(config, form, remat):
   params = random_params(config)
@@ -138,15 +142,33 @@ def test_the_step_is_the_same_with_layers_apart(sizes, join):
   axes = dict(zip(sharding.AXES, sizes, strict=True))
   mesh = sharding.make_mesh(MeshConfig(**axes), jax.devices()[: int(np.prod(sizes))])
   want = step_on(mesh, batch, recipe, tiny.compute())
-  apart = tiny.compute(unroll=2, join=join, remat="mlp")
+  apart = tiny.compute(unroll=2, join=join, remat="save_attention_mlp")
   assert isinstance(apart.cast(tiny.tiny_params())["layers"], list)
   got = step_on(mesh, batch, recipe, apart)
   assert_trees(np.testing.assert_allclose, got, want, atol=1e-5, rtol=1e-4)
 
 
+def test_older_names_of_policies_are_taken_with_a_warning(caplog):
+  choose = functools.partial(
+    memory.choose_remat,
+    config=tiny.tiny_config(),
+    dtype="float32",
+    tokens=1,
+    parameters=1,
+    head_chunk=1,
+    memory=None,
+  )
+  assert choose("mlp") == "save_attention_mlp"
+  assert "remat 'mlp' is called 'save_attention_mlp' now." in caplog.text
+  assert choose("attention") == "save_attention"
+  caplog.clear()
+  assert [choose(name) for name in remat_lib.POLICIES] == list(remat_lib.POLICIES)
+  assert not caplog.records and set(remat_lib.ALIASES.values()) < set(remat_lib.POLICIES)
+
+
 def test_what_recomputes_all_keeps_the_scan(monkeypatch):
   assert compute_lib.choose_unroll(3, "full", 28) == 3
-  assert compute_lib.choose_unroll(0, "mlp", 28) == 1  # a CPU
+  assert compute_lib.choose_unroll(0, "save_attention_mlp", 28) == 1  # a CPU
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   chosen = {name: compute_lib.choose_unroll(0, name, 28) for name in remat_lib.POLICIES}
-  assert chosen == {"none": 28, "mlp": 28, "attention": 28, "full": 1}
+  assert chosen == {"none": 28, "save_attention_mlp": 28, "save_attention": 28, "full": 1}

@@ -1,14 +1,19 @@
 """The adapter for EleutherAI's harness, against transformers and on a task of our own."""
 
+import dataclasses
 import json
+import re
 import types
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from hf_fixtures import tiny_hf_model, words_tokenizer
 
+from refine_jax.errors import UserError
+from refine_jax.evaluation import harness_options
 from refine_jax.evaluation import lm_eval as adapter
 
 TASK = """
@@ -161,3 +166,146 @@ def test_the_command_runs_a_local_task(directory, tmp_path, monkeypatch, capsys)
   (written,) = (tmp_path / "out").rglob("results_*.json")
   result = json.loads(written.read_text())["results"]["weekdays"]
   assert any(key.startswith("exact_match") for key in result)
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+  """Loading a model fails the test: what is refused is refused before."""
+
+  def load(*arguments, **options):
+    raise AssertionError("a model was loaded")
+
+  monkeypatch.setattr(adapter.loading, "load", load)
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ({"blok_size": 4}, "blok_size is not known; do you mean block_size?"),
+    ({"max_length": 16}, "max_length is not known"),
+    ({"trust_remote_code": True}, "trust_remote_code is not known"),
+    ({"temperature": 1.0}, "temperature belongs into --gen_kwargs"),
+    ({"mode": "fast"}, "mode='fast' cannot be"),
+    ({"block_size": 0}, "block_size=0 cannot be"),
+    ({"batch_size": 0}, "batch_size=0 cannot be"),
+    ({"batch_size": "many"}, "batch_size='many' cannot be"),
+    ({"batch_size": 2.5}, "batch_size=2.5 cannot be"),
+    ({"max_gen_toks": -1}, "max_gen_toks=-1 cannot be"),
+    ({"device": "tpu"}, "--device tpu is not what JAX runs on here"),
+    ({"pretrained": None}, "needs pretrained=DIR"),
+  ],
+)
+def test_model_arguments_that_cannot_be_are_refused_before_a_model_is_loaded(
+  unloaded, arguments, message
+):
+  with pytest.raises(UserError, match=re.escape(message)):
+    adapter.RefineLM(**{"pretrained": "nowhere"} | arguments)
+
+
+def test_an_automatic_batch_size_is_a_number_within_the_largest():
+  read = harness_options.read_batch_size
+  assert read("auto") == read("auto:4") == harness_options.BATCH_SIZE
+  assert read("auto", 3) == read("auto", "3") == read("3") == read(3) == 3
+
+
+@pytest.mark.parametrize(
+  "given, want",
+  [
+    ({}, {"stop": [], "max_new_tokens": 7, "temperature": 0.0}),
+    *(({name: 5}, {"max_new_tokens": 5}) for name in ("max_gen_toks", "max_new_tokens")),
+    *(({name: "5"}, {"max_new_tokens": 5}) for name in ("max_tokens", "max_completion_tokens")),
+    ({"max_gen_toks": None, "max_tokens": 5}, {"max_new_tokens": 5}),
+    ({"until": "w"}, {"stop": ["w"]}),
+    ({"until": ["w", ""]}, {"stop": ["w"]}),
+    ({"until": None}, {"stop": []}),
+    ({"do_sample": True}, {"temperature": 1.0}),
+    ({"do_sample": False, "temperature": 0.7}, {"temperature": 0.0}),
+    ({"temperature": 0.7}, {"temperature": 0.7}),
+    ({"temperature": None, "do_sample": None}, {"temperature": 0.0}),
+    ({"do_sample": True, "top_p": 0.5, "top_k": 3}, {"top_p": 0.5, "top_k": 3}),
+    ({"top_p": None, "top_k": -1}, {"top_k": 0}),
+    ({"num_beams": 1}, {}),
+  ],
+)
+def test_generation_arguments_are_read_by_all_their_names(given, want):
+  got = harness_options.read_gen_kwargs(given, 7)
+  assert got | want == got
+
+
+@pytest.mark.parametrize(
+  "given, message",
+  [
+    ({"num_beams": 4}, "num_beams=4 is not supported"),
+    ({"min_p": 0.1}, "min_p=0.1 is not supported"),
+    ({"max_gen_toks": 0}, "max_gen_toks=0"),
+    ({"max_tokens": "many"}, "max_tokens='many'"),
+    ({"until": [5]}, "until=[5]"),
+    ({"do_sample": "yes"}, "do_sample='yes'"),
+    ({"temperature": "hot"}, "temperature='hot'"),
+    ({"temperature": -1}, "temperature=-1.0"),
+    ({"top_p": 0}, "top_p=0.0"),
+    ({"top_k": 1.5}, "top_k=1.5"),
+  ],
+)
+def test_generation_arguments_that_cannot_be_are_refused_before_any_model_call(
+  ours, monkeypatch, given, message
+):
+  monkeypatch.setattr(adapter.generation, "generate", None)
+  requests = [request("w5", {"until": []}), request("w5", {"until": []} | given)]
+  with pytest.raises(UserError, match=re.escape(message)):
+    ours.generate_until(requests, disable_tqdm=True)
+
+
+def test_the_command_refuses_generation_arguments_before_a_model_is_loaded(
+  unloaded, monkeypatch, capsys
+):
+  command = ["lm_eval", "--model=refine_jax", "--model_args=pretrained=x", "--tasks=gsm8k"]
+  monkeypatch.setattr("sys.argv", [*command, "--gen_kwargs", "num_beams=4"])
+  with pytest.raises(SystemExit) as ended:
+    adapter.main()
+  assert ended.value.code == 1
+  assert "error: The generation argument num_beams=4" in capsys.readouterr().err
+
+
+def test_an_answer_as_long_as_the_model_leaves_the_prompt_half_of_it(ours, theirs):
+  """The model has 256 positions; the prompt keeps all its 20 tokens, and a long one its end."""
+  rng = np.random.default_rng(4)
+  short, long = words(rng, 20), words(rng, 300)
+  seen = []
+
+  def generate(model, prompts, **options):
+    seen.extend(prompts)
+    return types.SimpleNamespace(texts=[""] * len(prompts))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(adapter.generation, "generate", generate)
+    requests = [request(c, {"until": [], "max_gen_toks": 256}) for c in (short, long)]
+    ours.generate_until(requests, disable_tqdm=True)
+  assert seen[:2] == [ids(short), ids(long)[-128:]]
+
+
+def test_special_tokens_that_a_tokenizer_appends_never_end_a_context(ours, theirs):
+  tokenizer = words_tokenizer()
+  tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+    single="w2 $A </s>", special_tokens=[("w2", 2), ("</s>", 1)]
+  )
+  assert tokenizer.encode("w5") == [2, 5, 1]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(ours, "tokenizer", tokenizer)
+    patch.setattr(ours, "_prefix", adapter._prefix(tokenizer))
+    assert ours.tok_encode("w5 w6") == [2, 5, 6]
+    assert ours.tok_encode("w5 w6", add_special_tokens=False) == [5, 6]
+    ((value, _),) = ours.loglikelihood([request("w5 w6", " w7")], disable_tqdm=True)
+  want, _ = log_probabilities(theirs, [2, 5, 6, 7])
+  assert value == pytest.approx(want[-1], abs=1e-3)
+
+
+def test_a_loglikelihood_that_is_not_finite_names_its_request(ours):
+  params = dict(ours.model.params)
+  params["embedding"] = params["embedding"].at[7].set(np.nan)
+  broken = dataclasses.replace(ours.model, params=params)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(ours, "model", broken)
+    requests = [request("w5 w6", " w8"), request("w7 w6", " w9")]
+    with pytest.raises(UserError, match=r"Request \d \('w. w6' -> ' w.'; 2 and 1 tokens\) .* nan"):
+      ours.loglikelihood(requests, disable_tqdm=True)

@@ -60,6 +60,21 @@ CASES = {
       "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
   ),
+  "gemma3": ("gemma3_text", {}),
+  "gemma3 own head, biases": (
+    "gemma3_text",
+    {"tie_word_embeddings": False, "attention_bias": True, "sliding_window_pattern": 3},
+  ),
+  "gemma3 ropes": (
+    "gemma3_text",
+    {
+      "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+      "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e4},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 3e3},
+      },
+    },
+  ),
 }
 
 
@@ -85,7 +100,7 @@ def test_packed_segments_equal_the_same_rows_alone(tmp_path):
   np.testing.assert_allclose(packed[:, 17:28], torch_logits(torch_model, second), atol=1e-4)
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral", "qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
 def blocks(request, tmp_path_factory):
   """(torch model, ours, the parameters of our layer 1, an input [B, T, D])."""
   extra = {"attention_bias": True, "mlp_bias": True} if request.param == "llama" else {}
@@ -101,7 +116,9 @@ def _run(module, params, *args):
 
 
 def _torch_rotation(torch_model, x):
-  return torch_model.model.rotary_emb(torch.from_numpy(x), torch.arange(x.shape[1])[None])
+  # Where ropes differ by layer type, layer 1 is one that sees all.
+  kind = ("full_attention",) if torch_model.config.model_type == "gemma3_text" else ()
+  return torch_model.model.rotary_emb(torch.from_numpy(x), torch.arange(x.shape[1])[None], *kind)
 
 
 def _context(ours, x):
@@ -117,7 +134,7 @@ def _causal_mask(length):
 def test_norm(blocks):
   torch_model, ours, layer, x = blocks
   theirs = torch_model.model.layers[1].input_layernorm(torch.from_numpy(x)).detach()
-  got = _run(layer_lib.RMSNorm(ours.config.norm_eps), layer["attention_norm"], x)
+  got = _run(transformer.norm(ours.config), layer["attention_norm"], x)
   np.testing.assert_allclose(got, theirs, atol=1e-5)
 
 
@@ -156,7 +173,9 @@ def test_layer(blocks):
   np.testing.assert_allclose(got, theirs.detach(), atol=1e-5)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if CASES[c][1].get("rope_parameters")])
+@pytest.mark.parametrize(
+  "case", [c for c in CASES if "rope_theta" in CASES[c][1].get("rope_parameters", ())]
+)
 def test_rotation(case, tmp_path):
   family, overrides = CASES[case]
   directory, torch_model = tiny_hf_model(family, tmp_path, **overrides)

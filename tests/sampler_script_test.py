@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,16 +155,13 @@ def test_an_interrupt_cuts_an_answer_of_a_chat_and_not_the_chat(run, model, monk
   [
     ([], b"", "no prompt"),
     ([], b"\n \n", "no prompt"),
-    ([], b'a\n\n{"prompt": ', "Line 3"),
     ([], b'{"text": "a"}', "Line 1"),
     ([], b'{"prompt": null}', "Line 1"),
     ([], b'{"prompt": []}', "Prompt 1"),
-    ([], b'a\n{"prompt": [3, "x"]}', "Prompt 2"),
     ([], b'{"prompt": [3, 100000]}', "vocabulary"),
     ([], b'{"prompt": [{"role": "user"}]}', "Prompt 1 is no prompt"),
     ([], b'{"prompt": "\\ud800"}', "Unicode"),
     ([], b"\xff\xfe", "UTF-8"),
-    (["--batch_size=1"], b"a\n" + b"fox " * 2000, "Prompt 2 has"),
     (["--chat"], b"fox " * 2000, "leaves no room"),
     (["--chat"], b"\xff\xfe", "UTF-8"),
     (["--prompts_file=/nowhere"], b"", "not a file"),
@@ -189,7 +187,52 @@ def test_what_goes_wrong_is_one_line(run, arguments, given, words):
   code, printed, errors = run(*arguments, "--max_new_tokens=2", given=given)
   assert code == 1 and words in errors
   assert errors.startswith("error: ") and errors.count("\n") == 1
-  assert not printed or "--batch_size=1" in arguments
+  assert not printed
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_prompt_that_cannot_be_answered_has_an_error_in_its_place(run, batch_size, as_json):
+  bad = ['{"prompt": ', '{"prompt": [3, "x"]}', "fox " * 2000, '{"prompt": "\\ud800"}']
+  lines = [bad[0], "what", bad[1], bad[2], "is", bad[3]]
+  words = ("Line 1", None, "Prompt 3", "Prompt 4 has", None, "not valid Unicode")
+  more = ["--jsonl"] if as_json else []
+  code, printed, errors = run(
+    f"--batch_size={batch_size}", "--max_new_tokens=2", *more, given="\n".join(lines).encode()
+  )
+  _, alone, _ = run("--max_new_tokens=2", *more, given=b"what\nis")
+  entries, good = (
+    out.splitlines() if as_json else out.split("\n---\n")[:-1] for out in (printed, alone)
+  )
+  assert code == 1 and "error: 4 of 6 prompts" in errors and len(entries) == len(lines)
+  assert [e for e, word in zip(entries, words, strict=True) if word is None] == good
+  for entry, word in zip(entries, words, strict=True):
+    assert word is None or word in (json.loads(entry)["error"] if as_json else entry)
+
+
+def test_a_model_without_a_chat_template_takes_the_users(run, model, directory, tmp_path):
+  base = shutil.copytree(directory, tmp_path / "base")
+  (base / "chat_template.jinja").unlink()
+  for given in (b"a b\n", b'{"prompt": [{"role": "user", "content": "a"}]}\n'):
+    code, printed, errors = run(given=given, model=base)
+    assert (code, printed, errors.count("\n")) == (1, "", 1) and "--chat_template" in errors
+  template = model.tokenizer.chat_template
+  code, printed, _ = run("--prompt=a b", f"--chat_template={template}", *flags(GREEDY), model=base)
+  assert code == 0 and printed == refine_jax.generate(model, ["a b"], **GREEDY).texts[0] + "\n"
+  code, printed, _ = run("--jsonl", *flags(GREEDY), given=b'{"prompt": [5, 6]}', model=base)
+  assert code == 0 and json.loads(printed)["prompt"] == [5, 6]  # ids go through no template
+
+
+def test_a_second_chat_template_is_refused(run):
+  code, _, errors = run("--prompt=a", "--chat_template={{ messages }}")
+  assert code == 1 and "has a chat template" in errors
+
+
+def test_what_is_no_text_in_an_unused_field_is_written_as_escapes(run):
+  prompt = [{"role": "user", "content": "a", "name": "\ud800"}]
+  given = json.dumps({"prompt": prompt}).encode()
+  code, printed, _ = run("--jsonl", *flags(GREEDY), given=given)
+  assert code == 0 and json.loads(printed)["prompt"] == prompt
 
 
 def test_options_are_checked_before_the_model_is_loaded(run, monkeypatch):

@@ -16,6 +16,21 @@ from refine_jax.training.train_step import StepConfig
 
 NOISE_TOKEN = 1
 
+# Every field that a decoder of Gemma 3's kind sets, for `tiny_config`.
+GEMMA3 = {
+  "tied_head": True,
+  "qkv_bias": False,
+  "qk_norm": True,
+  "windows": (3, None),
+  "rope": RopeConfig(kind="linear", theta=1e5, factor=4.0),
+  "sliding_rope": RopeConfig(theta=1e3),
+  "attention_scale": 0.2,
+  "embedding_scale": 32**0.5,
+  "norm_offset": True,
+  "post_norms": True,
+  "activation": "gelu_tanh",
+}
+
 
 def tiny_config(**changes) -> transformer.ModelConfig:
   config = transformer.ModelConfig(

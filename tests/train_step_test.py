@@ -94,7 +94,7 @@ def test_the_step_compiles_once():
   assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("remat", ["mlp", "attention", "full"])
+@pytest.mark.parametrize("remat", ["save_attention_mlp", "save_attention", "full"])
 def test_what_is_recomputed_does_not_change_the_gradient(remat):
   batch, recipe = tiny.packed_batch(), tiny.recipe()
   want = gradient(batch, recipe, tiny.compute())

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from refine_jax.attention import cached_triton, probe
-from refine_jax.model.transformer import ModelConfig
+from refine_jax.model.config import ModelConfig
 
 
 def empty_caches(config: ModelConfig, rows: int, size: int, dtype) -> list:

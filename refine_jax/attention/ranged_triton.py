@@ -14,6 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 # Queries and keys of a tile.
@@ -70,6 +71,8 @@ def _attend(q, k, v, first, end, scale, frozen, interpret):
 
 def _attend_fwd(q, k, v, first, end, scale, frozen, interpret):
   out, lse = _forward(q, k, v, first, end, scale, interpret)
+  # Names, so that a layer's recomputation may leave the kernel out (model/remat.py).
+  out, lse = checkpoint_name(out, "ranged_attention"), checkpoint_name(lse, "ranged_attention")
   return (out, lse), (q, k, v, first, end, out, lse)
 
 

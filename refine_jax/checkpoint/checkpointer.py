@@ -1,14 +1,14 @@
 """Checkpoints at WORKDIR/checkpoints/STEP: everything that Orbax does, in one file.
 
 One holds the training state, the data iterator and a JSON record (run config, the model's shape,
-checksums). A step's directory appears under its name only when it is complete; what a killed run
-left of one has another name, and is deleted when the next run first saves.
+what makes the run, checksums). A step's directory appears under its name only when it is complete;
+what a killed run left of one has another name, and is deleted when the next run first saves.
 """
 
-import contextlib
+import json
 import logging
-import shutil
-from pathlib import Path
+import zlib
+from collections.abc import Callable
 
 import grain
 import jax
@@ -16,35 +16,45 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from refine_jax.checkpoint import checksums
+from refine_jax.checkpoint import checksums, compare
+from refine_jax.checkpoint.directory import (
+  Disk,
+  check_writable_name,
+  checkpoint_directory,
+  delete_all_but,
+  find_step,
+  quiet_threads,
+  refuse_taken,
+  resolve_resume_path,
+  set_aside,
+  steps,
+)
 from refine_jax.errors import UserError
+from refine_jax.files import reason_of
 from refine_jax.tree import leaf_name
 
 
-def checkpoint_directory(workdir) -> Path:
-  return Path(workdir).absolute() / "checkpoints"
-
-
-def steps(directory: Path) -> list[int]:
-  """The complete checkpoints in a checkpoints directory, oldest first."""
-  if not directory.is_dir():
-    return []
-  return sorted(int(p.name) for p in directory.iterdir() if p.is_dir() and p.name.isdigit())
-
-
 class Checkpointer:
-  """Saves and restores one run's checkpoints. Saving goes on in the background."""
+  """Saves and restores one run's checkpoints. Saving goes on in the background.
+
+  Raises:
+    UserError: what would be saved in this workdir could not be read again.
+  """
 
   def __init__(self, workdir, *, max_to_keep: int):
     self.directory = checkpoint_directory(workdir)
+    check_writable_name(self.directory)
     self._max_to_keep = max_to_keep
     self._manager = None
-    self._saving = False
+    self._saving = None  # the step
+    self._disk = Disk(self.directory)
 
   def latest_step(self) -> int | None:
     return max(steps(self.directory), default=None)
 
-  def save(self, step: int, state, iterator, config: dict, identity: dict):
+  def save(
+    self, step: int, state, iterator, config: dict, identity: dict, *, run: dict | None = None
+  ):
     """Starts to save; returns when the state has been copied and may be donated.
 
     A step that is there already is left as it is.
@@ -52,7 +62,8 @@ class Checkpointer:
     Args:
       state: any pytree of arrays.
       iterator: the grain iterator that has given exactly the batches trained on.
-      config, identity: JSON: the run's config; what `restore` compares the model with.
+      config, identity, run: JSON: the run's config; what `restore` compares the model with, and
+        the run.
 
     Raises:
       UserError: this save, or the one before, could not be written.
@@ -60,29 +71,46 @@ class Checkpointer:
     self.wait()
     if step in steps(self.directory):
       return
-    record = {"config": config, "identity": identity, "checksums": checksums.checksums(state)}
+    refuse_taken(self.directory / str(step))
+    record = {
+      "config": config,
+      "identity": identity,
+      "run": run or {},
+      "position": iterator.get_state(),
+      "checksums": checksums.checksums(state),
+    }
     if jax.default_backend() == "cpu":
       # On a CPU "the copy to the host" is the device's own buffer, which the next step donates.
       state = jax.tree.map(lambda x: x.copy(), state)
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
       data=grain.checkpoint.CheckpointSave(iterator),
-      record=ocp.args.JsonSave(record),
+      record=ocp.args.JsonSave(record | {"crc": _crc(record)}),
     )
-    with _disk_errors(self.directory):
+    with self._disk.errors():
       self._open().save(step, args=args, force=True)  # when to save is the caller's business
-    self._saving = True
+    self._saving = step
 
   def _open(self) -> ocp.CheckpointManager:
     # Made when first needed: it creates the directory, which a run that fails early must not.
     if self._manager is None:
-      options = ocp.CheckpointManagerOptions(
-        max_to_keep=self._max_to_keep, cleanup_tmp_directories=True
-      )
+      quiet_threads()
+      # Old ones are deleted here (_finish), when the new one can be read.
+      options = ocp.CheckpointManagerOptions(max_to_keep=None, cleanup_tmp_directories=True)
       self._manager = ocp.CheckpointManager(self.directory, options=options)
     return self._manager
 
-  def restore(self, step: int | None, abstract_state, iterator, identity: dict):
+  def restore(
+    self,
+    step: int | None,
+    abstract_state,
+    iterator,
+    identity: dict,
+    *,
+    run: dict | None = None,
+    allow: tuple[str, ...] = (),
+    check: Callable | None = None,
+  ):
     """The newest checkpoint that can be read, or that of `step`.
 
     One that cannot be read is reported, and the one before tried; when that succeeds, those
@@ -92,48 +120,70 @@ class Checkpointer:
       abstract_state: the state's tree of jax.ShapeDtypeStruct with shardings.
       iterator: set to where it was.
       identity: must equal that of the checkpoint.
+      run: must equal that of the checkpoint, but for the names in `allow`.
+      check: called with (step, state, iterator); raises ValueError where they do not belong
+        together, which is damage.
 
     Returns:
       (state, step)
 
     Raises:
-      UserError: of another model or optimizer, or none can be read.
+      UserError: of another model, optimizer or run, or none can be read.
     """
-    state, found, damaged = _restore_first(self.directory, step, abstract_state, iterator, identity)
+
+    def read(path):
+      return _restore(path, abstract_state, iterator, identity, run=run, allow=allow, check=check)
+
+    state, found, damaged = _restore_first(self.directory, step, read)
     for path in damaged:
-      _set_aside(path)
+      if jax.process_index() == 0:
+        set_aside(path)
+      if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"set aside {path}")
     return state, found
 
-  def restore_from(self, path: str, abstract_state, iterator, identity: dict):
+  def restore_from(self, path: str, abstract_state, iterator, identity: dict, **compared):
     """Restores from another run: a workdir, or WORKDIR/checkpoints/STEP, which stay untouched.
+
+    Args:
+      compared: `run`, `allow` and `check`, as for `restore`.
 
     Returns:
       (state, the checkpoint's path)
     """
     workdir, step = resolve_resume_path(path)
     directory = checkpoint_directory(workdir)
-    state, found, _ = _restore_first(directory, step, abstract_state, iterator, identity)
+
+    def read(path):
+      return _restore(path, abstract_state, iterator, identity, **compared)
+
+    state, found, _ = _restore_first(directory, step, read)
     return state, directory / str(found)
 
   def check(self):
     """Whether a save that has ended in the background was written; returns at once.
 
     Raises:
-      UserError: it could not be written.
+      UserError: it could not be written, or not be opened again.
     """
-    if self._saving and not self._manager.is_saving_in_progress():
+    if self._saving is not None and not self._manager.is_saving_in_progress():
       self.wait()
 
   def wait(self):
-    """Until everything is on disk.
+    """Until everything is on disk, and can be opened again: only then are older ones deleted.
 
     Raises:
-      UserError: it could not be written.
+      UserError: it could not be written, or not be opened again.
     """
-    if self._saving:
-      self._saving = False
-      with _disk_errors(self.directory):
-        self._manager.wait_until_finished()
+    if self._saving is None:
+      return
+    path, self._saving = self.directory / str(self._saving), None
+    with self._disk.errors():
+      self._manager.wait_until_finished()
+    _open_again(path)
+    if jax.process_index() == 0:
+      with self._disk.errors():
+        delete_all_but(self.directory, self._max_to_keep)
 
   def close(self):
     """Waits as `wait` does, and gives back threads."""
@@ -142,20 +192,37 @@ class Checkpointer:
     finally:
       manager, self._manager = self._manager, None
       if manager is not None:
-        manager.close()
+        with self._disk.errors(again=True):
+          manager.close()
 
 
-def _restore_first(directory, step, abstract_state, iterator, identity):
+def _open_again(path):
+  """Raises UserError where the record or an array's place in the files cannot be read."""
+  try:
+    record = _read(path).record
+    names = {leaf_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(_metadata(path))}
+    missing = sorted(record["checksums"].keys() - names)
+    if missing:
+      raise ValueError(f"{missing[0]} is not in it")
+  except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
+    raise UserError(
+      f"The checkpoint {path} was written and cannot be opened again ({reason_of(error)}); it does"
+      " not count as saved. Earlier checkpoints are whole: start again from them, in another place"
+      " if this one does it again."
+    ) from error
+
+
+def _restore_first(directory, step, read):
   """The newest that can be read, or `step`: (state, step, paths of newer ones that cannot)."""
   damaged, reason = [], "none"
   for candidate in steps(directory)[::-1] if step is None else [step]:
     path = directory / str(candidate)
     try:
-      return _restore(path, abstract_state, iterator, identity), candidate, damaged
+      return read(path), candidate, damaged
     except UserError:
       raise
     except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
-      reason = f"{path} cannot be read: {_reason(error)}"
+      reason = f"{path} cannot be read: {reason_of(error)}"
       logging.warning("checkpoint %s", reason)
       damaged.append(path)
   raise UserError(
@@ -164,66 +231,22 @@ def _restore_first(directory, step, abstract_state, iterator, identity):
   )
 
 
-def _restore(path, abstract_state, iterator, identity):
+def _restore(path, abstract_state, iterator, identity, *, run=None, allow=(), check=None):
   record = _read(path).record
-  if record["identity"] != identity:
-    raise UserError(_different_model(path, record["identity"], identity))
-  leaves = jax.tree_util.tree_leaves_with_path(abstract_state)
-  different = sorted({leaf_name(p) for p, _ in leaves} ^ record["checksums"].keys())
-  if different:
-    raise UserError(
-      f"{path} was written with another optimizer: {different[0]} is only in one of the two;"
-      " set config.optim (clip_grad, weight_decay) as in its run, or choose another --workdir."
-    )
+  leaves = {leaf_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(abstract_state)}
+  compare.refuse_others(path, record, identity, leaves, run or {}, allow)
   restored = _read(
     path,
     state=ocp.args.StandardRestore(abstract_state),
     data=grain.checkpoint.CheckpointRestore(iterator),
   )
   checksums.verify(restored.state, record["checksums"])
+  position = json.loads(json.dumps(iterator.get_state()))
+  if position != record.get("position", position):
+    raise ValueError(f"the data is at {position}, not at {record['position']} as when it was saved")
+  if check is not None:
+    check(int(path.name), restored.state, iterator)
   return restored.state
-
-
-def _set_aside(path: Path):
-  if jax.process_index() == 0:
-    others = len(list(path.parent.glob(f"{path.name}.damaged*")))
-    path.rename(path.with_name(f"{path.name}.damaged" + (f"-{others}" if others else "")))
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f"set aside {path}")
-
-
-def resolve_resume_path(path: str) -> tuple[Path, int | None]:
-  """A workdir, or WORKDIR/checkpoints/STEP -> (workdir, step or None for the newest).
-
-  Raises:
-    UserError: there is no checkpoint.
-  """
-  place = Path(path).expanduser().absolute()
-  if place.name.isdigit() and place.parent.name == "checkpoints" and place.is_dir():
-    return place.parent.parent, int(place.name)
-  if steps(checkpoint_directory(place)):
-    return place, None
-  raise UserError(
-    f"{place} holds no checkpoint; give a workdir or WORKDIR/checkpoints/STEP"
-    " (config.checkpoint.resume_from_path)."
-  )
-
-
-def find_step(workdir, step: int | None) -> int:
-  """`step`, or the newest.
-
-  Raises:
-    UserError: it is not there; lists those that are.
-  """
-  directory = checkpoint_directory(workdir)
-  there = steps(directory)
-  if not there:
-    raise UserError(f"{directory} holds no checkpoint.")
-  if step is None:
-    return there[-1]
-  if step not in there:
-    raise UserError(f"{directory} has no step {step}; it has {', '.join(map(str, there))}.")
-  return step
 
 
 def restore_params(workdir, step: int | None = None) -> tuple[dict, int]:
@@ -235,14 +258,14 @@ def restore_params(workdir, step: int | None = None) -> tuple[dict, int]:
   step = find_step(workdir, step)
   path = checkpoint_directory(workdir) / str(step)
   try:
-    tree = ocp.PyTreeCheckpointHandler().metadata(path / "state").tree["params"]
+    tree = _metadata(path)["params"]
     item = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)}
     arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     args = ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=True)
     restored = _read(path, state=args)
     checksums.verify(restored.state, restored.record["checksums"])
   except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
-    raise UserError(f"{path} cannot be read ({_reason(error)}); try another step.") from error
+    raise UserError(f"{path} cannot be read ({reason_of(error)}); try another step.") from error
   return restored.state["params"], step
 
 
@@ -253,43 +276,25 @@ def saved_config(workdir, step: int | None = None) -> dict:
 
 
 def _read(path, **items):
-  """The record of the checkpoint at `path`, and these items."""
+  """The record of the checkpoint at `path`, and these items.
+
+  Raises:
+    ValueError: the record is not what was saved.
+  """
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-    return checkpointer.restore(path, ocp.args.Composite(record=ocp.args.JsonRestore(), **items))
+    args = ocp.args.Composite(record=ocp.args.JsonRestore(), **items)
+    restored = checkpointer.restore(path, args)
+  # Checkpoints of earlier releases have none.
+  crc = restored.record.pop("crc", None)
+  if crc is not None and crc != _crc(restored.record):
+    raise ValueError("its record is not what was saved")
+  return restored
 
 
-def _different_model(path, found, wanted):
-  different = [
-    f"{name} {found.get(name)} there, {wanted.get(name)} here"
-    for name in sorted(found.keys() | wanted.keys())
-    if found.get(name) != wanted.get(name)
-  ]
-  return (
-    f"{path} is of another model ({'; '.join(different[:3])});"
-    " choose another --workdir or the model that it was made from."
-  )
+def _metadata(path):
+  """The tree of the arrays of the checkpoint at `path`, with shapes and dtypes."""
+  return ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
 
 
-def _reason(error: Exception) -> str:
-  """The first line of what a library said, without TensorStore's specification."""
-  line = f"{type(error).__name__}: {error}".splitlines()[0]
-  for tail in (" [tensorstore_spec", " See full TensorStore details"):
-    line = line.split(tail)[0]
-  # TensorStore puts the cause last, after each layer that it went through.
-  return line if len(line) <= 300 else f"{line[:100]} ... {line[-180:]}"
-
-
-@contextlib.contextmanager
-def _disk_errors(directory):
-  """Errors of the file system as a UserError, with the room that is left."""
-  try:
-    yield
-  except Exception as error:
-    if not isinstance(error, OSError) and "os_error_code" not in str(error):
-      raise
-    parent = next(p for p in (directory, *directory.parents) if p.exists())
-    free = shutil.disk_usage(parent).free / 2**30
-    raise UserError(
-      f"The checkpoint in {directory} could not be written ({_reason(error)}); {free:.1f} GiB are"
-      " free there. Earlier checkpoints are whole: make room and start again."
-    ) from error
+def _crc(record: dict) -> int:
+  return zlib.crc32(json.dumps(record, sort_keys=True).encode())

@@ -3,7 +3,7 @@
 Both directions are strict: an unknown key and a missing one are errors.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ def default_config() -> ConfigDict:
   return config
 
 
-def from_config_dict(config: ConfigDict) -> Config:
+def from_config_dict(config: ConfigDict | dict) -> Config:
   """Checks every key and returns the frozen configuration.
 
   Raises:
@@ -30,12 +30,13 @@ def from_config_dict(config: ConfigDict) -> Config:
       other.
   """
   check_names(config)
+  sections: dict[str, Any] = {name: config[name] for name in sections_of(Config)}
   values: dict[str, Any] = {n: key.convert(config[n]) for n, key in keys_of(Config).items()}
   for section, kind in sections_of(Config).items():
     values[section] = kind(
       **{
         # Messages say the whole name.
-        name: key.within(section).convert(config[section][name])
+        name: key.within(section).convert(sections[section][name])
         for name, key in keys_of(kind).items()
       }
     )
@@ -44,7 +45,7 @@ def from_config_dict(config: ConfigDict) -> Config:
   return result
 
 
-def check_names(config: Mapping | ConfigDict):
+def check_names(config: ConfigDict | dict):
   """Raises UserError where a key is missing, or is none of the schema's."""
   _check_names(config, [*keys_of(Config), *sections_of(Config)], "")
   for section, kind in sections_of(Config).items():

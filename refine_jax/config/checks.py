@@ -15,13 +15,13 @@ def check(c: Config):
   _check_batches(c)
   _check_mesh(c.mesh)
   first, last = _pair(c.log.profile_steps, "log.profile_steps", "(first, last)")
+  if c.optim.step_limit is not None:
+    check_profile(c, c.optim.step_limit)
   _require(
     first <= last and (first > 0 or last == 0),
     f"config.log.profile_steps is {c.log.profile_steps}; it must be (first, last), from step 1 on,"
     " or (0, 0).",
   )
-  if c.optim.step_limit is not None:
-    check_profile(c, c.optim.step_limit)
   _require(
     bool(c.eval.generate_file) == (c.eval.generate_every > 0),
     "config.eval.generate_every and config.eval.generate_file go together: how often, and which"
@@ -36,9 +36,9 @@ def check(c: Config):
 def check_profile(c: Config, total_steps: int):
   """Raises UserError where log.profile_steps names a step that the run does not have."""
   _require(
-    c.log.profile is None or c.log.profile[1] <= total_steps,
-    f"config.log.profile_steps is {c.log.profile_steps}, and the run has {total_steps} steps; name"
-    " steps of the run, or (0, 0) for no profile.",
+    c.log.profile is None or 1 <= c.log.profile[0] <= c.log.profile[1] <= total_steps,
+    f"config.log.profile_steps={c.log.profile_steps} is outside the run's steps 1 to {total_steps};"
+    " set (first, last) in them, or (0, 0) for none.",
   )
 
 

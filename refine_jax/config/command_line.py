@@ -1,16 +1,17 @@
 """--config=FILE[:RECIPE] --config.KEY=VALUE ..., with all that can be wrong in them as one line."""
 
 import importlib.machinery
-import importlib.util
 import inspect
 import re
+import sys
 import traceback
+import types
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from refine_jax import files
 from refine_jax.config.build import check_names
 from refine_jax.config.key import all_keys, nearest, shown
 from refine_jax.config.schema import Config
@@ -36,7 +37,7 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues) -> tuple[ConfigDic
   try:
     argv = flag_values.read_flags_from_files(list(argv), force_gnu=False)
   except (flags.Error, OSError, ValueError) as error:
-    raise UserError(f"--flagfile: {error}") from error
+    raise UserError(f"--flagfile: {_first_line(error)}") from error
   file, argv = _take_config(argv)
   _check_keys(argv)
   if file is None:
@@ -63,12 +64,13 @@ def load_config(name: str) -> ConfigDict:
     UserError: no such file, it fails, or it returns no config with the schema's keys.
   """
   file, given, recipe = name.partition(":")
-  path = Path(file)
-  if "\0" in name or not path.is_file():
+  path = files.local_path(file, "--config")
+  if not path.is_file():
     raise UserError(f"--config names {shown(file)}, and there is no such file.")
   loader = importlib.machinery.SourceFileLoader("refine_jax_user_config", str(path))
-  spec = importlib.util.spec_from_loader(loader.name, loader)
-  module = importlib.util.module_from_spec(spec)
+  module = types.ModuleType(loader.name)
+  module.__file__ = str(path)
+  sys.modules[loader.name] = module  # where dataclasses look up the names in annotations
   _run(path, loader.exec_module, module)
   get_config = getattr(module, "get_config", None)
   if not callable(get_config):
@@ -137,6 +139,9 @@ def _check_keys(argv):
     if not match or match[1] in names or match[1] in sections:
       continue
     section, _, rest = match[1].partition(".")
+    value = next((n for n in names if match[1].startswith((f"{n}.", f"{n}["))), None)
+    if value:
+      raise UserError(f"{shown(argument)[1:-1]}: {value} is one value; set it as a whole.")
     if rest and section not in sections and nearest(section, sections):
       wrong, near = section, nearest(section, sections).replace("Did", "did")
     else:

@@ -99,7 +99,7 @@ class Key:
   def _checked_text(self, value):
     if "\0" in value or not _encodable(value):
       raise UserError(
-        f"config.{self.name} is {shown(value)}; it must be text without null bytes and without"
+        f"config.{self.name}={shown(value)}: it must be text without null bytes and without"
         " halves of surrogate pairs."
       )
     if value in self.aliases:
@@ -107,7 +107,7 @@ class Key:
       return self.aliases[value]
     if self.choices and value not in self.choices:
       raise UserError(
-        f"config.{self.name} is {shown(value)}; it is one of {', '.join(self.choices)}."
+        f"config.{self.name}={shown(value)}: it is one of {', '.join(self.choices)}."
         f"{nearest(value, self.choices)}"
       )
     return value
@@ -126,7 +126,7 @@ class Key:
       if self.most is not None and finite and value > self.most:
         wanted = f"at most {self.most}"
       specials = "".join(f", or {shown(v)}: {meaning}" for v, meaning in self.special.items())
-      raise UserError(f"config.{self.name} is {shown(value)}; it must be {wanted}{specials}.")
+      raise UserError(f"config.{self.name}={shown(value)}: it must be {wanted}{specials}.")
 
 
 def key(
@@ -176,7 +176,7 @@ def keys_of(section: type) -> dict[str, Key]:
 
 
 @functools.cache
-def sections_of(config: type) -> dict[str, type]:
+def sections_of(config: type) -> dict[str, Any]:
   """Name -> dataclass of each section, in their order."""
   hints = typing.get_type_hints(config)
   return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}

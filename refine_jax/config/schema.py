@@ -16,13 +16,20 @@ class DataConfig:
 
   train_files: str = key(
     "",
-    "Parquet with a prompt and a response per row: a path, a glob, or several, comma-separated.",
+    "A prompt and a response per row, as Parquet or JSON lines (.jsonl, .ndjson, .json): a path, a"
+    " glob, or several, comma-separated. A row that is null, empty, of another type, or refused by"
+    " the chat template or the tokenizer is dropped, counted by reason, and the first few are"
+    " named; more than nine of ten such rows stop the run before its first step.",
   )
   val_files: str = key("", "The same for validation; empty: none.")
   prompt_key: str = key(
     "prompt", "The prompt's column: a string or a list of chat messages {role, content}."
   )
-  response_key: str = key("target", "The response's column, of the same kinds.")
+  response_key: str = key(
+    "target",
+    "The response's column, of the same kinds. Tool calls and reasoning in it are trained on as the"
+    " chat template writes them; a template that does not write them drops the row.",
+  )
   max_length: int = key(
     2048, "Tokens per row: prompt, response and EOS together.", least=2, most=MOST_TOKENS
   )

@@ -22,6 +22,11 @@ class CheckpointConfig:
   resume_from_path: str = key(
     "", "For resume_path: a workdir (its newest checkpoint) or WORKDIR/checkpoints/STEP."
   )
+  allow_changes: tuple[str, ...] = key(
+    (),
+    "What may differ from the checkpoint that a run goes on from, by the names that its refusal"
+    " gives: ('data',) for other examples, ('optim.total_steps',) for a longer run.",
+  )
   save_hf: bool = key(
     False,
     "Also write each as Hugging Face files to WORKDIR/global_step_N/huggingface. These are"

@@ -17,6 +17,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 
+from refine_jax import files
 from refine_jax.errors import UserError
 
 # Name, type, columns (0: one-dimensional).
@@ -39,6 +40,8 @@ class Examples:
     source_rows: int64 [count, 2]: number of the file, row in it.
     dropped: reason -> rows.
     truncated: examples that were cut to max_length.
+    noted: what was left out of examples that were kept -> examples.
+    places: reason -> the first rows dropped for it, each as in source_rows.
   """
 
   tokens: np.ndarray
@@ -47,6 +50,8 @@ class Examples:
   source_rows: np.ndarray
   dropped: dict[str, int]
   truncated: int = 0
+  noted: dict[str, int] = dataclasses.field(default_factory=dict)
+  places: dict[str, list] = dataclasses.field(default_factory=dict)
 
   def __len__(self) -> int:
     return len(self.prompt_lengths)
@@ -96,7 +101,14 @@ class Writer:
     self._arrays[name].write(array)
     self._checksums[name] = zlib.crc32(array, self._checksums[name])
 
-  def finish(self, *, dropped: dict[str, int], truncated: int):
+  def finish(
+    self,
+    *,
+    dropped: dict[str, int],
+    truncated: int,
+    noted: dict[str, int] | None = None,
+    places: dict[str, list] | None = None,
+  ):
     """The last call: everything is on the disk when it returns."""
     for file in self._arrays.values():
       file.flush()
@@ -106,6 +118,8 @@ class Writer:
       "tokens": self._total,
       "dropped": dropped,
       "truncated": truncated,
+      "noted": noted or {},
+      "places": places or {},
       "checksums": self._checksums,
     }
     with open(self._directory / "stats.json", "w", encoding="utf-8") as file:
@@ -124,7 +138,8 @@ def read(place: Path) -> Examples | None:
     for name, dtype, columns in _ARRAYS:
       shape = (sizes.get(name, count), columns) if columns else (sizes.get(name, count),)
       arrays[name] = _memory_map(place / f"{name}.bin", dtype, shape, stats["checksums"][name])
-    return Examples(dropped=dict(stats["dropped"]), truncated=stats["truncated"], **arrays)
+    counted = {name: dict(stats[name]) for name in ("dropped", "noted", "places")}
+    return Examples(truncated=stats["truncated"], **counted, **arrays)
   except (OSError, ValueError, KeyError, TypeError):
     return None
 
@@ -158,7 +173,10 @@ def read_or_build(place: Path, build: Callable[[Writer], None]) -> tuple[Example
     return examples, True
   try:
     place.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(place):
+    with _locked(place) as alone:
+      if alone:
+        for left in place.parent.glob(f"{place.name}.*.new"):  # of processes that were killed
+          shutil.rmtree(left, ignore_errors=True)
       examples = read(place)  # made by another process while this one waited
       if examples is not None:
         return examples, True
@@ -168,7 +186,8 @@ def read_or_build(place: Path, build: Callable[[Writer], None]) -> tuple[Example
         raise OSError("what was written differs when read back")
   except OSError as error:
     raise UserError(
-      f"The token cache {place} cannot be written: {error}."
+      f"The token cache {place} cannot be written: {files.reason_of(error)};"
+      f" {files.free_space(place)}."
       " Set config.data.cache_dir or REFINE_JAX_CACHE to a place with room."
     ) from error
   return examples, False
@@ -176,16 +195,17 @@ def read_or_build(place: Path, build: Callable[[Writer], None]) -> tuple[Example
 
 @contextlib.contextmanager
 def _locked(place):
+  """Keeps other processes from building `place`; whether it does."""
   lock = filelock.FileLock(f"{place}.lock")
   try:
     lock.acquire()
   except NotImplementedError:
     # A file system without locks: two processes may do the same work, and one of the equal
     # results stays.
-    yield
+    yield False
     return
   try:
-    yield
+    yield True
   finally:
     lock.release()
 

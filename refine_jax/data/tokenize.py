@@ -1,35 +1,53 @@
-"""Parquet files to tokenised examples, made once and cached under a fingerprint."""
+"""Files of rows to tokenised examples, made once and cached under a fingerprint."""
 
-import collections
+import datetime
 import hashlib
 import json
 import os
 from pathlib import Path
 
+import numpy as np
+
 from refine_jax.config import DataConfig
 from refine_jax.data import parquet, store
 from refine_jax.data.store import Examples
 from refine_jax.errors import UserError
-from refine_jax.text import chat
+from refine_jax.files import local_path
+from refine_jax.text import chat, template
+from refine_jax.text.tokenizer import TokenizerError, encode
+from refine_jax.text.vocabulary import check_ids, first_outside
 
 # Part of the fingerprint: raise it with every change to what a row becomes.
-_FORMAT = 2
+_FORMAT = 3
 _FOOTER_BYTES = 1 << 16
+# A larger share of bad rows is a wrong column or template, and no run.
+MOST_BAD = 0.9
+_REASONS, _PLACES = 20, 3
+# Not bad: cut away by config.data.truncation.
+NOTHING_LEFT = "nothing left of the response"
 
 
-def load_examples(files: str, data: DataConfig, tokenizer, *, name: str) -> Examples:
+def load_examples(
+  files: str, data: DataConfig, tokenizer, *, name: str, vocab_size: int
+) -> Examples:
   """Tokenises the files, or reads what an earlier run made of them; prints what was kept.
+
+  A row that is no example (null, of another type, refused by the template) is dropped, counted by
+  reason, and the first few are named.
 
   Args:
     files: a path, a glob, or several separated by commas.
     tokenizer: a transformers tokenizer; a fast one works on all cores.
     name: "train" or "val", for the messages.
+    vocab_size: rows of the model's embedding.
 
   Raises:
-    UserError: files or columns that are not there, truncation="error" with a long row, nothing
-      left, a tokenizer without EOS or template.
+    UserError: files or columns that are not there, truncation="error" with a long row, more than
+      MOST_BAD of the rows bad, a tokenizer without EOS or template, a token id outside the
+      vocabulary.
   """
   chat.check_tokenizer(tokenizer, data.chat_template)
+  check_ids([tokenizer.eos_token_id], vocab_size, "The tokenizer's EOS", tokenizer)
   paths = parquet.expand(files, f"config.data.{name}_files")
   rows = parquet.count_rows(paths, data.prompt_key, data.response_key)
   place = cache_root(data) / fingerprint(paths, data, tokenizer)
@@ -42,26 +60,51 @@ def load_examples(files: str, data: DataConfig, tokenizer, *, name: str) -> Exam
   lost = "".join(f", dropped {n} ({reason})" for reason, n in sorted(examples.dropped.items()))
   if examples.truncated:
     lost += f", truncated {examples.truncated} ({data.truncation})"
+  lost += "".join(f", {n} with {reason}" for reason, n in sorted(examples.noted.items()))
   print(
     f"{name:<13} {len(examples)} examples, {len(examples.tokens)} tokens{lost};"
     f" {'read from' if known else 'written to'} {place}",
     flush=True,
   )
-  if not len(examples):
+  named = _named(examples, paths)
+  if named:
+    print(f"{name:<13} the first dropped, rows from 0: {named}", flush=True)
+  bad = sum(n for reason, n in examples.dropped.items() if reason != NOTHING_LEFT)
+  if not len(examples) or bad > MOST_BAD * rows:
+    what = f"Only {len(examples)} examples are" if len(examples) else "No example is"
     raise UserError(
-      f"No example is left of {rows} rows in {files} ({name}){lost}; look at the columns"
-      f" {data.prompt_key!r} and {data.response_key!r}."
+      f"{what} left of {rows} rows in {files} ({name}){lost}; look at the columns"
+      f" {data.prompt_key!r} and {data.response_key!r}. The first dropped: {named or 'none'}."
     )
+  _check_vocabulary(examples, paths, tokenizer, vocab_size)
   return examples
+
+
+def _named(examples: Examples, paths: list[Path]) -> str:
+  """The first dropped rows of each reason."""
+  return "; ".join(
+    f"{reason}: {', '.join(f'{paths[file]} row {row}' for file, row in places)}"
+    for reason, places in sorted(examples.places.items())
+  )
+
+
+def _check_vocabulary(examples: Examples, paths: list[Path], tokenizer, vocab_size: int):
+  """Refuses ids without an embedding, in what the cache holds too: the model may be another."""
+  index = first_outside(examples.tokens, vocab_size)
+  if index is not None:
+    example = np.searchsorted(examples.offsets, index, side="right") - 1
+    file, row = examples.source_rows[example]
+    where = f"{paths[file]}, row {row} (from 0),"
+    check_ids(examples.tokens[index : index + 1], vocab_size, where, tokenizer)
 
 
 def cache_root(data: DataConfig) -> Path:
   """config.data.cache_dir, or REFINE_JAX_CACHE, which comes first, or the user's cache."""
   name = os.environ.get("REFINE_JAX_CACHE") or data.cache_dir
   if name:
-    return Path(name).expanduser() / "tokens"
+    return local_path(name, "config.data.cache_dir or REFINE_JAX_CACHE") / "tokens"
   home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return Path(home).expanduser() / "refine_jax" / "tokens"
+  return local_path(home, "XDG_CACHE_HOME") / "refine_jax" / "tokens"
 
 
 def fingerprint(paths: list[Path], data: DataConfig, tokenizer) -> str:
@@ -73,6 +116,8 @@ def fingerprint(paths: list[Path], data: DataConfig, tokenizer) -> str:
 
   add(_FORMAT, data.prompt_key, data.response_key, data.max_length, data.truncation)
   add("" if tokenizer.chat_template else data.chat_template, tokenizer.chat_template)
+  if template.prints_the_date(tokenizer.chat_template or data.chat_template):
+    add(datetime.date.today().isoformat())
   add(tokenizer.eos_token_id, tokenizer.special_tokens_map)  # templates print special tokens
   backend = getattr(tokenizer, "backend_tokenizer", None)
   if backend is not None:
@@ -85,56 +130,97 @@ def fingerprint(paths: list[Path], data: DataConfig, tokenizer) -> str:
       status = path.stat()
       add(str(path.resolve()), status.st_size, status.st_mtime_ns)
       with open(path, "rb") as file:
-        # The footer holds every row group's sizes and statistics: rewritten files differ in it
-        # even where size and time are the same.
-        file.seek(max(0, status.st_size - _FOOTER_BYTES))
-        digest.update(file.read())
+        # The footer of Parquet holds every row group's sizes and statistics: rewritten files
+        # differ in it even where size and time are the same. JSON has none, and is read whole.
+        if not parquet.is_json_lines(path):
+          file.seek(max(0, status.st_size - _FOOTER_BYTES))
+        digest.update(hashlib.file_digest(file, "sha256").digest())
     except OSError as error:
       raise UserError(f"{path} cannot be read: {error}") from error
   return digest.hexdigest()[:32]
 
 
+class _Tally:
+  """Rows counted by reason, with the first few places of each.
+
+  Reasons quote what is in the rows, so there may be as many as rows; those above _REASONS are
+  counted together.
+  """
+
+  def __init__(self):
+    self.counts: dict[str, int] = {}
+    self.places: dict[str, list[tuple[int, int]]] = {}
+    self._file = self._first = 0
+
+  def at(self, file: int, first: int):
+    """Rows that are added from here on are counted from row `first` of a file."""
+    self._file, self._first = file, first
+
+  def add(self, reason: str, row: int):
+    if reason not in self.counts and len(self.counts) >= _REASONS:
+      reason = "other reasons"
+    self.counts[reason] = self.counts.get(reason, 0) + 1
+    places = self.places.setdefault(reason, [])
+    if len(places) < _PLACES:
+      places.append((self._file, self._first + row))
+
+
 def _tokenise(writer: store.Writer, paths, data: DataConfig, tokenizer):
-  dropped, truncated = collections.Counter(), 0
-  for file_number, path in enumerate(paths):
+  dropped, noted, truncated = _Tally(), _Tally(), 0
+  for file, path in enumerate(paths):
     for first, prompts, responses in parquet.batches(path, data.prompt_key, data.response_key):
       kept, prompt_lengths, source_rows = [], [], []
-      for row, prompt, response in _encode(tokenizer, prompts, responses, data, dropped):
+      dropped.at(file, first)
+      for row, prompt, response in _encode(tokenizer, prompts, responses, data, dropped, noted):
         try:
           ids, prompt_length = fit(prompt, response, data)
         except chat.BadExample as error:
-          dropped[str(error)] += 1
+          dropped.add(str(error), row)
           continue
         except UserError as error:
           raise UserError(f"{path}, row {first + row} (from 0): {error}") from error
         truncated += len(ids) < len(prompt) + len(response)
         kept.append(ids)
         prompt_lengths.append(prompt_length)
-        source_rows.append((file_number, first + row))
+        source_rows.append((file, first + row))
       writer.append(kept, prompt_lengths, source_rows)
-  writer.finish(dropped=dict(dropped), truncated=truncated)
+  writer.finish(
+    dropped=dropped.counts, truncated=truncated, noted=noted.counts, places=dropped.places
+  )
 
 
-def _encode(tokenizer, prompts, responses, data, dropped):
-  """(row, prompt ids, response ids with EOS) of the good rows of a batch."""
-  rows, prompt_texts, response_texts = [], [], []
+def _encode(tokenizer, prompts, responses, data, dropped: _Tally, noted: _Tally):
+  """(row, prompt ids, response ids with EOS) of the good rows of a batch; counts the others."""
+  rows, texts = [], []
   for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
     try:
-      prompt_text = chat.prompt_text(tokenizer, prompt, data.chat_template)
-      response_text = chat.response_text(response, prompt_text, tokenizer.eos_token)
+      example = chat.example_texts(tokenizer, prompt, response, data.chat_template)
     except chat.BadExample as error:
-      dropped[str(error)] += 1
+      dropped.add(str(error), row)
       continue
+    for field in example.left_out:
+      noted.add(f"{field} of the target left out, which the chat template does not print", row)
     rows.append(row)
-    prompt_texts.append(prompt_text)
-    response_texts.append(response_text)
-  if not rows:
-    return
-  # One call a batch: fast tokenizers spread it over all cores.
-  prompt_ids = chat.encode(tokenizer, prompt_texts)
-  response_ids = chat.encode(tokenizer, response_texts)
-  for row, prompt, response in zip(rows, prompt_ids, response_ids, strict=True):
-    yield row, prompt, chat.with_eos(response, tokenizer.eos_token_id)
+    texts.append((example.prompt, example.response))
+  for row, ids in zip(rows, _encode_pairs(tokenizer, texts), strict=True):
+    if isinstance(ids, TokenizerError):
+      dropped.add(str(ids), row)
+    else:
+      yield row, ids[0], chat.with_eos(ids[1], tokenizer.eos_token_id)
+
+
+def _encode_pairs(tokenizer, texts: list[tuple[str, str]]) -> list:
+  """Both texts' ids for each pair, or the error of the tokenizer."""
+  if not texts:
+    return []
+  try:
+    # One call a batch: fast tokenizers spread it over all cores.
+    ids = encode(tokenizer, [text for pair in texts for text in pair])
+    return list(zip(ids[::2], ids[1::2], strict=True))
+  except TokenizerError as error:
+    if len(texts) == 1:
+      return [error]
+    return [result for pair in texts for result in _encode_pairs(tokenizer, [pair])]
 
 
 def fit(prompt: list[int], response: list[int], data: DataConfig) -> tuple[list[int], int]:
@@ -163,5 +249,5 @@ def fit(prompt: list[int], response: list[int], data: DataConfig) -> tuple[list[
   if data.truncation == "left":
     return ids[excess:], max(len(prompt) - excess, 1)
   if len(prompt) >= data.max_length:
-    raise chat.BadExample("nothing left of the response")
+    raise chat.BadExample(NOTHING_LEFT)
   return ids[: data.max_length], len(prompt)

@@ -110,7 +110,13 @@ def _difference(model, prompt, tokens, ar_tokens) -> Difference:
   text = [*prompt, *tokens[:offset]]
   ids = np.zeros((1, compile_cache.bucket(len(text), _SMALLEST_BUCKET)), np.int32)
   ids[0, : len(text)] = text  # what is behind does not reach the last token
-  second, best = np.sort(_logits_at(model.params, ids, len(text) - 1, model.config))[-2:]
+  logits = np.asarray(_logits_at(model.params, ids, len(text) - 1, model.config))
+  if not np.isfinite(logits).all():
+    raise UserError(
+      f"The model's logits are not finite after {len(text)} tokens; load the model with"
+      " dtype=float32 or bfloat16."
+    )
+  second, best = np.sort(logits)[-2:]
   return Difference(
     offset,
     *(answer[offset] if offset < len(answer) else None for answer in (tokens, ar_tokens)),

@@ -1,11 +1,13 @@
 """Compiled programs for bucketed shapes, with the seconds that making and running them took."""
 
+import collections
 import time
 
 import jax
 
-_PROGRAMS: dict = {}
-_MOST_PROGRAMS = 64
+# Each keeps memory maps, of which a process may have 65,530; a program has about 160.
+MOST_PROGRAMS = 64
+_PROGRAMS: collections.OrderedDict = collections.OrderedDict()  # the one used last at the end
 
 
 def compiled(function, arguments, options=None, **static):
@@ -19,14 +21,17 @@ def compiled(function, arguments, options=None, **static):
   shapes = tuple((x.shape, x.dtype) for x in leaves)
   # numpy's arrays have none, and go where the program wants them.
   shardings = frozenset(x.sharding for x in leaves if hasattr(x, "sharding"))
-  key = (function, structure, shapes, shardings, tuple(static.items()))
+  # What jax.config may change between two calls.
+  context = (jax.config.jax_default_matmul_precision, jax.config.jax_default_device)
+  key = (function, structure, shapes, shardings, context, tuple(static.items()))
   if key in _PROGRAMS:
+    _PROGRAMS.move_to_end(key)
     return _PROGRAMS[key], 0.0
   start = time.perf_counter()
   program = function.lower(*arguments, **static).compile(compiler_options=options)
-  if len(_PROGRAMS) >= _MOST_PROGRAMS:
-    _PROGRAMS.pop(next(iter(_PROGRAMS)))
   _PROGRAMS[key] = program
+  while len(_PROGRAMS) > MOST_PROGRAMS:
+    _PROGRAMS.popitem(last=False)
   return program, time.perf_counter() - start
 
 

@@ -1,22 +1,23 @@
 """One call's rows on their way through the sampler's programs."""
 
-import numbers
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refine_jax.decoding import compile_cache, sampler
+from refine_jax.decoding import compile_cache, sampler, sampling
 from refine_jax.decoding.options import check_options, default_block_size, default_draft
+from refine_jax.decoding.prompts import prompt_ids
 from refine_jax.decoding.result import Generation, Pass, Trace, token_texts
 from refine_jax.decoding.settings import Settings, least_window
 from refine_jax.errors import UserError
 from refine_jax.text import detokenize
-from refine_jax.text.chat import encode_prompt
+from refine_jax.text.vocabulary import check_ids
 
 _SMALLEST_BUCKET = 16
+_ROWS_SHOWN = 8
 
 
 class Decoder:
@@ -72,9 +73,9 @@ class Decoder:
       noise_token = trained.noise_token if trained else eos[0] if eos else 0
     if block_size is None:
       block_size = default_block_size(trained, mode, draft, len(prompts))
-    if not 0 <= noise_token < model.config.vocab_size:
-      raise UserError(f"noise_token={noise_token} is outside the vocabulary.")
     stops, stop_ids = _stops(model, stop)
+    for what, ids in (("noise_token", [noise_token]), ("eos_token_id", eos), ("stop", stop_ids)):
+      check_ids(ids, model.config.vocab_size, what, model.tokenizer)
     rows = compile_cache.bucket(len(prompts), 1)
     self.settings = Settings(
       mode="exact" if mode == "ar" else mode,
@@ -91,7 +92,7 @@ class Decoder:
       least_window=least_window(rows),
     )
     self.prompts = [
-      _ids(model, prompt, chat_template, number)
+      prompt_ids(model, prompt, chat_template, f"Prompt {number}")
       for number, prompt in enumerate(prompts, first_row + 1)
     ]
     self.max_new_tokens, self.seed, self.first_row = max_new_tokens, seed, first_row
@@ -108,12 +109,6 @@ class Decoder:
   def _prefill(self, rows: int) -> sampler.State:
     longest = max(map(len, self.prompts))
     context = self.model.config.max_length
-    if longest >= context:
-      row = next(i for i, prompt in enumerate(self.prompts, 1) if len(prompt) >= context)
-      raise UserError(
-        f"Prompt {self.first_row + row} has {len(self.prompts[row - 1])} tokens, which leaves no"
-        f" room in the model's {context} positions."
-      )
     width = compile_cache.bucket(longest, _SMALLEST_BUCKET)
     ids = np.zeros((rows, width), np.int32)
     lengths = np.ones(rows, np.int32)
@@ -210,10 +205,25 @@ class Decoder:
     self.state = self.state._replace(done=jnp.asarray(done))
 
   def _new(self, state: sampler.State) -> list[list[int]]:
-    return [
+    """The rows' committed tokens.
+
+    Raises:
+      UserError: logits of a row were not finite.
+    """
+    tokens = [
       state.tokens[row, len(prompt) : state.length[row]].tolist()
       for row, prompt in enumerate(self.prompts)
     ]
+    bad = [row for row, new in enumerate(tokens) if sampling.NOT_FINITE in new[-1:]]
+    if bad:
+      shown = ", ".join(f"{self.first_row + row + 1}" for row in bad[:_ROWS_SHOWN])
+      more = f" and {len(bad) - _ROWS_SHOWN} more" if len(bad) > _ROWS_SHOWN else ""
+      raise UserError(
+        f"The model's logits are not finite (NaN or infinite) in prompt {shown}{more}, the first"
+        f" time after {len(tokens[bad[0]]) - 1} tokens of its answer; load the model with"
+        " dtype=float32 or bfloat16, and if it stays so, its weights are damaged."
+      )
+    return tokens
 
   def result(self) -> Generation:
     if self.state is None:
@@ -261,19 +271,3 @@ def _stops(model, stop) -> tuple[tuple[str, ...], list[int]]:
   stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
   special = detokenize.special_ids(model.require_tokenizer()) if stops else {}
   return tuple(s for s in stops if s not in special), [special[s] for s in stops if s in special]
-
-
-def _ids(model, prompt, chat_template, number) -> list[int]:
-  """The ids of the prompt with this number, as errors call it."""
-  if isinstance(prompt, (np.ndarray, jax.Array)):
-    prompt = prompt.tolist()
-  if not isinstance(prompt, str) and not (isinstance(prompt, Sequence) and prompt):
-    raise UserError(f"Prompt {number} is {prompt!r}; give a string, chat messages or token ids.")
-  if isinstance(prompt, str) or isinstance(prompt[0], dict):
-    return encode_prompt(model.require_tokenizer(), prompt, chat_template, f"Prompt {number}")
-  if not all(isinstance(i, numbers.Integral) for i in prompt):
-    raise UserError(f"Prompt {number} mixes what is no token id into its ids.")
-  ids = [int(i) for i in prompt]
-  if not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
-    raise UserError(f"Prompt {number} has ids outside the vocabulary of {model.config.vocab_size}.")
-  return ids

@@ -1,5 +1,6 @@
 """What users call: `generate` for texts or token ids, `iterative_generate` for arrays."""
 
+import inspect
 import numbers
 from collections.abc import Iterator, Sequence
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from refine_jax.decoding.decoder import Decoder
 from refine_jax.decoding.loading import Model
-from refine_jax.decoding.options import require
+from refine_jax.decoding.options import check_options, require
 from refine_jax.decoding.result import Generation
 from refine_jax.errors import UserError
 
@@ -96,6 +97,13 @@ def generate(
   while not decoder.step(chunk):
     pass
   return decoder.result()
+
+
+# Of the options that `options.check_options` can check before there is a model.
+DEFAULTS = {
+  name: inspect.signature(generate).parameters[name].default
+  for name in inspect.signature(check_options).parameters
+}
 
 
 class Stream:

@@ -8,26 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refine_jax import files
 from refine_jax.attention import cached, packed
 from refine_jax.batch import Batch
 from refine_jax.errors import UserError
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights as hf_weights
+from refine_jax.hf.generation_config import Refinement, read_generation_config
+from refine_jax.hf.shards import all_finite
 from refine_jax.model import layout, transformer
 from refine_jax.model.transformer import ModelConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Refinement:
-  """What a training run leaves in generation_config.json for the sampler.
-
-  Attributes:
-    noise_token: what the rounds saw instead of tokens to be drafted.
-    block_size: of noise.kind "block"; None: it was trained without blocks.
-  """
-
-  noise_token: int
-  block_size: int | None
+from refine_jax.text.tokenizer import load_tokenizer
+from refine_jax.text.vocabulary import check_ids
+from refine_jax.tree import leaf_name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,6 +53,8 @@ class Model:
       segment_ids: int [B, T], contiguous from 1 (0: padding); positions start anew in each and
         attention does not cross. Default: one segment a row.
     """
+    if not isinstance(ids, jax.core.Tracer):
+      check_ids(np.asarray(ids), self.config.vocab_size, "ids", self.tokenizer)
     ids = jnp.asarray(ids, jnp.int32)
     segment_ids = jnp.ones_like(ids) if segment_ids is None else jnp.asarray(segment_ids)
     return _logits(self.params, ids, segment_ids, self.config)
@@ -119,12 +114,13 @@ def load(name, *, dtype=None, step: int | None = None) -> Model:
     floating = False
   if not floating:
     raise UserError(f"dtype={dtype!r} is none of float32, bfloat16 and float16.")
-  place = Path(str(name)).expanduser()
+  place = files.local_path(str(name), "model")
   if (place / "checkpoints").is_dir() and (place / "model").is_dir():
     # Orbax takes seconds to import, and only workdirs need it.
     from refine_jax.checkpoint import checkpointer
 
-    params, _ = checkpointer.restore_params(place, step)
+    params, found = checkpointer.restore_params(place, step)
+    _check_finite(params, f"step {found} of {place}")
     directory = place / "model"
     config = hf_config.read_model_config(directory)
   else:
@@ -137,25 +133,31 @@ def load(name, *, dtype=None, step: int | None = None) -> Model:
   return around(params, config, directory)
 
 
+def _check_finite(params: dict, where: str) -> None:
+  for path, array in jax.tree_util.tree_leaves_with_path(params):
+    if not all_finite(array):
+      raise UserError(
+        f"{where}: {leaf_name(path)} holds values that are not finite, so every answer would be"
+        " wrong; choose an earlier step."
+      )
+
+
 def around(params: dict, config: ModelConfig, directory: Path) -> Model:
   """A Model of these parameters, with the tokenizer and the special ids of a directory."""
   tokenizer = _tokenizer(directory)
-  generation = directory / "generation_config.json"
-  tokens = hf_config.read_json(directory, generation.name) if generation.exists() else {}
-  tokens = hf_config.read_json(directory) | {k: v for k, v in tokens.items() if v is not None}
-  eos = tokens.get("eos_token_id")
-  if eos is None and tokenizer is not None:
-    eos = tokenizer.eos_token_id
-  eos_ids = () if eos is None else tuple(np.atleast_1d(eos).tolist())
-  refinement = tokens.get("refinement")
+  generation = read_generation_config(directory, config)
+  eos = generation.eos_token_ids
+  if eos is None and tokenizer is not None and tokenizer.eos_token_id is not None:
+    eos = (int(tokenizer.eos_token_id),)
+    check_ids(eos, config.vocab_size, f"{directory}: the tokenizer's EOS", tokenizer)
   return Model(
     config,
     params,
     tokenizer,
-    eos_ids,
-    tokens.get("pad_token_id"),
+    eos or (),
+    generation.pad_token_id,
     directory,
-    Refinement(**refinement) if refinement else None,
+    generation.refinement,
   )
 
 
@@ -164,4 +166,4 @@ def _tokenizer(directory: Path):
   files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
   if not any((directory / name).exists() for name in files):
     return None
-  return hf_weights.load_tokenizer(directory)
+  return load_tokenizer(directory)

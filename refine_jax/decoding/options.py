@@ -1,10 +1,10 @@
 """Which options a call may give, and what stands for those that it does not."""
 
-import math
 import numbers
 
 import numpy as np
 
+from refine_jax.decoding.drafts import KINDS
 from refine_jax.decoding.settings import DRAFTS, MODES
 from refine_jax.errors import UserError
 
@@ -29,9 +29,12 @@ def default_block_size(trained, mode, draft, rows) -> int:
   """The default: that of the training; in exact, whose text it does not change, what has room."""
   if not (trained and trained.block_size):
     return _BLOCK_SIZE
-  size = trained.block_size
-  if mode == "exact" and draft in (None, "branches"):
-    size = min(size, max(math.isqrt(_ROOM // max(rows, 1)), _LEAST_BLOCK))
+  size, kind = trained.block_size, KINDS[draft or default_draft(trained, mode)]
+  # Where a pass takes in more than the block.
+  while mode == "exact" and size > _LEAST_BLOCK and kind.extra_tokens(size):
+    if rows * (size + kind.extra_tokens(size)) <= _ROOM:
+      break
+    size -= 1
   return size
 
 
@@ -57,8 +60,8 @@ def check_options(
   """
   require("mode", mode, mode in MODES, f"one of {', '.join(MODES)}")
   require("draft", draft, draft in (None, *DRAFTS), f"one of {', '.join(DRAFTS)}")
-  if (mode, draft) == ("fixed", "branches"):
-    raise UserError("draft='branches' needs a mode that verifies, and mode='fixed' does not.")
+  if mode == "fixed" and draft and KINDS[draft].needs_verifying:
+    raise UserError(f"draft={draft!r} needs a mode that verifies, and mode='fixed' does not.")
   block_size = _BLOCK_SIZE if block_size is None else block_size
   for name, value, least in (
     ("block_size", block_size, 1),
@@ -70,6 +73,9 @@ def check_options(
   ):
     good = isinstance(value, numbers.Integral) and value >= least
     require(name, value, good, f"a whole number of at least {least}")
+  # Beyond these, what is allocated from them is more than a machine has.
+  for name, value, most in (("block_size", block_size, 2**12), ("first_row", first_row, 2**24)):
+    require(name, value, value <= most, f"at most {most}")
   require("tau", tau, tau >= 0, "a probability")
   require("temperature", temperature, 0 <= temperature < np.inf, "0 or a positive number")
   require("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")

@@ -23,7 +23,7 @@ import numpy as np
 from refine_jax.attention import cached
 from refine_jax.attention.cached import slice_rows, write_rows
 from refine_jax.batch import Batch
-from refine_jax.decoding import drafts, sampling
+from refine_jax.decoding import compile_cache, drafts, sampling
 from refine_jax.decoding.settings import Settings
 from refine_jax.model import transformer
 from refine_jax.model.transformer import ModelConfig
@@ -39,11 +39,15 @@ class State(NamedTuple):
     tokens: int32 [B, S].
     length: int32 [B], committed tokens, prompt included.
     cached: int32 [B], leading tokens whose cache rows are right.
+    drafted: int32 [B], leading tokens that are text or predictions; noise tokens follow.
     limit: int32 [B], the most that length may become.
     done: bool [B].
     turn: int32 [B], passes over the current block ("fixed").
     passes: int32 [B].
     accepted: int32 [Settings.most], how often a pass committed the place at this offset.
+    refine_iter, tau: int32 and float32 [B], of Settings, as the next three.
+    inverse_temperature: float32 [B], 1 for greedy.
+    top_k, top_p: int32 and float32 [B].
     caches: for each layer keys and values (cached.empty_caches).
     seeds: uint32 [B], for sampling.
   """
@@ -51,11 +55,17 @@ class State(NamedTuple):
   tokens: jax.Array
   length: jax.Array
   cached: jax.Array
+  drafted: jax.Array
   limit: jax.Array
   done: jax.Array
   turn: jax.Array
   passes: jax.Array
   accepted: jax.Array
+  refine_iter: jax.Array
+  tau: jax.Array
+  inverse_temperature: jax.Array
+  top_k: jax.Array
+  top_p: jax.Array
   caches: list
   seeds: jax.Array
 
@@ -91,8 +101,9 @@ def prefill(
   tokens = tokens.at[:, :width].set(jnp.where(inside, prompts_BP, noise_token))
   start_B = jnp.zeros(rows, jnp.int32)
   count = width + max(ahead - 1, 0)
-  window = cached.following(start_B, count)
-  x, caches = _run(params, config, tokens[:, :count], start_B, window, caches, engine)
+  positions, reach = cached.following(start_B, count)
+  window = Batch(tokens[:, :count], positions, is_noise=positions >= lengths[:, None])
+  x, caches = _run(params, config, window, start_B, reach, caches, engine)
   if ahead:
     drafted = jnp.argmax(transformer.logits(params, slice_rows(x, lengths - 1, ahead)), axis=-1)
     tokens = write_rows(tokens, drafted, lengths)
@@ -101,16 +112,27 @@ def prefill(
 
 def begin(tokens, caches, lengths, limits, done, seeds, settings: Settings) -> State:
   """The state after `prefill`."""
+
+  def each(value, dtype):
+    return np.full(len(lengths), value, dtype)
+
   # An array for each field: `decode` takes their memory over.
   return State(
     tokens=tokens,
     length=np.array(lengths),
     cached=np.array(lengths),
+    drafted=lengths + np.int32(settings.drafts_of_prompt),
     limit=limits,
     done=done,
     turn=np.zeros_like(lengths),
     passes=np.zeros_like(lengths),
     accepted=np.zeros(settings.most, np.int32),
+    refine_iter=each(settings.refine_iter, np.int32),
+    tau=each(settings.tau, np.float32),
+    # A product with it is what XLA makes of a division by a constant.
+    inverse_temperature=each(1 / np.float32(settings.temperature or 1), np.float32),
+    top_k=each(min(settings.top_k, np.iinfo(np.int32).max), np.int32),
+    top_p=each(settings.top_p, np.float32),
     caches=caches,
     seeds=seeds,
   )
@@ -136,101 +158,84 @@ def one_pass(
 ) -> tuple[State, Seen]:
   """One forward pass over each row's window, and what the mode commits of it."""
   start = jnp.minimum(state.cached, state.length - 1)
-  tokens = state.tokens
-  if settings.draft == "ngram":
-    tokens = drafts.continue_ngrams(tokens, state.length, settings.block)
-  predicted, probability, verified, caches = _predict(
-    params, state, tokens, start, config, settings
-  )
-  count, turn = _commit_count(verified, probability, state.turn, settings)
+  tokens, drafted = settings.kind.fill(state.tokens, state.drafted, state.length, settings.block)
+  filled = state._replace(tokens=tokens, drafted=drafted)
+  (predicted, probability), verified, caches = _predict(params, filled, start, config, settings)
+  count, turn = _commit_count(verified, probability, state, settings)
 
-  # The end of a row: an EOS among the committed, or its limit.
+  # The end of a row: an EOS among the committed, its limit, or that the model says nothing more.
   count = jnp.minimum(count, state.limit - state.length)
   is_eos = jnp.isin(predicted, jnp.asarray(settings.eos_ids, jnp.int32))
-  before_eos = _leading(~is_eos)
+  before_eos = _leading(~is_eos & (predicted != sampling.NOT_FINITE))
   ends = before_eos < count
   count = jnp.where(ends, before_eos + 1, count)
   count = jnp.where(state.done, 0, count)
   length = state.length + count
   done = state.done | ends | (length >= state.limit)
 
-  keep = predicted
-  if settings.draft == "noise" and settings.mode != "fixed":
-    committed = jnp.arange(settings.width)[None, :] < count[:, None]
-    keep = jnp.where(committed, predicted, settings.noise_token)
+  # "fixed" refines what it predicted, wherever a block's first drafts come from.
+  after = drafts.KINDS["tail"] if settings.mode == "fixed" else settings.kind
+  keep, drafted = after.following(predicted, count, state.length, settings.noise_token)
   written = write_rows(tokens, keep, state.length)
-  new = State(
+  new = state._replace(
     tokens=jnp.where(state.done[:, None], state.tokens, written),
     length=length,
     # All that was committed before is cached now, and so are the drafts that were right.
     cached=jnp.where(state.done, state.cached, jnp.minimum(state.length + verified, length - 1)),
-    limit=state.limit,
+    drafted=jnp.where(state.done, state.drafted, drafted),
     done=done,
     turn=jnp.where(state.done, state.turn, turn),
     passes=state.passes + ~state.done,
     accepted=state.accepted
     + jnp.sum(jnp.arange(settings.most)[None, :] < count[:, None], axis=0, dtype=jnp.int32),
     caches=caches,
-    seeds=state.seeds,
   )
   return new, Seen(predicted, probability, count)
 
 
-def _predict(params, state, tokens, start, config, settings):
-  """What one forward pass says: predicted, probability [B, width], verified drafts [B], caches."""
-  block = settings.block
-  ids = slice_rows(tokens, start, settings.window)
+def _predict(params, state, start, config, settings):
+  """What one forward pass says: Predicted [B, width], verified drafts [B], caches."""
+  block, kind = settings.block, settings.kind
   base = state.length - 1 - start
-  if settings.branched:
-    noise = jnp.full((len(ids), drafts.branch_tokens(block)), settings.noise_token, ids.dtype)
-    ids = jnp.concatenate([ids, noise], axis=1)
-    window = drafts.following(start, base, settings.window, block)
-  else:
-    window = cached.following(start, settings.window)
-  x, caches = _run(params, config, ids, start, window, state.caches, settings.engine)
+  positions, reach = cached.following(start, settings.window)
+  ids = slice_rows(state.tokens, start, settings.window)
+  window = Batch(ids, positions, is_noise=positions >= state.drafted[:, None])
+  window, reach = kind.extend(window, reach, base, block, settings.noise_token)
+  x, caches = _run(params, config, window, start, reach, state.caches, settings.engine)
 
   def choose(x_BND, first_B):
     positions = first_B[:, None] + jnp.arange(x_BND.shape[1])[None, :]
-    return sampling.choose(transformer.logits(params, x_BND), positions, state.seeds, settings)
+    logits = transformer.logits(params, x_BND)
+    return drafts.Predicted(*sampling.choose(logits, positions, state, settings))
 
   # Only the rows that predict the block meet the head.
-  predicted, probability = choose(slice_rows(x, base, block), state.length)
-  drafted = slice_rows(tokens, state.length, block)
-  verified = _leading(predicted[:, :-1] == drafted[:, :-1])
-  if settings.branched:
-    x_ahead = drafts.chosen(x, verified, settings.window, block)
-    ahead = choose(x_ahead, state.length + verified + 1)
-    predicted, probability = (
-      drafts.continued(own, new, verified)
-      for own, new in zip((predicted, probability), ahead, strict=True)
-    )
-  return predicted, probability, verified, caches
+  own = choose(slice_rows(x, base, block), state.length)
+  drafted = slice_rows(state.tokens, state.length, block)
+  verified = _leading(own.tokens[:, :-1] == drafted[:, :-1])
+  return kind.predict(own, verified, state.length, x, choose), verified, caches
 
 
-def _commit_count(verified, probability, turn, settings):
+def _commit_count(verified, probability, state, settings):
   """How many predictions each row commits, and its next turn."""
+  turn = state.turn
   if settings.mode == "fixed":
     turn = turn + 1
     # A pass that changes no draft has reached the fixed point: further ones would repeat it.
-    full = (turn >= settings.refine_iter) | (verified == settings.block - 1)
+    full = (turn >= state.refine_iter) | (verified == settings.block - 1)
     return jnp.where(full, settings.block, 0), jnp.where(full, 0, turn)
   if settings.mode == "threshold":
-    sure = probability >= settings.tau
-    if settings.branched:  # made behind the verified run, not beside it
-      places = jnp.arange(settings.width)[None, :] - verified[:, None]
-      sure = (sure | (places <= 0)) & (places < settings.block)  # where the branch ends
+    sure = settings.kind.may_commit(probability >= state.tau[:, None], verified, settings.block)
     return jnp.maximum(verified + 1, _leading(sure)), turn
   return verified + 1, turn
 
 
-def _run(params, config, ids_BT, start_B, window, caches, engine):
-  """Hidden states of ids behind the first `start` places of the caches, and these with them."""
-  positions_BT, reach = window
+def _run(params, config, window: Batch, start_B, reach, caches, engine):
+  """Hidden states of a window after the first `start` places of the caches, and these with it."""
   return transformer.hidden_states(
     params,
     config,
-    Batch(ids_BT, positions_BT),
-    cached.attend_with(start_B, positions_BT, reach, engine),
+    window,
+    cached.attend_with(start_B, window.positions, reach, engine),
     dtype=caches[0][0].dtype,
     caches=caches,
   )
@@ -241,9 +246,13 @@ def _leading(flags_BN):
   return jnp.sum(jnp.cumprod(flags_BN.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
 
 
-@functools.cache
 def programs(config: ModelConfig, settings: Settings) -> tuple:
   """The jitted (decode, one_pass) of a model's shape; parameters are an argument."""
+  return _programs(config, settings.program)
+
+
+@functools.lru_cache(compile_cache.MOST_PROGRAMS)
+def _programs(config, settings):
   bound = {"config": config, "settings": settings}
   return tuple(
     jax.jit(functools.partial(function, **bound), donate_argnums=1)
@@ -251,7 +260,7 @@ def programs(config: ModelConfig, settings: Settings) -> tuple:
   )
 
 
-@functools.cache
+@functools.lru_cache(compile_cache.MOST_PROGRAMS)
 def prefill_program(config: ModelConfig):
   """The jitted `prefill`, whose options are static."""
   return jax.jit(

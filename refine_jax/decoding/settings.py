@@ -5,26 +5,30 @@ import dataclasses
 import jax
 
 from refine_jax.decoding import drafts
+from refine_jax.decoding.compile_cache import bucket
 
 # On a GPU, products of fewer rows than this take longer, not less.
 _LEAST_ROWS = 16
 
 MODES = ("exact", "fixed", "threshold", "ar")
-DRAFTS = ("tail", "noise", "ngram", "branches")
+DRAFTS = tuple(drafts.KINDS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """Static choices of one compiled program.
+  """How one call decodes.
+
+  Values are arrays of the state (sampler.State), so that a new one compiles nothing; the rest is
+  static, and `program` is what a program is compiled for.
 
   Attributes:
     mode: "exact"; "fixed" (refine_iter passes a block, then commit it: the document's
       algorithm); "threshold" (commit while the probability is at least tau); "ar".
-    block: tokens that a pass can commit, block - 1 of them drafts ("threshold" with branches may
-      go on in the branch: `most`).
-    draft: for new places: "tail" keeps the last pass's predictions, "noise" puts the noise token,
-      "ngram" continues as the text did after its last two tokens occurred before; "branches" runs
-      over a run of noise for every place where the verified text may end (drafts.py).
+    block: tokens that a pass can commit, block - 1 of them drafts ("threshold" may go on in the
+      kind's extra predictions: `most`).
+    draft: one of DRAFTS, whose files say what they do: "tail" keeps the last pass's predictions,
+      "noise" puts the noise token, "ngram" continues as the text did after its last two tokens
+      occurred before, "branches" runs over noise for every length of the verified text.
     refine_iter, tau: for "fixed" and "threshold".
     temperature: 0 for greedy. Otherwise a token is the argmax of logits / temperature plus Gumbel
       noise that depends on (seed, row, position) alone: a sample of the model's distribution that
@@ -48,30 +52,49 @@ class Settings:
   least_window: int = 1
 
   @property
+  def program(self) -> "Settings":
+    """These settings with one value in the place of all that the same program serves."""
+    samples = self.temperature > 0
+    return dataclasses.replace(
+      self,
+      refine_iter=1,
+      tau=0.0,
+      temperature=1.0 if samples else 0.0,
+      # How many logits are sorted out; the state says how many of them stay.
+      top_k=bucket(self.top_k, 1) if samples and self.top_k else 0,
+      top_p=0.5 if samples and self.top_p < 1 else 1.0,
+    )
+
+  @property
   def window(self) -> int:
     """Tokens a pass runs over: modes that commit unverified tokens run over those once more."""
     needed = 2 * self.block - 1 if self.mode in ("fixed", "threshold") else self.block
     return max(needed, self.least_window)
 
   @property
-  def branched(self) -> bool:
-    """Whether passes carry branches; a block of one token has nothing to draft."""
-    return self.draft == "branches" and self.block > 1
+  def kind(self) -> drafts.DraftKind:
+    """Where drafts come from; a block of one token has none, whatever was asked for."""
+    return drafts.KINDS[self.draft if self.block > 1 else "tail"]
+
+  @property
+  def extra_tokens(self) -> int:
+    """Tokens a row that the draft kind adds to a pass."""
+    return self.kind.extra_tokens(self.block)
 
   @property
   def tokens(self) -> int:
-    """Tokens a row that a pass runs over, those of branches among them."""
-    return self.window + (drafts.branch_tokens(self.block) if self.branched else 0)
+    """Tokens a row that a pass runs over."""
+    return self.window + self.extra_tokens
 
   @property
   def drafts_of_prompt(self) -> int:
     """Drafts that the prompt's pass makes for the first one."""
-    return 0 if self.mode == "fixed" or self.draft == "noise" else self.block - 1
+    return 0 if self.mode == "fixed" else self.kind.prompt_drafts(self.block)
 
   @property
   def width(self) -> int:
-    """Places that a pass predicts; those that it does not commit are drafts."""
-    return 2 * self.block - 1 if self.branched else self.block
+    """Tokens that a pass predicts; those that it does not commit may be drafts."""
+    return self.block + self.kind.extra_predictions(self.block)
 
   @property
   def most(self) -> int:
@@ -80,8 +103,8 @@ class Settings:
 
   @property
   def reach(self) -> int:
-    """Places of the cache behind the committed tokens that a pass may write."""
-    return self.tokens + (0 if self.branched else self.block)
+    """Places of the cache after the committed tokens that a pass may write."""
+    return self.tokens + (0 if self.extra_tokens else self.block)
 
 
 def least_window(rows: int) -> int:

@@ -4,9 +4,9 @@ No scripts and nothing from elsewhere: a page can be kept, mailed and opened off
 """
 
 import html
-import os
 from pathlib import Path
 
+from refine_jax import files
 from refine_jax.errors import UserError
 
 _CONTEXT = 12  # committed tokens shown before the block
@@ -106,10 +106,8 @@ def refuse_existing(path) -> Path:
   path = Path(path)
   if path.exists():
     raise UserError(f"{path} is there already; name a new file.")
-  try:
+  with files.write_errors(path.parent):
     path.parent.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"{path.parent} cannot be made: {error.strerror}.") from None
   return path
 
 
@@ -120,12 +118,8 @@ def write(generation, path, title: str = "Refinement"):
     UserError: the file is there already, or cannot be written.
   """
   path = refuse_existing(path)
-  unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-  try:
+  with files.new_file(path) as unfinished:
     unfinished.write_text(page(generation, title), encoding="utf-8")
-    unfinished.rename(path)
-  except OSError as error:
-    raise UserError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def _numbers(generation) -> str:

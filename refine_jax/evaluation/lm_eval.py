@@ -4,10 +4,13 @@
         --model_args pretrained=DIR,mode=exact,block_size=8 --tasks gsm8k
 
 takes every argument of `lm_eval`; pretrained is what `refine_jax.load` takes. The other arguments
-of the model are those of RefineLM. Needs the package: pip install 'refine_jax[eval]'.
+of the model are those of RefineLM, those of --gen_kwargs are in harness_options.py. Needs the
+package: pip install -e '.[eval]'.
 """
 
 import functools
+import logging
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +19,11 @@ from tqdm import tqdm
 
 try:
   from lm_eval import utils
-  from lm_eval.__main__ import cli_evaluate
+  from lm_eval.__main__ import HarnessCLI, cli_evaluate
   from lm_eval.api.model import TemplateLM
   from lm_eval.api.registry import register_model
 except ImportError:
-  missing = "lm-eval is not installed; pip install 'refine_jax[eval]'"
+  missing = "lm-eval is not installed; pip install -e '.[eval]'"
   # Of the program one line, of the module what an import raises.
   raise (
     SystemExit(f"error: {missing}") if __name__ == "__main__" else ImportError(missing)
@@ -28,9 +31,15 @@ except ImportError:
 
 from refine_jax.cli import entry_point
 from refine_jax.decoding import compile_cache, generation, loading
+from refine_jax.errors import UserError
+from refine_jax.evaluation import harness_options
 from refine_jax.model import head, transformer
+from refine_jax.text import template
+from refine_jax.text.tokenizer import encode
+from refine_jax.text.vocabulary import check_ids
 
 _SMALLEST_BUCKET = 64
+_log = logging.getLogger(__name__)
 
 
 @register_model("refine_jax")
@@ -39,17 +48,20 @@ class RefineLM(TemplateLM):
 
   Args:
     pretrained: a Hugging Face directory, a hub name or the workdir of a run.
-    batch_size: requests at a time.
+    batch_size: requests at a time; "auto" is a fixed number, at most max_batch_size.
     max_gen_toks: new tokens where the task does not say.
     dtype: of the parameters; default: as stored.
-    device, max_batch_size: given by the harness for any model; JAX has its own way to choose.
-    options: of generation.generate: mode, block_size, draft, tau, refine_iter.
+    device: the harness's --device; its default, or what JAX runs on anyway.
+    options: of generation.generate, those in harness_options.DECODING.
+
+  Raises:
+    UserError: an argument that is not known, or cannot be; before the model is loaded.
   """
 
   def __init__(
     self,
-    pretrained,
-    batch_size=16,
+    pretrained=None,
+    batch_size=harness_options.BATCH_SIZE,
     max_gen_toks=256,
     dtype=None,
     device=None,
@@ -57,10 +69,13 @@ class RefineLM(TemplateLM):
     **options,
   ):
     super().__init__()
+    harness_options.check_model_args(pretrained, device, options)
+    self.batch_size = harness_options.read_batch_size(batch_size, max_batch_size)
+    self.max_gen_toks = harness_options.whole("max_gen_toks", max_gen_toks)
+    self.options = options
     self.model = loading.load(pretrained, dtype=dtype)
     self.tokenizer = self.model.require_tokenizer()
-    self.batch_size, self.max_gen_toks = int(batch_size), int(max_gen_toks)
-    self.options = options
+    self._prefix = _prefix(self.tokenizer)
 
   @property
   def eot_token_id(self) -> int:
@@ -77,9 +92,9 @@ class RefineLM(TemplateLM):
     return self.tokenizer.name_or_path.replace("/", "__")
 
   def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
-    return self.tokenizer.apply_chat_template(
+    return template.render(
+      self.tokenizer,
       chat_history,
-      tokenize=False,
       add_generation_prompt=add_generation_prompt,
       continue_final_message=not add_generation_prompt,
     )
@@ -88,10 +103,15 @@ class RefineLM(TemplateLM):
     bos = self.tokenizer.bos_token
     if add_special_tokens is None:  # a chat template has put it there already
       add_special_tokens = not (bos and string.startswith(bos))
-    return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+    ids = encode(self.tokenizer, [string])[0]
+    return [*self._prefix, *ids] if add_special_tokens else ids
 
   def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
     """For each (texts, context ids, continuation ids): (its log-probability, whether greedy)."""
+    for number, (_, context, answer) in enumerate(requests, 1):
+      check_ids(
+        [*context, *answer], self.model.config.vocab_size, f"Request {number}", self.tokenizer
+      )
     results = [None] * len(requests)
     # Longest first: requests of one length share a batch, and too little memory shows at once.
     order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i][1:])))
@@ -99,6 +119,8 @@ class RefineLM(TemplateLM):
       scored = self._score([requests[i][1:] for i in part])
       for i, result in zip(part, scored, strict=True):
         results[i] = result
+        if not math.isfinite(result[0]):
+          raise UserError(_not_finite(requests[i], i + 1, result[0]))
     return results
 
   def _score(self, pairs):
@@ -142,36 +164,65 @@ class RefineLM(TemplateLM):
     groups: dict = {}
     for i, request in enumerate(requests):
       groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
+    # All of them before any model call: what is refused is refused at the start.
+    options = {
+      kind: self.options
+      | harness_options.read_gen_kwargs(requests[i[0]].args[1], self.max_gen_toks)
+      for kind, i in groups.items()
+    }
     with tqdm(total=len(requests), disable=disable_tqdm) as bar:
-      for indices in groups.values():
-        options = self._options(requests[indices[0]].args[1])
+      for kind, indices in groups.items():
         for part in _chunks(indices, self.batch_size):
           contexts = [requests[i].args[0] for i in part]
-          answers = self._answers(contexts, options | {"first_row": part[0]})
+          answers = self._answers(contexts, options[kind] | {"first_row": part[0]})
           for i, text in zip(part, answers, strict=True):
             self.cache_hook.add_partial("generate_until", requests[i].args, text)
             results[i] = text
           bar.update(len(part))
     return results
 
-  def _options(self, arguments: dict) -> dict:
-    """The harness's generation arguments in the words of generation.generate."""
-    until = arguments.get("until") or []
-    sampled = arguments.get("do_sample", False) or arguments.get("temperature", 0.0) > 0
-    result = {
-      "stop": [s for s in ([until] if isinstance(until, str) else until) if s],
-      "max_new_tokens": int(arguments.get("max_gen_toks", self.max_gen_toks)),
-      "temperature": float(arguments.get("temperature", 1.0)) if sampled else 0.0,
-    }
-    result |= {name: arguments[name] for name in ("top_k", "top_p") if name in arguments}
-    return self.options | result
-
   def _answers(self, contexts, options):
-    room = max(self.model.config.max_length - options["max_new_tokens"], 1)
-    prompts = [self.tok_encode(c)[-room:] for c in contexts]
+    """Texts of one batch; a context keeps its end where it is too long.
+
+    An answer has max_new_tokens of the model's positions for itself, but never more than half of
+    them: beyond that, it ends where the positions do.
+    """
+    length = self.model.config.max_length
+    room = max(length - options["max_new_tokens"], length - length // 2)
+    prompts = [self.tok_encode(c) for c in contexts]
+    cut = sum(len(p) > room for p in prompts)
+    if cut:
+      _log.warning(
+        "%d of %d contexts are longer than %d tokens (the model's %d positions less those of the"
+        " answer) and lost their beginning.",
+        *(cut, len(prompts), room, length),
+      )
+    prompts = [p[-room:] for p in prompts]
     # Filled up, so that the last batch needs no program of its own.
     prompts += prompts[:1] * (self.batch_size - len(prompts))
     return generation.generate(self.model, prompts, **options).texts[: len(contexts)]
+
+
+def _prefix(tokenizer) -> list[int]:
+  """What the tokenizer puts before a text by itself.
+
+  What it puts after one (EOS, SEP) has no place here: a context goes on, and a continuation begins
+  where its context's ids end.
+  """
+  bare, whole = (encode(tokenizer, ["a"], add_special_tokens=s)[0] for s in (False, True))
+  starts = range(len(whole) - len(bare) + 1)
+  return whole[: next((i for i in starts if whole[i : i + len(bare)] == bare), 0)]
+
+
+def _not_finite(request, number: int, value: float) -> str:
+  """The message for a log-probability that no probability has."""
+  texts, context, answer = request
+  shown = "a window of a text" if texts is None else f"{texts[0][-60:]!r} -> {texts[1][:60]!r}"
+  return (
+    f"Request {number} ({shown}; {len(context)} and {len(answer)} tokens) has the log-likelihood"
+    f" {value}: the model's logits are not finite there. Try --model_args dtype=float32, and check"
+    " the weights."
+  )
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -189,4 +240,7 @@ def _chunks(items: list, size: int) -> list:
 
 @entry_point
 def main():
+  arguments = HarnessCLI().parse_args()
+  # The command's own; those of tasks are read when their requests come.
+  harness_options.read_gen_kwargs(getattr(arguments, "gen_kwargs", None) or {}, 1)
   cli_evaluate()

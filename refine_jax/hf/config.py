@@ -5,37 +5,15 @@ Both spellings are understood: transformers 4 (`rope_theta`, `rope_scaling`, `to
 transformers 5 (`rope_parameters`, `dtype`).
 """
 
+import functools
 import json
 from pathlib import Path
 
 from refine_jax.errors import UserError
-from refine_jax.hf.rope import number, read_rope
-from refine_jax.model.transformer import ModelConfig
-
-# model_type -> the one architecture, and what transformers assumes where a key is absent.
-ARCHITECTURES = {
-  "llama": "LlamaForCausalLM",
-  "mistral": "MistralForCausalLM",
-  "qwen2": "Qwen2ForCausalLM",
-  "qwen3": "Qwen3ForCausalLM",
-}
-_QWEN_DEFAULTS = {
-  "num_key_value_heads": 32,
-  "max_position_embeddings": 32768,
-  "sliding_window": 4096,
-  "use_sliding_window": False,
-  "max_window_layers": 28,
-}
-_DEFAULTS = {
-  "llama": {"max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False},
-  "mistral": {
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
-  },
-  "qwen2": _QWEN_DEFAULTS,
-  "qwen3": _QWEN_DEFAULTS | {"head_dim": 128, "attention_bias": False},
-}
+from refine_jax.hf.families import Family, family_of
+from refine_jax.hf.rope import read_ropes
+from refine_jax.hf.values import MOST, count, flag, number, shown, some
+from refine_jax.model.config import ModelConfig
 
 _READ = frozenset(
   "model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers"
@@ -64,7 +42,6 @@ _HARMLESS = frozenset(
 _NULL_IS_A_VALUE = ("sliding_window", "head_dim", "num_key_value_heads")
 # Keys that would change the computation, and the values that do not. null is always one.
 _ONLY = {
-  "hidden_act": ("silu", "swish"),
   "attention_dropout": (0,),
   "partial_rotary_factor": (1,),
   "rope_interleaved": (False,),
@@ -77,31 +54,59 @@ _ONLY = {
   "quantization_config": (),
   "auto_map": (),
 }
-# The same where a family's code in transformers has it fixed.
-_ONLY_IN = {
-  "llama": {"sliding_window": (), "use_sliding_window": (False,)},
-  "mistral": {"attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (True,)},
-  "qwen2": {"attention_bias": (True,), "mlp_bias": (False,)},
-  "qwen3": {"mlp_bias": (False,)},
+# The largest that is taken for a model; what is larger would only end for want of memory.
+_MOST = {
+  "num_hidden_layers": 10_000,
+  "vocab_size": 2**24,
+  "hidden_size": 2**20,
+  "intermediate_size": 2**22,
+  "num_attention_heads": 2**13,
+  "num_key_value_heads": 2**13,
+  "head_dim": 2**13,
 }
+# Between these norms and scores of ordinary activations are finite in float32.
+_EPS = (1e-30, 1.0)
+_INITIALIZER_RANGE = (0.0, 1e3)
+_QUERY_SCALAR = (1e-6, 1e9)
 
 
 def read_json(directory, name: str = "config.json") -> dict:
   """A JSON object from a file of a model's directory.
 
   Raises:
-    UserError: no such file, or not a JSON object.
+    UserError: no such file, or not a JSON object in UTF-8 with each key once.
   """
   path = Path(directory) / name
+  if path.exists() and not path.is_file():  # reading a pipe or a device would never end
+    raise UserError(f"{path} is not a file; give a Hugging Face model directory.")
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
   except FileNotFoundError:
     raise UserError(f"{path} does not exist; give a Hugging Face model directory.") from None
-  except (OSError, ValueError) as error:
-    raise UserError(f"{path} cannot be read as JSON ({error}); copy it anew.") from error
+  except (OSError, ValueError, RecursionError) as error:
+    reason = str(error).partition(";")[0]
+    raise UserError(f"{path} cannot be read as JSON ({reason}); copy it anew.") from error
   if not isinstance(value, dict):
     raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}.")
   return value
+
+
+def _without_doubles(pairs):
+  values = dict(pairs)
+  if len(values) < len(pairs):
+    names = [key for key, _ in pairs]
+    double = next(key for key in names if names.count(key) > 1)
+    raise ValueError(f"the key {shown(double)} occurs twice")
+  return values
+
+
+def read_family(directory) -> Family:
+  """The family of the model in a Hugging Face directory.
+
+  Raises:
+    UserError: config.json is missing, damaged, or names none that is supported.
+  """
+  return family_of(read_json(directory), str(Path(directory) / "config.json"))
 
 
 def read_model_config(directory) -> ModelConfig:
@@ -119,126 +124,132 @@ def from_hf(values: dict, where: str = "config.json") -> ModelConfig:
   Raises:
     UserError: naming the key that is missing, malformed, or not supported.
   """
-  family = _check_family(values, where)
+  family = family_of(values, where)
   _check_keys(values, family, where)
   given = {k: v for k, v in values.items() if v is not None or k in _NULL_IS_A_VALUE}
-  c = {"rms_norm_eps": 1e-6, "initializer_range": 0.02} | _DEFAULTS[family] | given
-  count = lambda key: _count(c, key, where)  # noqa: E731  said eight times below
-  layers, heads, width = (
-    count("num_hidden_layers"),
-    count("num_attention_heads"),
-    count("hidden_size"),
-  )
-  kv_heads = heads if c.get("num_key_value_heads") is None else count("num_key_value_heads")
-  if heads % kv_heads:
-    raise UserError(
-      f"{where}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}."
-    )
-  if c.get("head_dim") is None and width % heads:
-    raise UserError(
-      f"{where}: hidden_size={width} is not a multiple of num_attention_heads={heads};"
-      " set head_dim."
-    )
-  head_dim = width // heads if c.get("head_dim") is None else count("head_dim")
-  if head_dim % 2:
-    raise UserError(f"{where}: head_dim={head_dim} is odd; rotary embeddings need an even one.")
-  max_length = count("max_position_embeddings")
-  rope = read_rope(c, max_length, where)
+  c = {"rms_norm_eps": 1e-6, "initializer_range": 0.02} | dict(family.defaults) | given
+  size = functools.partial(_size, c, where=where)
+  heads, kv_heads, head_dim = _head_sizes(c, where)
+  max_length = size("max_position_embeddings")
+  rope, sliding_rope = read_ropes(c, family, max_length, where)
   if rope.kind == "yarn":  # Qwen's instructions add YaRN and leave max_position_embeddings alone.
     max_length = max(max_length, int(rope.factor * rope.original_length))
-  bias = _flag(c, "attention_bias", where)
+  bias = flag(c, "attention_bias", where)
+  width, layers = size("hidden_size"), size("num_hidden_layers")
+  scalar = c.get("query_pre_attn_scalar")
+  if scalar is not None:
+    scalar = number(scalar, "query_pre_attn_scalar", where, *_QUERY_SCALAR)
   return ModelConfig(
-    vocab_size=count("vocab_size"),
+    vocab_size=size("vocab_size"),
     width=width,
-    feed_forward=count("intermediate_size"),
+    feed_forward=size("intermediate_size"),
     layers=layers,
     heads=heads,
     kv_heads=kv_heads,
     head_dim=head_dim,
-    norm_eps=number(c["rms_norm_eps"], "rms_norm_eps", where),
+    norm_eps=number(c["rms_norm_eps"], "rms_norm_eps", where, *_EPS),
     rope=rope,
-    tied_head=_flag(c, "tie_word_embeddings", where),
-    qkv_bias=bias or family == "qwen2",
-    output_bias=bias and family != "qwen2",
-    mlp_bias=_flag(c, "mlp_bias", where),
-    qk_norm=family == "qwen3",
+    sliding_rope=sliding_rope,
+    tied_head=flag(c, "tie_word_embeddings", where),
+    qkv_bias=bias if family.qkv_bias is None else family.qkv_bias,
+    output_bias=bias if family.output_bias is None else family.output_bias,
+    mlp_bias=flag(c, "mlp_bias", where),
+    qk_norm=family.qk_norm,
     windows=_windows(c, family, layers, where),
     max_length=max_length,
-    initializer_range=number(c["initializer_range"], "initializer_range", where),
+    initializer_range=number(
+      c["initializer_range"], "initializer_range", where, *_INITIALIZER_RANGE
+    ),
+    attention_scale=None if scalar is None else scalar**-0.5,
+    embedding_scale=width**0.5 if family.embedding_scaled else None,
+    norm_offset=family.norm_offset,
+    post_norms=family.post_norms,
+    activation=family.activation,
   )
 
 
-def _check_family(values, where):
-  family = values.get("model_type")
-  if family not in ARCHITECTURES:
+def _size(c, key, where) -> int:
+  return count(c, key, where, most=_MOST.get(key, MOST))
+
+
+def _head_sizes(c, where) -> tuple[int, int, int]:
+  """Query heads, key/value heads, and the width of each."""
+  heads, width = _size(c, "num_attention_heads", where), _size(c, "hidden_size", where)
+  kv_heads = heads
+  if c.get("num_key_value_heads") is not None:
+    kv_heads = _size(c, "num_key_value_heads", where)
+  if heads % kv_heads:
     raise UserError(
-      f"{where}: model_type={family!r} is not supported; supported are {', '.join(ARCHITECTURES)}."
+      f"{where}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}."
     )
-  wanted = ARCHITECTURES[family]
-  for name in values.get("architectures") or ():
-    if name.lower() != wanted.lower():
-      raise UserError(f"{where}: architectures names {name!r}; {wanted!r} is what is supported.")
-  return family
+  if c.get("head_dim") is not None:
+    head_dim = _size(c, "head_dim", where)
+  elif width % heads:
+    raise UserError(
+      f"{where}: hidden_size={width} is not a multiple of num_attention_heads={heads};"
+      " set head_dim."
+    )
+  else:
+    head_dim = width // heads
+  if head_dim % 2:
+    raise UserError(f"{where}: head_dim={head_dim} is odd; rotary embeddings need an even one.")
+  return heads, kv_heads, head_dim
 
 
 def _check_keys(values, family, where):
   bad, unknown = [], []
-  only = _ONLY | _ONLY_IN[family]
+  only = _ONLY | family.only
+  known = _READ | _HARMLESS | family.harmless | family.defaults.keys()
+  if family.sliding_rope_theta is not None:
+    known |= {"rope_local_base_freq"}
   for key, value in values.items():
     if value is None:
       continue
     if key in only:
-      if value not in only[key]:
-        bad.append(f"{key}={json.dumps(value)}")
-    elif key not in _READ and key not in _HARMLESS:
-      unknown.append(f"{key}={json.dumps(value)}")
+      # true is no 1, though Python has them equal.
+      if not any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in only[key]):
+        bad.append(f"{key}={shown(value)}")
+    elif key not in known:
+      unknown.append(f"{shown(key)[1:-1]}={shown(value)}")
   if bad:
-    raise UserError(f"{where}: not supported for {family}: {', '.join(bad)}.")
+    raise UserError(f"{where}: not supported for {family.model_type}: {some(bad)}.")
   if unknown:
     raise UserError(
-      f"{where}: unknown {', '.join(unknown)}; remove what does not change what the model computes."
+      f"{where}: unknown {some(unknown)}; remove what does not change what the model computes."
     )
 
 
-def _windows(c, family, layers, where):
-  """Each layer's sliding window, by the rules of the family."""
+def _windows(c, family, layers, where) -> tuple[int | None, ...]:
+  """Each layer's sliding window."""
+  for key in ("sliding_window_pattern", "max_window_layers"):
+    if key in family.defaults:
+      count(c, key, where, least=0 if key == "max_window_layers" else 1)
   window = c.get("sliding_window")
-  if family == "mistral":
-    first_sliding = 0
-  elif family in ("qwen2", "qwen3"):
-    window = window if _flag(c, "use_sliding_window", where) else None
-    first_sliding = c["max_window_layers"]
-  else:
-    first_sliding = layers
   if window is not None:
-    window = _count(c, "sliding_window", where)
-  derived = tuple(window if i >= first_sliding else None for i in range(layers))
+    window = count(c, "sliding_window", where)
+  if not flag(c, "use_sliding_window", where, default=True):
+    window = None
+  if window is None and family.sliding_rope_theta is not None:
+    raise UserError(f"{where}: sliding_window must be a whole number, as {family.model_type}'s is.")
+  derived = tuple(window if family.sliding(c, i) else None for i in range(layers))
   types = c.get("layer_types")
   if types is None:
     return derived
   known = {"full_attention": None, "attention": None, "sliding_attention": window}
-  if not isinstance(types, list) or len(types) != layers or not set(types) <= known.keys():
+  if (
+    not isinstance(types, list)
+    or len(types) != layers
+    or not all(isinstance(name, str) and name in known for name in types)
+  ):
     raise UserError(
       f"{where}: layer_types must name full_attention or sliding_attention for each of {layers}"
-      f" layers, not {json.dumps(types)}."
+      f" layers, not {shown(types)}."
     )
   if "sliding_attention" in types and window is None:
     raise UserError(f"{where}: layer_types has sliding_attention, but no sliding_window is in use.")
   given = tuple(known[name] for name in types)
-  if family in ("llama", "mistral") and given != derived:
-    raise UserError(f"{where}: layer_types contradicts what {family} computes; remove it.")
+  if given != derived and not family.layer_types_decide:
+    raise UserError(
+      f"{where}: layer_types contradicts what {family.model_type} computes; remove it."
+    )
   return given
-
-
-def _count(c, key, where) -> int:
-  value = c.get(key)
-  if type(value) is not int or value < 1:
-    raise UserError(f"{where}: {key} must be a positive integer, not {value!r}.")
-  return value
-
-
-def _flag(c, key, where) -> bool:
-  value = c.get(key, False)
-  if type(value) is not bool:
-    raise UserError(f"{where}: {key} must be true or false, not {value!r}.")
-  return value

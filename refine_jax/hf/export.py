@@ -1,7 +1,5 @@
 """A release directory that transformers and others load: weights, configs, tokenizer, card."""
 
-import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +8,14 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from refine_jax import files
 from refine_jax.errors import UserError
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights as hf_weights
+from refine_jax.hf.card import model_card
+from refine_jax.hf.families import family_of
+from refine_jax.hf.model_files import TEMPLATE_FOLDER
+from refine_jax.hf.rope import both_spellings
 
 DTYPES = {
   "float32": np.dtype(np.float32),
@@ -43,50 +46,41 @@ def export(
   Raises:
     UserError: output exists and is not empty, or cannot be written.
   """
-  output = Path(output).absolute()
-  refuse_used(output)
-  if dtype not in DTYPES:
-    raise UserError(f"--dtype={dtype} is not known; it is one of {', '.join(DTYPES)}.")
+  output = files.local_path(output, "--output").absolute()
+  files.refuse_used(output)
+  check_dtype(dtype)
   model_files = Path(model_files)
   config = hf_config.read_json(model_files)
   shape = hf_config.from_hf(config, str(model_files / "config.json"))
-  temporary = output.with_name(f".{output.name}.{os.getpid()}.new")
+  family = family_of(config)
   try:
-    temporary.mkdir(parents=True)
-    for path in model_files.iterdir():
-      if path.is_file() and path.suffix != ".safetensors":
-        shutil.copyfile(path, temporary / path.name)
-    _write_json(temporary / "config.json", _both_spellings(config, dtype))
-    _write_weights(temporary, hf_weights.tensors(params, shape, DTYPES[dtype]), shard_bytes)
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    if output.exists():
-      output.rmdir()  # empty: checked above
-    _sync(temporary)
-    temporary.rename(output)
-  except (OSError, safetensors.SafetensorError) as error:
-    free = shutil.disk_usage(output.parent).free / 2**30 if output.parent.exists() else 0
+    with files.new_directory(output) as temporary:
+      for path in model_files.iterdir():
+        if path.is_file() and not _is_weights(path.name):
+          shutil.copyfile(path, temporary / path.name)
+      if (model_files / TEMPLATE_FOLDER).is_dir():
+        shutil.copytree(model_files / TEMPLATE_FOLDER, temporary / TEMPLATE_FOLDER)
+      written = both_spellings(config, family) | {"dtype": dtype, "torch_dtype": dtype}
+      files.write_json(temporary / "config.json", written)
+      tensors = hf_weights.tensors(params, shape, family, DTYPES[dtype])
+      _write_weights(temporary, tensors, shard_bytes)
+      (temporary / "README.md").write_text(card, encoding="utf-8")
+  except safetensors.SafetensorError as error:
     raise UserError(
-      f"{output} could not be written ({error}); {free:.1f} GiB are free there."
+      f"{output} could not be written ({error}); {files.free_space(output)}."
     ) from error
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
   return output
 
 
-def _sync(directory: Path):
-  """To the disk, so that after a power cut the new name never stands for half-written files."""
-  for path in (*directory.iterdir(), directory):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-      os.fsync(descriptor)
-    finally:
-      os.close(descriptor)
+def check_dtype(dtype: str) -> None:
+  """Raises UserError for a dtype that weights are not written in."""
+  if dtype not in DTYPES:
+    raise UserError(f"--dtype={dtype} is not known; it is one of {', '.join(DTYPES)}.")
 
 
-def refuse_used(output: Path):
-  """Raises UserError where something is already at the place."""
-  if output.exists() and (not output.is_dir() or any(output.iterdir())):
-    raise UserError(f"{output} exists and is not empty; choose another output, or remove it.")
+def _is_weights(name: str) -> bool:
+  """Whether a file holds weights or lists files that do: an export has its own."""
+  return name.endswith((".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf"))
 
 
 def export_step(workdir, step: int, params, *, dtype: str = "bfloat16") -> Path | None:
@@ -106,22 +100,6 @@ def export_step(workdir, step: int, params, *, dtype: str = "bfloat16") -> Path 
   return export(
     params, Path(workdir) / "model", output, dtype=dtype, card=model_card(workdir, step)
   )
-
-
-def _both_spellings(config: dict, dtype: str) -> dict:
-  """The config with its dtype and rope in the words of transformers 4 and of 5."""
-  config = config | {"dtype": dtype, "torch_dtype": dtype}
-  rope = dict(config.get("rope_parameters") or {})
-  if rope:
-    theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
-    scaled = rope.get("rope_type", "default") != "default"
-    config |= {"rope_theta": theta, "rope_scaling": rope if scaled else None}
-  else:
-    scaling = dict(config.get("rope_scaling") or {})
-    kind = scaling.pop("type", None)
-    scaling.setdefault("rope_type", kind or "default")
-    config |= {"rope_parameters": scaling | {"rope_theta": config.get("rope_theta", 10000.0)}}
-  return config
 
 
 def _write_weights(directory: Path, tensors: Iterator, shard_bytes: int):
@@ -152,84 +130,4 @@ def _write_weights(directory: Path, tensors: Iterator, shard_bytes: int):
     path.rename(directory / final)
     weight_map |= dict.fromkeys(names, final)
   index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-  _write_json(directory / "model.safetensors.index.json", index)
-
-
-def _write_json(path: Path, value: dict):
-  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def model_card(workdir, step: int) -> str:
-  """README.md of a release: what it is, how to use it, the run's metrics and config."""
-  workdir = Path(workdir)
-  config = hf_config.read_json(workdir)
-  base = config["model"]["pretrained"]
-  front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-  front += ["tags:", "- refine_jax", "- parallel-decoding"]
-  # A local path says nothing to others, and the hub's form is owner/name.
-  if base and not Path(base).expanduser().exists() and base.count("/") == 1:
-    front.append(f"base_model: {base}")
-  rounds = config["objective"]["num_iterations"]
-  lines = [
-    *front,
-    "---",
-    "",
-    f"# {workdir.name}, step {step}",
-    "",
-    f"An ordinary causal language model{f', fine-tuned from {base},' if base else ''} trained"
-    " with [refine_jax] to fill a whole block of tokens in a few parallel passes."
-    " Its architecture is unchanged: everything that loads its base loads it.",
-    "",
-    f"Training: {rounds} refinement rounds with loss weights"
-    f" {config['objective']['loss_weights']}, noise rate uniform in"
-    f" [{config['noise']['noise_min']}, {config['noise']['noise_max']}].",
-    "",
-    "```python",
-    "import refine_jax",
-    "",
-    'model = refine_jax.load("THIS_DIRECTORY")',
-    'out = refine_jax.generate(model, ["..."], block_size=8, mode="exact")',
-    "print(out.texts[0], out.tokens_per_pass)",
-    "```",
-    "",
-    "`exact` gives the text of greedy autoregressive decoding, in fewer passes. With transformers:",
-    "",
-    "```python",
-    "from transformers import AutoModelForCausalLM",
-    "",
-    'model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")',
-    "```",
-    "",
-    *_metric_lines(workdir / "metrics.jsonl", step),
-    "## Configuration",
-    "",
-    "```json",
-    json.dumps(config, indent=2),
-    "```",
-    "",
-  ]
-  return "\n".join(lines)
-
-
-def _metric_lines(path: Path, step: int) -> list[str]:
-  """The newest training and validation numbers up to the step, as a table."""
-  newest: dict = {}
-  if path.exists():
-    for line in path.read_text(encoding="utf-8").splitlines():
-      try:
-        record = json.loads(line)
-      except ValueError:  # the line that a killed run was writing
-        continue
-      if record["step"] <= step:
-        newest |= {k: v for k, v in record.items() if k != "step" and v is not None}
-  names = [n for n in sorted(newest) if n.removeprefix("eval/").startswith(("loss_", "accuracy_"))]
-  if not names:
-    return []
-  return [
-    "## Metrics",
-    "",
-    "| metric | value |",
-    "| --- | --- |",
-    *(f"| {name} | {newest[name]:.4f} |" for name in names),
-    "",
-  ]
+  files.write_json(directory / "model.safetensors.index.json", index)

@@ -3,65 +3,38 @@
 Only safetensors: nothing here runs code that comes with a model.
 """
 
-import copy
-import json
+import functools
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import safetensors
 
 from refine_jax.errors import UserError
-from refine_jax.hf.config import read_json
-from refine_jax.model.transformer import ModelConfig, param_shapes
+from refine_jax.files import local_path
+from refine_jax.hf.config import read_family
+from refine_jax.hf.families import Family
+from refine_jax.hf.shards import TensorFiles, all_finite, some
+from refine_jax.model.config import ModelConfig
+from refine_jax.model.transformer import param_shapes
 from refine_jax.tree import leaf_name
 
-# Ours (under "layers/", where the leading axis is the layer) -> theirs (under model.layers.N.).
-# Matrices are transposed: theirs are [outputs, inputs].
-_LAYER_NAMES = {
-  "attention_norm/scale": "input_layernorm.weight",
-  "mlp_norm/scale": "post_attention_layernorm.weight",
-  "attention/query_norm/scale": "self_attn.q_norm.weight",
-  "attention/key_norm/scale": "self_attn.k_norm.weight",
-} | {
-  f"{ours}/{kind}": f"{theirs}.{'weight' if kind == 'kernel' else 'bias'}"
-  for kind in ("kernel", "bias")
-  for ours, theirs in {
-    "attention/query": "self_attn.q_proj",
-    "attention/key": "self_attn.k_proj",
-    "attention/value": "self_attn.v_proj",
-    "attention/output": "self_attn.o_proj",
-    "mlp/gate": "mlp.gate_proj",
-    "mlp/up": "mlp.up_proj",
-    "mlp/down": "mlp.down_proj",
-  }.items()
-}
-_TOP_NAMES = {
-  "embedding": "model.embed_tokens.weight",
-  "final_norm/scale": "model.norm.weight",
-  "head": "lm_head.weight",
-}
 # Constants that old files carry; the model computes them.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
-_TIED_HEAD = _TOP_NAMES["head"]
-
-_MODEL_FILES = ("config.json", "generation_config.json")
 
 
-def tensor_names(config: ModelConfig) -> dict[str, tuple]:
+def tensor_names(config: ModelConfig, family: Family) -> dict[str, tuple]:
   """Every tensor of a model: theirs -> (ours, layer or None, shape in the file)."""
   import jax
 
   result = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(config)):
     ours = leaf_name(path)
-    if ours in _TOP_NAMES:
-      result[_TOP_NAMES[ours]] = (ours, None, leaf.shape)
+    if ours in family.top_names:
+      result[family.top_names[ours]] = (ours, None, leaf.shape)
       continue
-    name = _LAYER_NAMES[ours.removeprefix("layers/")]
+    name = family.layer_names[ours.removeprefix("layers/")]
     shape = leaf.shape[1:][::-1] if ours.endswith("kernel") else leaf.shape[1:]
     for layer in range(config.layers):
       result[f"model.layers.{layer}.{name}"] = (ours, layer, shape)
@@ -82,11 +55,13 @@ def load_params(
     place: (our name, stacked host array) -> what to put into the tree, such as a sharded array.
 
   Raises:
-    UserError: not safetensors, truncated, or tensors missing, unknown or misshapen (all listed).
+    UserError: not safetensors, truncated, not finite floats, a tensor in two files, or tensors
+      missing, unknown or misshapen (the first of each kind and how many more).
   """
-  files = _TensorFiles(Path(directory))
-  wanted = tensor_names(config)
-  _check_tensors(files, wanted, config)
+  files = TensorFiles(Path(directory))
+  family = read_family(directory)
+  wanted = tensor_names(config, family)
+  _check_tensors(files, wanted, config, family)
   leaves: dict[str, dict] = {}
   for name, (ours, layer, _) in wanted.items():
     leaves.setdefault(ours, {})[layer] = name
@@ -96,9 +71,17 @@ def load_params(
       array = files.read(names[None])
     else:
       parts = [files.read(names[layer]) for layer in range(config.layers)]
-      array = np.stack([x.T if ours.endswith("kernel") else x for x in parts])
+      array = _stack([x.T if ours.endswith("kernel") else x for x in parts])
     _insert(params, ours, place(ours, array) if place else array)
   return params
+
+
+def _stack(parts: list[np.ndarray]) -> np.ndarray:
+  """One array of all layers, in the smallest dtype that holds each of theirs."""
+  import jax.numpy as jnp
+
+  dtype = functools.reduce(jnp.promote_types, {x.dtype for x in parts})
+  return np.stack([x.astype(dtype, copy=False) for x in parts])
 
 
 def _insert(tree, name, value):
@@ -108,77 +91,82 @@ def _insert(tree, name, value):
   tree[last] = value
 
 
-def _check_tensors(files, wanted, config):
+def _check_tensors(
+  files: TensorFiles, wanted: dict[str, tuple], config: ModelConfig, family: Family
+):
+  tied_head, embedding_name = family.top_names["head"], family.top_names["embedding"]
   there = {n for n in files.shapes if not _IGNORED.search(n)}
-  if config.tied_head and _TIED_HEAD in there:
-    there.discard(_TIED_HEAD)
-    head, embedding = files.read(_TIED_HEAD), files.read(_TOP_NAMES["embedding"])
-    if head.shape != embedding.shape or not np.array_equal(head, embedding):
-      raise UserError(
-        f"{files.directory}: config.json ties the head to the embedding, but lm_head.weight"
-        " differs from it; set tie_word_embeddings to false."
-      )
-  problems = [f"missing {n}" for n in sorted(wanted.keys() - there)]
-  problems += [f"unknown {n}" for n in sorted(there - wanted.keys())]
-  problems += [
+  if config.tied_head and tied_head in there:
+    there.discard(tied_head)
+    if embedding_name in there:
+      head, embedding = files.read(tied_head), files.read(embedding_name)
+      if head.shape != embedding.shape or not np.array_equal(head, embedding):
+        raise UserError(
+          f"{files.directory}: config.json ties the head to the embedding, but lm_head.weight"
+          " differs from it; set tie_word_embeddings to false."
+        )
+  missing, unknown = sorted(wanted.keys() - there), sorted(there - wanted.keys())
+  shapes = [
     f"{n} has shape {list(files.shapes[n])}, not {list(wanted[n][2])}"
     for n in sorted(wanted.keys() & there)
     if tuple(files.shapes[n]) != tuple(wanted[n][2])
   ]
-  if problems:
+  count = len(missing) + len(unknown) + len(shapes)
+  if count:
+    parts = [_named("missing", missing), _named("unknown", unknown), some(shapes)]
     raise UserError(
-      f"{files.directory}: the weights do not fit config.json, {len(problems)} problems:"
-      f" {'; '.join(problems)}."
+      f"{files.directory}: the weights do not fit config.json, {count} problems:"
+      f" {'; '.join(filter(None, parts))}.{_renaming(missing, unknown)}"
     )
 
 
-class _TensorFiles:
-  """The safetensors files of a directory as one set of tensors, read one by one."""
-
-  def __init__(self, directory: Path):
-    self.directory = directory
-    # Mistral's releases carry the weights once more, under names of its own library.
-    paths = sorted(p for p in directory.glob("*.safetensors") if p.name[:12] != "consolidated")
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-      weight_map = read_json(directory, index.name).get("weight_map")
-      if not isinstance(weight_map, dict):
-        raise UserError(f"{index} has no weight_map; fetch or write it again.")
-      names = set(weight_map.values())
-      missing = sorted(n for n in names if not (directory / n).exists())
-      if missing:
-        raise UserError(f"{directory} lacks {', '.join(missing)}, which its index names.")
-      paths = [directory / n for n in sorted(names)]
-    if not paths:
-      pickled = list(directory.glob("*.bin")) + list(directory.glob("*.pt"))
-      hint = " Its pickled weights are not loaded: save them as safetensors." if pickled else ""
-      raise UserError(f"{directory} has no .safetensors file.{hint}")
-    self._files = {}
-    self.shapes = {}
-    for path in paths:
-      try:
-        file = safetensors.safe_open(path, "numpy")
-        for name in file.keys():
-          self._files[name] = file
-          self.shapes[name] = tuple(file.get_slice(name).get_shape())
-      except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(
-          f"{path} is damaged or cut short ({error}); fetch or write it again."
-        ) from error
-
-  def read(self, name: str) -> np.ndarray:
-    return self._files[name].get_tensor(name)
+def _named(kind: str, names: list[str]) -> str:
+  """The first of the names, and the folder of modules that all of them are under."""
+  prefix = os.path.commonprefix(names).rpartition(".")[0]
+  together = f" (all under {prefix})" if prefix and len(names) > 1 else ""
+  return f"{kind} {some(names)}{together}" if names else ""
 
 
-def tensors(params: dict, config: ModelConfig, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
-  """Their tensors in the order of their names, as host arrays [outputs, inputs], one by one."""
-  for name, (ours, layer, _) in sorted(tensor_names(config).items()):
+def _renaming(missing: list[str], unknown: list[str]) -> str:
+  """What to do where the unknown tensors are the missing ones under a longer or shorter name."""
+  if not missing or not unknown:
+    return ""
+  longest, there = max(missing, key=len), set(unknown)
+  for name in unknown:
+    if name.endswith(f".{longest}"):
+      extra = name.removesuffix(longest)
+      if all(extra + m in there for m in missing):
+        return f" The files have {extra!r} before each name: save them without it."
+    if longest.endswith(f".{name}"):
+      lacking = longest.removesuffix(name)
+      under = [m for m in missing if m.startswith(lacking)]
+      if all(m.removeprefix(lacking) in there for m in under):
+        return f" The files lack {lacking!r} before each name: save them with it."
+  return ""
+
+
+def tensors(
+  params: dict, config: ModelConfig, family: Family, dtype=None
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Their tensors in the order of their names, as host arrays [outputs, inputs], one by one.
+
+  Raises:
+    UserError: a value is not finite, or not in `dtype`.
+  """
+  for name, (ours, layer, _) in sorted(tensor_names(config, family).items()):
     leaf = params
     for part in ours.split("/"):
       leaf = leaf[part]
     array = np.asarray(leaf if layer is None else leaf[layer])
     array = array.T if ours.endswith("kernel") else array
-    yield name, np.ascontiguousarray(array if dtype is None else array.astype(dtype))
+    with np.errstate(over="ignore", invalid="ignore"):  # said below
+      array = np.ascontiguousarray(array if dtype is None else array.astype(dtype))
+    if not all_finite(array):
+      raise UserError(
+        f"{name} holds values that are not finite as {array.dtype.name}, so nothing is exported;"
+        " choose another step, or bfloat16 where the values are beyond float16."
+      )
+    yield name, array
 
 
 def find(name: str, *, weights: bool = True) -> Path:
@@ -187,90 +175,30 @@ def find(name: str, *, weights: bool = True) -> Path:
   Raises:
     UserError: neither.
   """
-  path = Path(name).expanduser()
-  if path.is_dir():
-    return path
-  if path.exists() or name.startswith((".", "/", "~")):
-    raise UserError(f"{name} is not a directory with a model.")
+  directory = local_directory(name)
+  if directory is not None:
+    return directory
   import huggingface_hub
-  from huggingface_hub import errors
 
   patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
   try:
     return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-  except (
-    errors.HfHubHTTPError,
-    errors.HFValidationError,
-    errors.LocalEntryNotFoundError,
-    OSError,
-  ) as error:
-    reason = str(error).splitlines()[0]
+  except Exception as error:  # of the hub, of HTTP, and of the file system
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
     raise UserError(
       f"{name} is no local directory, and the hub does not give it: {reason}"
     ) from error
 
 
-def load_tokenizer(name, *, trust_remote_code: bool = False):
-  """The tokenizer of a directory or hub name.
+def local_directory(name: str) -> Path | None:
+  """The directory of that name; None where the name can only be the hub's.
 
   Raises:
-    UserError: there is none.
+    UserError: it is a file, no possible path, or a path where nothing is.
   """
-  # It advises to install PyTorch, which nothing here needs.
-  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-  import transformers
-
-  if str(name).startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-    raise UserError(f"{name} (the tokenizer) is not a directory.")
-  try:
-    return transformers.AutoTokenizer.from_pretrained(
-      str(name), trust_remote_code=trust_remote_code
-    )
-  except (OSError, ValueError, KeyError) as error:
-    reason = str(error).splitlines()[0]
-    raise UserError(f"{name} has no tokenizer that can be loaded: {reason}") from error
-
-
-def save_model_files(
-  directory, tokenizer, output: Path, *, chat_template: str = "", refinement: dict | None = None
-):
-  """What an export needs beside weights: config.json, generation_config.json, the tokenizer.
-
-  Written beside `output` and renamed; an `output` that is there already is left as it is.
-
-  Args:
-    chat_template: for a tokenizer that has none: what it was trained with is what it is used with.
-    refinement: what the sampler should know of the training (loading.Refinement), under this name
-      in generation_config.json.
-  """
-  if output.exists():
-    return
-  temporary = output.with_name(output.name + ".new")
-  shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir(parents=True)
-  for name in _MODEL_FILES:
-    if (Path(directory) / name).exists():
-      shutil.copyfile(Path(directory) / name, temporary / name)
-  if tokenizer is not None:
-    if chat_template and not tokenizer.chat_template:
-      tokenizer = copy.deepcopy(tokenizer)
-      tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(temporary)
-    _describe_generation(temporary, tokenizer.eos_token_id, refinement)
-  temporary.rename(output)
-
-
-def _describe_generation(directory: Path, eos: int | None, refinement: dict | None):
-  """The tokenizer's EOS ends every response of the training, so it must end generation too."""
-  path = directory / "generation_config.json"
-  config = read_json(directory, path.name) if path.exists() else {}
-  before = dict(config)
-  known = config.get("eos_token_id", read_json(directory).get("eos_token_id"))
-  known = [] if known is None else known if isinstance(known, list) else [known]
-  if eos is not None and eos not in known:
-    known = [*known, eos]
-    config["eos_token_id"] = known if len(known) > 1 else eos
-  if refinement:
-    config["refinement"] = refinement
-  if config != before:
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+  path = local_path(name, "model")
+  if path.is_dir():
+    return path
+  if path.exists() or name.startswith((".", "/", "~")):
+    raise UserError(f"{name} is not a directory with a model.")
+  return None

@@ -15,7 +15,7 @@ projection a matrix of its own. Computing is faster in others, which `hidden_sta
 import jax
 import jax.numpy as jnp
 
-from refine_jax.model.transformer import ModelConfig
+from refine_jax.model.config import ModelConfig
 
 # module -> (joined projection, its parts in order)
 JOINED = {"attention": ("qkv", ("query", "key", "value")), "mlp": ("gate_up", ("gate", "up"))}

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from refine_jax.batch import Batch
 from refine_jax.model import remat as remat_lib
 from refine_jax.model import rope as rope_lib
-from refine_jax.model.layer import ACTIVATIONS, Attend, Gate, Layer, ModelConfig, norm
+from refine_jax.model.config import ModelConfig
+from refine_jax.model.layer import ACTIVATIONS, Attend, Gate, Layer, norm
 
 __all__ = [
   "ACTIVATIONS",
@@ -30,6 +31,7 @@ __all__ = [
   "hidden_states",
   "init_params",
   "logits",
+  "norm",
   "param_shapes",
 ]
 

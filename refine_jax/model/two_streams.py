@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from refine_jax.batch import Batch
 from refine_jax.model import adapters
 from refine_jax.model import remat as remat_lib
-from refine_jax.model.layer import Attend, Layer, ModelConfig, norm
+from refine_jax.model.config import ModelConfig
+from refine_jax.model.layer import Attend, Layer, norm
 from refine_jax.model.transformer import backward_in_order, embed, rotations, scan_layers
 
 

@@ -44,6 +44,11 @@ def rounds(terms: Plan) -> Plan:
   return tuple(term for term in terms if term.name != CLEAN)
 
 
+def others(terms: Plan) -> Plan:
+  """The terms that are no rounds."""
+  return tuple(term for term in terms if term.name == CLEAN)
+
+
 def passes(terms: Plan) -> int:
   """Counts the passes through the model in one step, over each micro-batch."""
   return sum(term.own_pass for term in terms)

@@ -123,7 +123,7 @@ def refinement_gradients(
   rounds = plan_lib.rounds(plan)
   passes, micro_batches = plan_lib.passes(plan), noised.ids.shape[0]
   own_pass = passes - len(rounds)  # 1 where the clean text has one, before the rounds
-  clean_weight = sum(term.weight for term in plan if term.name == plan_lib.CLEAN)
+  clean_weight = sum(term.weight for term in plan_lib.others(plan))
   round_weights = jnp.asarray((0.0,) * own_pass + tuple(t.weight for t in rounds), jnp.float32)
   clean_weights = jnp.zeros(passes).at[0].set(clean_weight)
 

@@ -1,85 +1,72 @@
-"""Chat templates: what text a prompt and a response become, and where one ends.
+"""Chat data: what text a prompt and a response become, and where one ends.
 
 Prompt and response are tokenised apart and their ids joined. So the boundary is exact even where
 a merge of the tokenizer would cross it, and the prompt's ids are those that inference sees.
 """
 
-import jinja2
+import dataclasses
 
 from refine_jax.errors import UserError
+from refine_jax.text import template
+from refine_jax.text.reason import cut
+from refine_jax.text.tokenizer import encode
 
 _THINK = "<think>"
+# Fields of a message that are part of what the model says; any other may be left out.
+_SAID = ("tool_calls", "function_call", "reasoning", "reasoning_content", "thinking")
 
 
 class BadExample(Exception):
   """Why a row is dropped; counted and printed by reason."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Texts:
+  """An example's text.
+
+  Attributes:
+    prompt: up to where the assistant's answer begins.
+    response: what follows, without EOS.
+    left_out: fields of the response that are not in it.
+  """
+
+  prompt: str
+  response: str
+  left_out: tuple[str, ...] = ()
+
+
 def check_tokenizer(tokenizer, fallback_template: str = ""):
   """Raises UserError where the tokenizer lacks what training needs, with what to set."""
-  name = _name(tokenizer)
   if tokenizer.eos_token_id is None:
     raise UserError(
-      f"The tokenizer {name} has no EOS token; set eos_token in its tokenizer_config.json."
+      f"The tokenizer {template.name(tokenizer)} has no EOS token; set eos_token in its"
+      " tokenizer_config.json."
     )
-  _check_template(tokenizer, fallback_template)
-
-
-def _check_template(tokenizer, fallback_template):
-  name = _name(tokenizer)
-  if not tokenizer.chat_template and not fallback_template:
-    raise UserError(
-      f"The tokenizer {name} has no chat template; set config.data.chat_template to one"
-      " (a Jinja string)."
-    )
-  try:
-    _render(tokenizer, [{"role": "user", "content": "a"}], fallback_template)
-  except (jinja2.TemplateSyntaxError, ValueError) as error:
-    whose = (
-      f"The chat template of {name}" if tokenizer.chat_template else "config.data.chat_template"
-    )
-    raise UserError(f"{whose} cannot be used: {error}") from error
-  except jinja2.TemplateError:
-    pass  # It may refuse this conversation and take those of the data.
-
-
-def _name(tokenizer) -> str:
-  return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-
-
-def _render(tokenizer, messages, fallback_template) -> str:
-  template = None if tokenizer.chat_template else fallback_template
-  return tokenizer.apply_chat_template(
-    messages, tokenize=False, add_generation_prompt=True, chat_template=template
-  )
+  template.check(tokenizer, fallback_template)
 
 
 def prompt_text(tokenizer, prompt, fallback_template: str = "") -> str:
   """The prompt through the chat template, up to where the assistant's answer begins.
 
   Args:
-    prompt: a string, which becomes one user message, or a list of {"role", "content"}.
+    prompt: a string, which becomes one user message, or a list of {"role", "content"}. Fields
+      that are null, at any depth, are absent: Parquet gives each struct of a column the fields of
+      all. Content may be null next to tool calls, and then is absent too.
     fallback_template: used where the tokenizer has no template.
 
   Raises:
     BadExample: neither of the two, or a conversation that the template refuses.
+    UserError: the template has no end.
   """
-  if isinstance(prompt, str):
-    messages = [{"role": "user", "content": prompt}]
-  else:
-    messages = _messages(prompt)
-  try:
-    return _render(tokenizer, messages, fallback_template)
-  except (jinja2.TemplateError, TypeError) as error:
-    raise BadExample(f"refused by the chat template: {error}") from error
+  return _rendered(tokenizer, _conversation(prompt), fallback_template)
 
 
 def response_text(response, prompt: str, eos: str = "") -> str:
-  """The response as it follows the rendered prompt, without the EOS that it may end in.
+  """The response's content as it follows the rendered prompt, without the EOS that it may end in.
 
   Where the template has already opened the reasoning, a `<think>` at the response's start is
   dropped, with its line break if the prompt has that too; everything else is kept. Templates
-  are not applied to responses: some of them strip the reasoning out.
+  are not applied to content: some of them strip the reasoning out.
 
   Args:
     response: a string, or a list of one message, the assistant's. Of several, only the last
@@ -90,24 +77,62 @@ def response_text(response, prompt: str, eos: str = "") -> str:
   Raises:
     BadExample: not one of the two, or empty.
   """
-  if response is None:
-    raise BadExample("null")
-  if not isinstance(response, str):
-    messages = _messages(response)
-    if len(messages) != 1:
-      raise BadExample("target of several messages")
-    if messages[0]["role"] != "assistant":
-      raise BadExample("target not the assistant's")
-    response = messages[0]["content"]
-  if prompt.rstrip().endswith(_THINK) and response.lstrip().startswith(_THINK):
-    response = response.lstrip()[len(_THINK) :]
+  return _said(_target(response).get("content", ""), prompt, eos)
+
+
+def example_texts(tokenizer, prompt, response, fallback_template: str = "") -> Texts:
+  """Prompt and response as texts.
+
+  A response with more than content (tool calls, reasoning) is what the chat template writes of
+  it after the prompt.
+
+  Args:
+    prompt, fallback_template: as in `prompt_text`.
+    response: as in `response_text`.
+
+  Raises:
+    BadExample: a bad prompt or response; tool calls or reasoning that the template does not write.
+    UserError: the template has no end.
+  """
+  conversation = _conversation(prompt)
+  text = _rendered(tokenizer, conversation, fallback_template)
+  target = _target(response)
+  fields = [k for k, v in target.items() if k not in ("role", "content") and v not in ("", [], {})]
+
+  def whole(message):
+    return _rendered(tokenizer, [*conversation, message], fallback_template, generate=False)
+
+  def matters(field):
+    try:
+      return whole({k: v for k, v in target.items() if k != field}) != written
+    except BadExample:
+      return True
+
+  written = whole(target) if fields else ""
+  left_out = tuple(field for field in fields if not matters(field))
+  for field in left_out:
+    if field in _SAID:
+      raise BadExample(f"target with {field}, which the chat template does not print")
+  if len(left_out) == len(fields):
+    said = target.get("content", "")
+  elif written.startswith(text):
+    said = written[len(text) :]
+  else:
+    names = ", ".join(field for field in fields if field not in left_out)
+    raise BadExample(f"target with {cut(names)}: the chat template changes the prompt for it")
+  return Texts(text, _said(said, text, tokenizer.eos_token), tuple(map(cut, left_out)))
+
+
+def _said(text: str, prompt: str, eos: str) -> str:
+  if prompt.rstrip().endswith(_THINK) and text.lstrip().startswith(_THINK):
+    text = text.lstrip()[len(_THINK) :]
     if prompt.endswith("\n"):
-      response = response.removeprefix("\n")
-  while eos and response.rstrip().endswith(eos):
-    response = response.rstrip().removesuffix(eos)
-  if not response.strip():
+      text = text.removeprefix("\n")
+  while eos and text.rstrip().endswith(eos):
+    text = text.rstrip().removesuffix(eos)
+  if not text.strip():
     raise BadExample("empty target")
-  return response
+  return _unicode(text)
 
 
 def encode_prompt(
@@ -121,27 +146,15 @@ def encode_prompt(
   Raises:
     UserError: no chat template, or not a prompt.
   """
-  _check_template(tokenizer, chat_template)
+  template.check(tokenizer, chat_template)
   try:
     text = prompt_text(tokenizer, prompt, chat_template)
   except BadExample as error:
     raise UserError(f"{name} is no prompt: {error}; give a string or chat messages.") from error
-  try:
-    text.encode()
-  except UnicodeEncodeError:  # lone surrogates: bytes that were no text
-    raise UserError(f"{name} is not valid Unicode.") from None
   ids = encode(tokenizer, [text])[0]
   if not ids:
     raise UserError(f"{name} has no tokens; give one that is not empty.")
   return ids
-
-
-def encode(tokenizer, texts: list[str]) -> list[list[int]]:
-  """Ids of texts that hold their special tokens already; in parallel where it is a fast one."""
-  # Not verbose: the tokenizer would warn of texts beyond its own limit, which we truncate.
-  return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-    "input_ids"
-  ]
 
 
 def with_eos(ids: list[int], eos: int) -> list[int]:
@@ -152,18 +165,82 @@ def with_eos(ids: list[int], eos: int) -> list[int]:
   return [*ids[:end], eos]
 
 
+def _rendered(tokenizer, messages, fallback_template, *, generate=True) -> str:
+  """The conversation's text.
+
+  Raises:
+    BadExample: the template refuses it, or leaves out calls that are a message's only content.
+  """
+
+  def render(messages):
+    return template.render(tokenizer, messages, fallback_template, add_generation_prompt=generate)
+
+  try:
+    try:
+      text = render(messages)
+    except template.Refused:
+      filled = [{"content": ""} | m for m in messages]  # some templates add it to other text
+      if filled == messages:
+        raise
+      text = render(filled)
+    silent = [m if "content" in m else {"role": m["role"], "content": ""} for m in messages]
+    if silent != messages and any(_calls(m) for m in messages) and render(silent) == text:
+      raise BadExample("calls next to null content, which the chat template does not print")
+  except template.Refused as error:
+    raise BadExample(str(error)) from error
+  return _unicode(text)
+
+
+def _unicode(text: str) -> str:
+  try:
+    text.encode()
+  except UnicodeEncodeError:  # lone surrogates: bytes that were no text
+    raise BadExample("not valid Unicode") from None
+  return text
+
+
+def _conversation(prompt) -> list[dict]:
+  if isinstance(prompt, str):
+    return [{"role": "user", "content": prompt}]
+  return _messages(prompt)
+
+
+def _target(response) -> dict:
+  if isinstance(response, str):
+    return {"role": "assistant", "content": response}
+  messages = _messages(response)
+  if len(messages) != 1:
+    raise BadExample("target of several messages")
+  if messages[0]["role"] != "assistant":
+    raise BadExample("target not the assistant's")
+  return messages[0]
+
+
 def _messages(value) -> list[dict]:
   if value is None:
     raise BadExample("null")
-  good = (
-    isinstance(value, list)
-    and value
-    and all(
-      isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-      for m in value
-    )
-  )
-  if not good:
+  if not isinstance(value, list) or not value:
     raise BadExample("not a string or messages")
-  # Parquet fills absent fields of a struct with null; templates test for presence.
-  return [{k: v for k, v in m.items() if v is not None} for m in value]
+  return [_message(m) for m in value]
+
+
+def _message(value) -> dict:
+  if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+    raise BadExample("not a string or messages")
+  message = _without_nulls(value)
+  if not isinstance(message.get("content", "" if _calls(message) else None), str):
+    raise BadExample("not a string or messages")
+  return message
+
+
+def _calls(message: dict) -> bool:
+  return any(message.get(name) for name in ("tool_calls", "function_call"))
+
+
+def _without_nulls(value):
+  """The value without the fields that are null, at any depth; templates test for presence."""
+  if isinstance(value, dict):
+    return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+  if isinstance(value, list):
+    return [_without_nulls(v) for v in value]
+  return value

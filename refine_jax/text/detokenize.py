@@ -67,6 +67,8 @@ class GrowingText:
   def _waits(self, token) -> bool:
     """Whether a text that ends here may change: byte tokens are read as one run, up to its end."""
     piece = self._tokenizer.convert_ids_to_tokens(token)
+    if piece is None:  # an id that the embedding has and the tokenizer has not: it has no text
+      return True
     return bool(_BYTE.fullmatch(piece)) or not decode(self._tokenizer, [token])
 
 

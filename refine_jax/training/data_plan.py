@@ -1,8 +1,10 @@
 """The rows of a run, and how many steps they make."""
 
 import dataclasses
+import zlib
 
 import jax
+import numpy as np
 
 from refine_jax import data, sharding
 from refine_jax.config import Config
@@ -24,6 +26,13 @@ class DataPlan:
   def max_segments(self) -> int:
     """The most examples in any row."""
     return max(rows.max_segments for rows in (self.train, self.validation) if rows)
+
+  def fingerprint(self) -> str:
+    """A checksum of the training examples: tokens, and where examples and responses begin."""
+    examples, crc = self.train.examples, 0
+    for array in (examples.tokens, examples.offsets, examples.prompt_lengths):
+      crc = zlib.crc32(np.ascontiguousarray(array), crc)
+    return f"{len(examples)} examples {crc:08x}"
 
   def train_iterator(self):
     """A grain iterator over batches of this process's rows, whose state can be saved."""
@@ -54,7 +63,9 @@ def plan_data(config: Config, source: Source, mesh) -> DataPlan:
     )
 
   def examples(files, name):
-    return data.load_examples(files, config.data, source.tokenizer, name=name)
+    return data.load_examples(
+      files, config.data, source.tokenizer, name=name, vocab_size=source.model.vocab_size
+    )
 
   validation = None
   if config.data.val_files:

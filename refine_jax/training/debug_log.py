@@ -22,7 +22,7 @@ def format_example(tokenizer, step: int, row: Batch, rounds: dict) -> str:
   clean = row.ids[response]
   prompt = tokenizer.decode(row.ids[mine & ~row.response_mask])
   lines = [
-    f"=== step {step}, example {row['example_ids'][0]}",
+    f"=== step {step}, example {row.example_ids[0]}",
     f"prompt  {_one_line(prompt)}",
     f"t0      {_marked(tokenizer, clean, clean)}",
   ]
@@ -36,8 +36,13 @@ def format_example(tokenizer, step: int, row: Batch, rounds: dict) -> str:
 
 
 def append(workdir: Path, text: str):
+  """Adds to WORKDIR/log/debug.log, in a workdir that is there.
+
+  Raises:
+    OSError: it could not be written.
+  """
   path = workdir / "log" / "debug.log"
-  path.parent.mkdir(parents=True, exist_ok=True)
+  path.parent.mkdir(exist_ok=True)
   with open(path, "a", encoding="utf-8") as file:
     file.write(text)
 

@@ -13,7 +13,7 @@ def saved_bytes_per_token(config: ModelConfig, remat: str, itemsize: int) -> int
   kept = config.width  # the residual stream between layers
   if remat != "full":
     kept += 2 * query + 2 * key
-  if remat in ("mlp", "none"):
+  if remat in ("save_attention_mlp", "none"):
     kept += 2 * config.feed_forward
   if remat == "none":
     # Norms' inputs in float32, rotations, the gated product: about as much again.
@@ -40,7 +40,7 @@ def choose_remat(
     memory: bytes of one device; None (a CPU): nothing is recomputed.
   """
   if wanted != "auto":
-    return wanted
+    return remat_lib.resolve(wanted)
   if memory is None:
     return "none"
   itemsize = jnp.dtype(dtype).itemsize

@@ -1,7 +1,7 @@
 """From a step's sums to named numbers, and from those to console, files and dashboards."""
 
-import json
-import math
+import contextlib
+import functools
 import sys
 import time
 from pathlib import Path
@@ -9,12 +9,14 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
+from refine_jax import files
 from refine_jax.config import LogConfig, NoiseConfig, ObjectiveConfig
 from refine_jax.errors import UserError
 from refine_jax.objective import block_metrics
 from refine_jax.objective import noise as noise_lib
 from refine_jax.objective import plan as plan_lib
 from refine_jax.objective.plan import CLEAN, Plan
+from refine_jax.training import sinks
 
 # On the console, in this order; the rest goes to the files.
 _CONSOLE = ("loss_total", "grad_norm", "lr", "noise_mean", "tokens_per_second", "mfu")
@@ -54,7 +56,8 @@ def eval_metrics(sums: dict, objective: ObjectiveConfig, noise: NoiseConfig) -> 
     result |= term_metrics(term.name, part)
   # Whether or not it is trained on.
   result |= term_metrics(CLEAN, terms[CLEAN])
-  result["loss_total"] = sum(t.weight * result[f"loss_{t.name}"] for t in plan)
+  by_weight = [(t.weight, result[f"loss_{t.name}"]) for t in rounds + plan_lib.others(plan)]
+  result["loss_total"] = sum(weight * loss for weight, loss in by_weight)
   result |= block_metrics.named(sums["block"])
   result |= _by_bucket(terms, rounds, noise_lib.from_config(noise).buckets())
   return {f"eval/{name}": value for name, value in result.items()}
@@ -123,47 +126,85 @@ class Throughput:
 
 
 class Writers:
-  """Console, metrics.jsonl, TensorBoard and wandb; on process 0 only."""
+  """Console, metrics.jsonl, TensorBoard and wandb; on process 0 only.
+
+  What cannot be written while the run goes on is no exception here: it is kept as `failure`, and
+  the run saves a checkpoint and ends with it.
+
+  Args:
+    first: the step that the run goes on after. At the end of a run nothing is opened before there
+      is something to write: a complete run's files stay as they are.
+
+  Raises:
+    UserError: something cannot be written at the start.
+  """
 
   def __init__(self, workdir: Path, config: LogConfig, run_config: dict, *, first: int, total: int):
+    self.failure: UserError | None = None
     self._active = jax.process_index() == 0
     self._console = self._active and "console" in config.logger
-    self._jsonl = self._tensorboard = self._wandb = self._bar = None
+    self._mute = False
+    self._total = total
+    self._bar, self._sinks = None, None
     if not self._active:
       return
-    self._jsonl = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
-    if "tensorboard" in config.logger:
-      from tensorboardX import SummaryWriter
-
-      self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first)
+    self._open_sinks = functools.partial(self._open, workdir, config, run_config, first)
     if "wandb" in config.logger:
-      self._wandb = _wandb_run(workdir, config, run_config)
+      sinks.check_wandb()
+    if first < total:
+      self._open_sinks()
     if self._console:
       interactive = sys.stderr.isatty()
       self._bar = tqdm(
         initial=first, total=total, unit="step", disable=not interactive, dynamic_ncols=True
       )
-    self._total = total
+
+  def _open(self, workdir, config, run_config, first):
+    jsonl = sinks.MetricsFile(workdir, first=first)
+    if jsonl.moved:
+      self.note(
+        f"metrics       {jsonl.moved} records after step {first} moved to {jsonl.replaced}:"
+        " their steps are taken again"
+      )
+    self._sinks = [jsonl]
+    if "tensorboard" in config.logger:
+      self._sinks.append(sinks.TensorBoard(workdir, first=first))
+    if "wandb" in config.logger:
+      self._sinks.append(sinks.Wandb(workdir, config, run_config))
+
+  @contextlib.contextmanager
+  def keeping_failures(self, place: Path):
+    """Keeps an error in writing `place`, or a UserError, as `failure`; the first one stays."""
+    try:
+      with files.write_errors(place):
+        yield
+    except UserError as error:
+      self.failure = self.failure or error
 
   def note(self, text: str):
     """A line on the console, whatever the loggers."""
-    if self._active:
+    if not self._active or self._mute:
+      return
+    try:
       tqdm.write(text, file=sys.stdout)
       sys.stdout.flush()
+    except OSError as error:  # a file on a full disk, a pipe whose reader is gone
+      self._mute = True
+      error = UserError(f"The output could not be written ({files.reason_of(error)}).")
+      self.failure = self.failure or error
 
   def write(self, step: int, metrics: dict, *, line: bool = True):
     """Numbers of the model after `step` steps."""
     if not self._active:
       return
-    # JSON has no NaN; null is what readers take it for.
-    clean = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-    self._jsonl.write(json.dumps({"step": step} | clean) + "\n")
-    self._jsonl.flush()
-    if self._tensorboard:
-      for name, value in metrics.items():
-        self._tensorboard.add_scalar(name, value, step)
-    if self._wandb:
-      self._wandb.log(metrics, step=step)
+    if self._sinks is None:
+      self._open_sinks()
+    for sink in list(self._sinks):
+      before = self.failure
+      with self.keeping_failures(sink.place):
+        sink.write(step, metrics)
+      if self.failure is not before:  # what it wrote last may be half a record
+        self._sinks.remove(sink)
     if self._console and line:
       self.note(format_line(step, self._total, metrics))
 
@@ -172,14 +213,13 @@ class Writers:
       self._bar.update()
 
   def close(self):
+    """Ends them all. Raises nothing: it would hide the error that a run ends with."""
     if self._bar is not None:
       self._bar.close()
-    if self._jsonl:
-      self._jsonl.close()
-    if self._tensorboard:
-      self._tensorboard.close()
-    if self._wandb:
-      self._wandb.finish()
+    for sink in self._sinks or ():
+      with self.keeping_failures(sink.place):
+        sink.close()
+    self._sinks = []
 
 
 def format_line(step: int, total: int, metrics: dict) -> str:
@@ -203,29 +243,3 @@ def _short(name, value):
   if name == "tokens_per_second":
     return f"{value:,.0f}"
   return f"{value:.4f}" if abs(value) < 100 else f"{value:.4g}"
-
-
-def _wandb_run(workdir, config, run_config):
-  try:
-    import wandb
-  except ImportError:
-    raise UserError(
-      "config.log.logger names wandb, which is not installed: pip install 'refine_jax[wandb]'."
-    ) from None
-  return wandb.init(
-    project=config.project_name,
-    name=config.experiment_name or workdir.name,
-    # The same id in the same workdir, so that a resumed run goes on with its curves.
-    id=_run_id(workdir),
-    resume="allow",
-    config=run_config,
-    dir=str(workdir),
-  )
-
-
-def _run_id(workdir: Path) -> str:
-  path = workdir / "log" / "wandb_id"
-  if not path.exists():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{time.time_ns():x}", encoding="utf-8")
-  return path.read_text(encoding="utf-8").strip()

@@ -8,7 +8,7 @@ import jax
 from refine_jax.config import Config
 from refine_jax.decoding import loading
 from refine_jax.errors import UserError
-from refine_jax.evaluation import evaluate, scoring
+from refine_jax.evaluation import evaluate, reading, scoring
 from refine_jax.model.transformer import ModelConfig
 
 
@@ -16,24 +16,25 @@ class Problems:
   """A slice of the problems, answered while a run goes on (config.eval.generate_every).
 
   Raises:
-    UserError: what `read_rows` and `scoring.choose` raise; several hosts.
+    UserError: several hosts; what reading, scoring.choose and evaluate.unanswerable raise.
   """
 
   def __init__(self, config: Config, shape: ModelConfig, model_files: Path, dtype: str):
     if jax.process_count() > 1:
       raise UserError("config.eval.generate_every works on one host; set it to 0.")
-    self._rows = evaluate.read_rows(
-      config.eval.generate_file, config.eval.generate_rows, "config.eval.generate_file"
-    )
     self._prompt_key = config.data.prompt_key
-    for key in (self._prompt_key, "answer"):
-      if key not in self._rows[0]:
-        raise UserError(
-          f"{config.eval.generate_file} (config.eval.generate_file) has no column {key!r}; it has"
-          f" {', '.join(self._rows[0])}."
-        )
-    self._score = scoring.choose("auto", self._rows[0])
+    problems = reading.read(
+      config.eval.generate_file,
+      config.eval.generate_rows,
+      "config.eval.generate_file",
+      (self._prompt_key, "answer"),
+    )
+    self._rows = problems.rows
+    self._score = scoring.choose("auto", problems.columns)
     self._model, self._dtype = loading.around({}, shape, model_files), dtype
+    self._refused = evaluate.unanswerable(
+      self._model, problems, self._prompt_key, config.data.chat_template
+    )
     self._options = {
       "block_size": config.noise.block_size,
       "max_new_tokens": config.eval.generate_tokens,
@@ -51,6 +52,7 @@ class Problems:
       self._score,
       batch_size=len(self._rows),
       prompt_key=self._prompt_key,
+      refused=self._refused,
       **self._options,
     )
     return {f"eval/{n}": numbers[n] for n in ("solved", "tokens_per_pass", "not_stopped")}

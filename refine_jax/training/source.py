@@ -7,6 +7,7 @@ from refine_jax.config import Config
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights as hf_weights
 from refine_jax.model.transformer import ModelConfig
+from refine_jax.text.tokenizer import load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ def read_source(config: Config) -> Source:
   """Reads config.json and the tokenizer; the weights come later, straight to their devices."""
   name = config.model.pretrained or config.model.config
   directory = hf_weights.find(name, weights=bool(config.model.pretrained))
-  tokenizer = hf_weights.load_tokenizer(
+  tokenizer = load_tokenizer(
     config.model.tokenizer or directory, trust_remote_code=config.model.trust_remote_code
   )
   return Source(

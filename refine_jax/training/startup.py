@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from refine_jax import sharding
 from refine_jax.attention.choose import choose_backend
 from refine_jax.config import Config
+from refine_jax.config.key import nearest
 from refine_jax.errors import UserError
 from refine_jax.hf import weights as hf_weights
 from refine_jax.model import transformer
 from refine_jax.model.transformer import ModelConfig
 from refine_jax.objective import noise
+from refine_jax.text.vocabulary import check_ids
 from refine_jax.training import compute as compute_lib
 from refine_jax.training import memory, optim, train_step
 from refine_jax.training.data_plan import DataPlan
@@ -85,10 +87,11 @@ def make_recipe(config: Config, source: Source, plan: DataPlan) -> StepConfig:
   token = config.noise.token_id
   if token is None:
     token = source.tokenizer.eos_token_id
-  if token >= source.model.vocab_size:
-    raise UserError(
-      f"config.noise.token={token} is outside the model's vocabulary of {source.model.vocab_size}."
-    )
+  for what, ids in (
+    ("config.noise.token", [token]),
+    ("The tokenizer's EOS", [source.tokenizer.eos_token_id]),
+  ):
+    check_ids(ids, source.model.vocab_size, what, source.tokenizer)
   return StepConfig(
     objective=config.objective,
     noise=config.noise,
@@ -110,37 +113,42 @@ def identity(shape: ModelConfig) -> dict:
   return json.loads(json.dumps({k: v for k, v in values.items() if v != defaults[k]}))
 
 
-def check_workdir(workdir: Path, config: Config):
-  """Refuses a used workdir where the config says not to go on from it."""
-  used = (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir())
-  if used and config.checkpoint.resume_mode == "disable":
+def run_record(config: Config, recipe: StepConfig, plan: DataPlan) -> dict:
+  """What makes a run beside its model: name -> JSON; a checkpoint keeps it, a resume compares it.
+
+  "data" is the tokenised training examples; the others are keys of the config, resolved.
+  """
+  sections = {"objective": config.objective, "noise": config.noise}
+  values = {
+    f"{section}.{key}": value
+    for section, keys in sections.items()
+    for key, value in dataclasses.asdict(keys).items()
+  }
+  values |= {
+    "seed": config.seed,
+    "data": plan.fingerprint(),
+    "data.max_length": config.data.max_length,
+    "data.max_segments": config.data.max_segments if config.data.pack else 1,
+    "noise.token": recipe.noise_token,
+    "optim.batch_size": config.optim.batch_size,
+    "optim.total_steps": recipe.total_steps,
+  }
+  unknown = sorted(set(config.checkpoint.allow_changes) - values.keys())
+  if unknown:
     raise UserError(
-      f"{workdir} holds checkpoints and config.checkpoint.resume_mode is 'disable';"
-      " choose another --workdir, or resume_mode='auto' to go on from them."
+      f"config.checkpoint.allow_changes names {unknown[0]!r}, which is not compared with the"
+      f" checkpoint; what is: {', '.join(sorted(values))}.{nearest(unknown[0], values)}"
     )
-
-
-def prepare_workdir(workdir: Path, config: Config, source: Source, noise_token: int):
-  """Writes the run's config and the model's files, which exports need."""
-  if jax.process_index() != 0:
-    return
-  workdir.mkdir(parents=True, exist_ok=True)
-  hf_weights.save_model_files(
-    source.directory,
-    source.tokenizer,
-    workdir / "model",
-    chat_template=config.data.chat_template,
-    refinement=noise.from_config(config.noise).refinement(noise_token),
-  )
-  temporary = workdir / "config.json.new"
-  temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-  temporary.replace(workdir / "config.json")
+  return json.loads(json.dumps(values))
 
 
 def start(
-  config: Config, source: Source, recipe: StepConfig, mesh, checkpointer, iterator
+  config: Config, source: Source, recipe: StepConfig, mesh, checkpointer, iterator, run: dict
 ) -> tuple:
   """The state to go on from. The order: own workdir, resume path, pretrained weights, scratch.
+
+  Args:
+    run: run_record's, compared with that of the checkpoint.
 
   Returns:
     the TrainState, on its devices; a line that says where it is from.
@@ -155,12 +163,13 @@ def start(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places
   )
   ours = identity(source.model)
+  compared = {"run": run, "allow": config.checkpoint.allow_changes, "check": _check_position}
   if checkpointer.latest_step() is not None:
-    state, step = checkpointer.restore(None, abstract, iterator, ours)
+    state, step = checkpointer.restore(None, abstract, iterator, ours, **compared)
     return state, f"resumed at step {step} from {checkpointer.directory}"
   if config.checkpoint.resume_mode == "resume_path":
     state, path = checkpointer.restore_from(
-      config.checkpoint.resume_from_path, abstract, iterator, ours
+      config.checkpoint.resume_from_path, abstract, iterator, ours, **compared
     )
     return state, f"resumed from {path}"
   init_state = jax.jit(
@@ -183,6 +192,15 @@ def start(
     out_shardings=places.params,
   )
   return init_state(init_params()), "scratch"
+
+
+def _check_position(step: int, state, iterator):
+  """Raises ValueError where a checkpoint's parts are not all of one step: each takes one batch."""
+  position = iterator.get_state()["next_index"]
+  if int(state.step) != step or position != step:
+    raise ValueError(
+      f"its state is after step {int(state.step)}, its data at batch {position}, not at {step}"
+    )
 
 
 def save_hf(workdir: Path, step: int, params) -> Path:

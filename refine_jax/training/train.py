@@ -6,17 +6,18 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from refine_jax import interrupt, sharding
+from refine_jax import files, interrupt, sharding
 from refine_jax.checkpoint.checkpointer import Checkpointer
 from refine_jax.config import Config
 from refine_jax.errors import UserError
 from refine_jax.objective import noise
 from refine_jax.objective import plan as plan_lib
-from refine_jax.training import debug_log, metrics, startup, train_step
+from refine_jax.training import debug_log, duties, metrics, startup, train_step
 from refine_jax.training.data_plan import plan_data
 from refine_jax.training.flops import peak_flops, train_flops_per_token
 from refine_jax.training.problems import Problems
 from refine_jax.training.source import read_source
+from refine_jax.training.workdir import check_workdir, hold, prepare_workdir
 
 
 def run(config: Config, workdir: str) -> int:
@@ -28,8 +29,14 @@ def run(config: Config, workdir: str) -> int:
   Raises:
     UserError: what a user can mend.
   """
-  workdir = Path(workdir).absolute()
-  startup.check_workdir(workdir, config)
+  workdir = files.local_path(workdir, "--workdir").absolute()
+  noise.from_config(config.noise)  # refuses, before anything is done, what the kind cannot do
+  check_workdir(workdir, config)
+  with hold(workdir):
+    return _run(config, workdir)
+
+
+def _run(config: Config, workdir: Path) -> int:
   startup.enable_compilation_cache()
   mesh = sharding.make_mesh(config.mesh)
   source = read_source(config)
@@ -39,27 +46,42 @@ def run(config: Config, workdir: str) -> int:
   plan = plan_data(config, source, mesh)
   compute = startup.choose_compute(config, source.model, mesh, plan)
   recipe = startup.make_recipe(config, source, plan)
+  record = startup.run_record(config, recipe, plan)
   iterator = plan.train_iterator()
   checkpointer = Checkpointer(workdir, max_to_keep=config.checkpoint.max_ckpt_to_keep)
   try:
-    state, origin = startup.start(config, source, recipe, mesh, checkpointer, iterator)
+    own = checkpointer.latest_step() is not None
+    state, origin = startup.start(config, source, recipe, mesh, checkpointer, iterator, record)
+    # Of a checkpoint that another run's workdir holds, that run does it.
+    missing = _missing(config, workdir, plan, int(state.step)) if own else None
+    if int(state.step) >= plan.total_steps and not missing:
+      print(f"step {int(state.step)}: this run is complete; nothing left to do.")
+      return 0
     # After the start: a workdir of another model has been refused by now, and is left as it was.
-    startup.prepare_workdir(workdir, config, source, recipe.noise_token)
-    for line in startup.describe(config, source, plan, recipe, compute, state, origin):
+    changed = prepare_workdir(workdir, config, source, recipe.noise_token, step=int(state.step))
+    lines = startup.describe(config, source, plan, recipe, compute, state, origin)
+    for line in lines + changed:
       print(line)
-    loop = _Loop(config, workdir, source, plan, recipe, compute, checkpointer, iterator)
-    return loop.run(state)
+    loop = _Loop(config, workdir, source, plan, recipe, compute, checkpointer, iterator, record)
+    return loop.run(state, missing)
   finally:
     checkpointer.close()
+
+
+def _missing(config, workdir, plan, step):
+  validation = plan.validation is not None
+  return duties.missing(config, workdir, step, total=plan.total_steps, validation=validation)
 
 
 class _Loop:
   """One method for each thing that happens at a step."""
 
-  def __init__(self, config, workdir, source, plan, recipe, compute, checkpointer, iterator):
+  def __init__(
+    self, config, workdir, source, plan, recipe, compute, checkpointer, iterator, record
+  ):
     self.config, self.workdir, self.source, self.plan = config, workdir, source, plan
     self.recipe, self.compute, self.mesh = recipe, compute, compute.mesh
-    self.checkpointer, self.iterator = checkpointer, iterator
+    self.checkpointer, self.iterator, self.record = checkpointer, iterator, record
     self.total = recipe.total_steps
     bound = {"step_config": recipe, "forward": compute}
     self.eval_step = jax.jit(functools.partial(train_step.eval_step, **bound))
@@ -67,101 +89,145 @@ class _Loop:
     columns = noise.from_config(config.noise).columns_per_token
     passes = plan_lib.passes(recipe.plan) * columns
     flops = train_flops_per_token(source.model, plan.train.mean_length, passes)
-    self.problems, self.profiling = None, False
+    self.problems = None
     if config.eval.generate_every:
       self.problems = Problems(config, source.model, workdir / "model", compute.dtype)
     self.throughput = metrics.Throughput(flops, peak_flops(), self.mesh.size)
+    self._profiling = False
 
-  def run(self, state) -> int:
+  def run(self, state, missing) -> int:
+    """Trains from `state`, after what an earlier process left undone at its step."""
     first = int(state.step)
     writers = metrics.Writers(
       self.workdir, self.config.log, self.config.to_dict(), first=first, total=self.total
     )
     try:
-      if first >= self.total:
-        writers.note(f"step {first}: this run is complete; nothing left to do.")
-        return 0
+      if 0 < self.config.log.profile_steps[1] <= first:
+        writers.note(f"profile       none: log.profile_steps ends before step {first + 1}")
       with interrupt.Interrupt() as requests:
-        return self._steps(state, first, writers, requests)
+        status = self._all(state, missing, writers, requests)
+    except UserError as error:
+      if writers.failure:  # what came first, and perhaps is why
+        raise UserError(f"{writers.failure} {error}") from error
+      raise
     finally:
-      self._profile(self.total + 1)
+      self._stop_profile(writers)
       writers.close()
+    if writers.failure:
+      newest = self.checkpointer.latest_step()
+      raise UserError(f"{writers.failure} The run has ended; its newest checkpoint: step {newest}.")
+    return status
+
+  def _all(self, state, missing, writers, requests) -> int:
+    first = int(state.step)
+    if missing:
+      writers.note(f"step {first}: doing what follows it and was not done.")
+      if not self._follow(missing, state, first, writers, requests):
+        return self._stop(first, writers, requests)
+    if first < self.total:
+      return self._steps(state, first, writers, requests)
+    return self._done(writers)
 
   def _steps(self, state, first, writers, requests) -> int:
     host_batch, batch = self._next_batch()
-    step_fn = self._compile(state, batch, writers)
+    step_fn = self._compile(state, batch, writers, requests)
+    if step_fn is None:
+      return requests.status
     pending = None  # the metrics of the step before, still on the device
     for done in range(first + 1, self.total + 1):
-      if self._due(self.config.log.debug_every, done - 1):
-        self._debug(state, host_batch, done - 1)
-      self._profile(done)
+      if duties.is_due(self.config.log.debug_every, done - 1):
+        self._debug(state, host_batch, done - 1, writers)
+      self._profile(done, writers)
       state, step_metrics = step_fn(state, batch)
       # From here to the next step the host works while the device does; it waits only for the
       # metrics of the step before.
+      if writers.failure:
+        requests.ask()
       last, stops = done == self.total, requests.requested(done)
       self.checkpointer.check()
-      saves = last or stops or self._due(self.config.checkpoint.save_every, done)
-      evaluates = last or self._due(self.config.eval.eval_every, done)
-      generate_every = self.config.eval.generate_every
-      answers = generate_every > 0 and (last or self._due(generate_every, done))
+      due = duties.due(
+        self.config,
+        done,
+        total=self.total,
+        validation=self.plan.validation is not None,
+        stops=stops,
+      )
       if pending:
         self._report(*pending, writers)
       pending = (done, step_metrics)
-      if saves or evaluates or answers:
+      if due:
         self._report(*pending, writers)
         pending = None
-      if saves:
+      if due.save:
         # Before the next batch is taken: the iterator's state says which batches were trained on.
-        self._save(state, done, writers)
+        self._save(state, done)
       if stops and not last:
         self.checkpointer.wait()
-        writers.note(f"stopped by {requests.name} after step {done}; checkpoint saved.")
-        return requests.status
-      if evaluates:
-        self._evaluate(state, done, writers)
-      if answers:
-        writers.write(done, self.problems.answer(state.params))
-      if saves or evaluates or answers:
+      if not self._follow(due, state, done, writers, requests) or (stops and not last):
+        if not due.save:
+          self._save(state, done)
+        return self._stop(done, writers, requests)
+      if due:
         self.throughput.restart()
       if not last:
         host_batch, batch = self._next_batch()
     self.checkpointer.wait()
-    writers.note(f"done: step {self.total}, {self.workdir}")
+    return self._done(writers)
+
+  def _done(self, writers) -> int:
+    if not writers.failure:
+      writers.note(f"done: step {self.total}, {self.workdir}")
     return 0
+
+  def _stop(self, step, writers, requests) -> int:
+    self.checkpointer.wait()
+    if writers.failure:  # the run's error says the rest
+      return 1
+    writers.note(f"stopped by {requests.name} after step {step}; checkpoint saved.")
+    return requests.status
 
   def _next_batch(self):
     host_batch = next(self.iterator)
     return host_batch, sharding.put_batch(host_batch, self.mesh, accumulated=True)
 
-  def _compile(self, state, batch, writers):
-    """The step ahead of time, so that its memory is known before it runs, and compiled once."""
+  def _compile(self, state, batch, writers, requests):
+    """The step ahead of time, so that its memory is known before it runs, and compiled once.
+
+    Returns:
+      the step; None where a signal has come meanwhile, when there is nothing to save.
+    """
     places = sharding.shardings(state, self.mesh)
     with metrics.Timer() as timer:
       lowered = train_step.jit_train_step(self.recipe, self.compute, places).lower(state, batch)
       compiled = lowered.compile()
+    if requests.pending:
+      writers.note(f"stopped by {requests.name} before the first step; nothing to save.")
+      return None
     memory = compiled.memory_analysis()
     size = metrics.gibibytes(memory.temp_size_in_bytes) if memory else "unknown"
     writers.note(f"compiled      in {timer.seconds:.1f} s; temporary memory {size} a device")
     return compiled
 
-  def _due(self, every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
-
-  def _profile(self, done):
-    """Starts or stops the profiler, which a run that resumes in the middle starts there."""
+  def _profile(self, done, writers):
     first, last = self.config.log.profile or (0, 0)
-    wanted = last > 0 and first <= done <= last
-    if wanted and not self.profiling:
-      jax.profiler.start_trace(str(self.workdir / "profile"))
-    if self.profiling and not wanted:
-      jax.profiler.stop_trace()
-    self.profiling = wanted
+    if first <= done <= last and not self._profiling:
+      with writers.keeping_failures(self.workdir / "profile"):
+        jax.profiler.start_trace(str(self.workdir / "profile"))
+        self._profiling = True
+    elif done > last:
+      self._stop_profile(writers)
+
+  def _stop_profile(self, writers):
+    if self._profiling:
+      self._profiling = False
+      with writers.keeping_failures(self.workdir / "profile"):
+        jax.profiler.stop_trace()
 
   def _report(self, step, step_metrics, writers):
     values = metrics.train_metrics(jax.device_get(step_metrics), self.recipe.plan)
     self.throughput.add(values["tokens"])
     writers.advance()
-    if self._due(self.config.log.every, step) or step == self.total:
+    if duties.is_due(self.config.log.every, step) or step == self.total:
       writers.write(step, values | self.throughput.read())
     in_row = int(values["skipped_in_row"])
     if in_row >= self.config.optim.max_nonfinite:
@@ -172,26 +238,44 @@ class _Loop:
         " Lower config.optim.lr, or look at the data of these steps."
       )
 
-  def _save(self, state, step, writers):
+  def _save(self, state, step):
     self.checkpointer.save(
-      step, state, self.iterator, self.config.to_dict(), startup.identity(self.source.model)
+      step,
+      state,
+      self.iterator,
+      self.config.to_dict(),
+      startup.identity(self.source.model),
+      run=self.record,
     )
-    if self.config.checkpoint.save_hf:
-      path = startup.save_hf(self.workdir, step, state.params)
-      writers.note(f"exported      {path}")
 
-  def _evaluate(self, state, step, writers):
-    if self.plan.validation is None:
-      return
+  def _follow(self, due, state, step, writers, requests) -> bool:
+    """What is due of the model after `step` steps, but for the checkpoint.
+
+    Returns:
+      whether all of it was done; a signal puts off what has not begun, and ends a validation.
+    """
+    if due.export:
+      with writers.keeping_failures(self.workdir / f"global_step_{step}"):
+        path = startup.save_hf(self.workdir, step, state.params)
+        writers.note(f"exported      {path}")
+    if due.validate:
+      self._evaluate(state, step, writers, requests)
+    if due.answer and not requests.pending:
+      writers.write(step, self.problems.answer(state.params))
+    return not (requests.pending and (due.validate or due.answer))
+
+  def _evaluate(self, state, step, writers, requests):
     sums = None
     for host_batch in self.plan.eval_batches():
+      if requests.pending:
+        return
       batch = sharding.put_batch(host_batch, self.mesh, accumulated=False)
       part = self.eval_step(state.params, batch)
       sums = part if sums is None else jax.tree.map(jax.numpy.add, sums, part)
     values = metrics.eval_metrics(jax.device_get(sums), self.config.objective, self.config.noise)
     writers.write(step, values)
 
-  def _debug(self, state, host_batch, step):
+  def _debug(self, state, host_batch, step, writers):
     # One row, as many times as there are shards of rows, so that it fits the mesh.
     row = host_batch.map(lambda x: x[0, :1])
     copies = sharding.batch_shards(self.mesh) // jax.process_count()
@@ -200,6 +284,6 @@ class _Loop:
     rounds = jax.device_get(self.debug_rounds(state.params, batch, step=step))
     if jax.process_index() == 0:
       first = row.map(lambda x: x[0])
-      debug_log.append(
-        self.workdir, debug_log.format_example(self.source.tokenizer, step, first, rounds)
-      )
+      text = debug_log.format_example(self.source.tokenizer, step, first, rounds)
+      with writers.keeping_failures(self.workdir / "log" / "debug.log"):
+        debug_log.append(self.workdir, text)

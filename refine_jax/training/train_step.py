@@ -216,7 +216,7 @@ def eval_step(
   key = jax.random.key(step_config.seed)
   kind = noise_lib.from_config(step_config.noise)
   round_batch, noised = kind.corrupt(key, batch, step_config.noise_token)
-  in_bucket = jax.nn.one_hot(kind.bucket(noised), max(1, len(kind.buckets())))
+  in_bucket = jax.nn.one_hot(kind.bucket(noised), noise_lib.NOISE_BUCKETS)
   working = forward.working(params, frozen)
 
   def predict(tokens, clean=batch, trained=None):

@@ -1,6 +1,7 @@
 """What the rounds see instead of the response: a file for each kind of noise."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -9,6 +10,7 @@ from refine_jax.config import NoiseConfig
 from refine_jax.errors import UserError
 from refine_jax.objective.noise.block import BlockNoise, block_noise
 from refine_jax.objective.noise.kind import (
+  NOISE_BUCKETS,
   Noised,
   NoiseKind,
   response_lengths,
@@ -24,10 +26,12 @@ KINDS: dict[str, Callable[[NoiseConfig], NoiseKind]] = {
 
 __all__ = [
   "KINDS",
+  "NOISE_BUCKETS",
   "NoiseKind",
   "Noised",
   "add_noise",
   "block_noise",
+  "describe",
   "from_config",
   "response_lengths",
   "response_offsets",
@@ -45,6 +49,19 @@ def from_config(config: NoiseConfig) -> NoiseKind:
   kind = KINDS[config.kind](config)
   kind.check()
   return kind
+
+
+def describe(values: Mapping[str, Any], token: str) -> str:
+  """Says for a model card what a run's rounds were shown, in a sentence.
+
+  Args:
+    values: "noise" of the run's config.json; keys that older runs lack have their defaults.
+    token: what to call the noise token.
+  """
+  values = {"kind": "uniform", "block_size": 8, "offset_decay": 1.0, "token": -1} | dict(values)
+  if values["kind"] not in KINDS:
+    return f"Noise of kind {values['kind']!r}, with {token}."
+  return KINDS[values["kind"]](NoiseConfig(**values)).describe(token)
 
 
 def add_noise(

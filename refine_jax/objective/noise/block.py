@@ -87,10 +87,12 @@ class BlockNoise:
       rates=both(jnp.zeros((len(batch.ids), length)), response.astype(jnp.float32)),
     )
 
-  def describe(self) -> str:
+  def describe(self, token: str) -> str:
+    size, decay = self.config.block_size, self.config.offset_decay
+    weights = f", and each counts {decay:g} times as much as the one before it" if decay < 1 else ""
     return (
-      f"every response next to its clean text, in blocks of {self.config.block_size - 1} noise"
-      f" tokens, a draft counting {self.config.offset_decay} times the one before it"
+      f"The response is learnt in blocks of {size} tokens, as the sampler shows them: next to the"
+      f" clean text, the {size - 1} drafts of each block are {token}{weights}."
     )
 
   def refinement(self, noise_token: int) -> dict:

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from refine_jax.batch import Batch
 from refine_jax.config import NoiseConfig
 
+# Validation sums up each round in so many parts.
+NOISE_BUCKETS = 4
+
 
 class Noised(NamedTuple):
   """What the rounds see instead of the response, next to the batch that it belongs to: [B, S].
@@ -66,8 +69,12 @@ class NoiseKind(Protocol):
     """
     ...
 
-  def describe(self) -> str:
-    """Says for a model card what the rounds were shown: the end of "Training: ..., "."""
+  def describe(self, token: str) -> str:
+    """Says for a model card what the rounds were shown, in a sentence.
+
+    Args:
+      token: what to call the noise token.
+    """
     ...
 
   def refinement(self, noise_token: int) -> dict:
@@ -75,11 +82,14 @@ class NoiseKind(Protocol):
     ...
 
   def buckets(self) -> tuple[str, ...]:
-    """Names of the parts that validation reports each round's loss in as well."""
+    """Names of the NOISE_BUCKETS parts that each round's validation loss is also reported in.
+
+    Empty: in no parts.
+    """
     ...
 
   def bucket(self, noised: Noised) -> jax.Array:
-    """Says which of max(1, len(buckets())) parts each token counts in: int32 [B, S]."""
+    """Says which of NOISE_BUCKETS parts each token counts in: int32 [B, S]."""
     ...
 
 

@@ -10,11 +10,7 @@ import numpy as np
 from refine_jax.batch import Batch
 from refine_jax.config import NoiseConfig
 from refine_jax.errors import UserError
-from refine_jax.objective.noise.kind import Noised
-
-# Validation losses are reported by the example's noise rate, in so many equal parts of
-# [noise_min, noise_max].
-NOISE_BUCKETS = 4
+from refine_jax.objective.noise.kind import NOISE_BUCKETS, Noised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +60,18 @@ class UniformNoise:
     low, high = self.config.noise_min, self.config.noise_max
     return low + (high - low) * rate, draws_BT
 
-  def describe(self) -> str:
-    if self.config.noise_max == 0:
-      return "no noise"
-    return f"noise rate uniform in [{self.config.noise_min}, {self.config.noise_max}]"
+  def describe(self, token: str) -> str:
+    low, high = self.config.noise_min, self.config.noise_max
+    return (
+      f"Response tokens are replaced by {token}, each with its example's rate, drawn uniformly from"
+      f" [{low:g}, {high:g}]."
+    )
 
   def refinement(self, noise_token: int) -> dict:
     return {"noise_token": noise_token, "block_size": None}
 
   def buckets(self) -> tuple[str, ...]:
+    """Equal parts of [noise_min, noise_max]; an example counts by its rate."""
     edges = np.linspace(self.config.noise_min, self.config.noise_max, NOISE_BUCKETS + 1)
     return tuple(f"noise_{a:.2f}-{b:.2f}" for a, b in zip(edges[:-1], edges[1:], strict=True))
 

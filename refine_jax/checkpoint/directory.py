@@ -1,0 +1,155 @@
+"""WORKDIR/checkpoints: which steps are there, and what the path must look like for Orbax."""
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from refine_jax import files
+from refine_jax.errors import UserError
+
+_STEP = re.compile(r"0|[1-9][0-9]*")
+# Orbax looks for its files with a glob of the whole path, folders above included.
+_GLOB = set("*?[")
+# TensorStore opens no path with a backslash, and none that is not UTF-8.
+_NEVER = {"\\"}
+_DELETED = ".deleted"
+
+
+def checkpoint_directory(workdir) -> Path:
+  return Path(workdir).absolute() / "checkpoints"
+
+
+def steps(directory: Path) -> list[int]:
+  """The complete checkpoints in a checkpoints directory, oldest first.
+
+  A link to a directory counts; a file, and a name that is no plain number, does not.
+  """
+  if not directory.is_dir():
+    return []
+  return sorted(int(p.name) for p in directory.iterdir() if _STEP.fullmatch(p.name) and p.is_dir())
+
+
+def check_writable_name(directory: Path):
+  """Refuses a place whose checkpoints could not be read again.
+
+  Raises:
+    UserError: names the characters.
+  """
+  text = str(directory.absolute())
+  found = sorted({c for c in text if c in _GLOB | _NEVER or "\ud800" <= c <= "\udfff"})
+  if found:
+    raise UserError(
+      f"{text.encode(errors='replace').decode()} has {' '.join(map(repr, found))} in it, and"
+      " checkpoints under such a name cannot be read again; choose a --workdir without, folders"
+      " above it included."
+    )
+
+
+def resolve_resume_path(path: str) -> tuple[Path, int | None]:
+  """A workdir, or WORKDIR/checkpoints/STEP -> (workdir, step or None for the newest).
+
+  Raises:
+    UserError: there is no checkpoint.
+  """
+  place = files.local_path(path, "config.checkpoint.resume_from_path").absolute()
+  if _STEP.fullmatch(place.name) and place.parent.name == "checkpoints" and place.is_dir():
+    return place.parent.parent, int(place.name)
+  if steps(checkpoint_directory(place)):
+    return place, None
+  raise UserError(
+    f"{place} holds no checkpoint; give a workdir or WORKDIR/checkpoints/STEP"
+    " (config.checkpoint.resume_from_path)."
+  )
+
+
+def find_step(workdir, step: int | None) -> int:
+  """`step`, or the newest.
+
+  Raises:
+    UserError: it is not there; lists those that are.
+  """
+  directory = checkpoint_directory(workdir)
+  there = steps(directory)
+  if not there:
+    raise UserError(f"{directory} holds no checkpoint.")
+  if step is None:
+    return there[-1]
+  if step not in there:
+    raise UserError(f"{directory} has no step {step}; it has {', '.join(map(str, there))}.")
+  return step
+
+
+def refuse_taken(path: Path):
+  """Raises UserError for a file or a broken link at a step's place, which Orbax would replace."""
+  if path.exists() or path.is_symlink():
+    raise UserError(f"{path} is in the way of this step's checkpoint; move it elsewhere.")
+
+
+def set_aside(path: Path):
+  """Renames a damaged checkpoint to STEP.damaged, to make room for its step."""
+  others = len(list(path.parent.glob(f"{path.name}.damaged*")))
+  path.rename(path.with_name(f"{path.name}.damaged" + (f"-{others}" if others else "")))
+
+
+def delete_all_but(directory: Path, keep: int):
+  """Deletes the oldest, so that `keep` are left; of a link the link only.
+
+  Under another name first: a process killed meanwhile leaves nothing that looks complete.
+  """
+  for step in steps(directory)[:-keep]:
+    path = directory / str(step)
+    if path.is_symlink():
+      path.unlink()
+    else:
+      path.rename(directory / f"{step}{_DELETED}")
+  for path in directory.glob(f"*{_DELETED}"):
+    shutil.rmtree(path, ignore_errors=True)
+
+
+class Disk:
+  """What the file system says of a checkpoints directory, told once."""
+
+  def __init__(self, directory: Path):
+    self._directory, self._failed = directory, False
+
+  @contextlib.contextmanager
+  def errors(self, *, again: bool = False) -> Iterator[None]:
+    """Turns errors of the file system into a UserError (files.write_errors).
+
+    Args:
+      again: whether Orbax raises in this block what it has raised before; that is left out then.
+    """
+    failed = self._failed
+    try:
+      with files.write_errors(
+        self._directory,
+        what=f"The checkpoint in {self._directory}",
+        advice="Earlier checkpoints are whole: make room and start again.",
+      ):
+        yield
+    except UserError:
+      self._failed = True
+      if not (again and failed):
+        raise
+
+
+def quiet_threads():
+  """Keeps tracebacks of Orbax's threads off the console: the caller raises their errors itself.
+
+  With REFINE_JAX_VERBOSE they stay.
+  """
+  if not os.environ.get("REFINE_JAX_VERBOSE"):
+    # A logger takes the same filter once.
+    for name in ("absl", "asyncio", "concurrent.futures"):
+      logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  error = record.exc_info[1] if record.exc_info else None
+  if record.name == "absl":
+    return error is None or "orbax" not in Path(record.pathname).parts
+  return "Event loop is closed" not in str(error)
