@@ -57,7 +57,7 @@ def status_of(main, arguments, monkeypatch, capfd, given=b""):
   if end.code == 1:
     assert said.startswith("error: ") and said.count("\n") == 1 and said.strip().isprintable()
   if end.code == 2:  # argparse shows the usage before its line
-    assert said.startswith("usage: ") and "error: " in said.splitlines()[-1]
+    assert said.startswith("usage: ") and "\ncommand: error: " in said
   return end.code
 
 
