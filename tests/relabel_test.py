@@ -87,3 +87,25 @@ def test_a_missing_column_or_file_is_one_line(directory, data, tmp_path, monkeyp
   assert "no column 'reply'; it has prompt, target" in capsys.readouterr().err
   assert run(monkeypatch, *common, f"--data={tmp_path / 'gone.parquet'}") == 1
   assert "gone.parquet" in capsys.readouterr().err and not output.exists()
+
+
+def test_rows_that_cannot_be_answered_keep_their_response_and_are_named(
+  directory, data, tmp_path, monkeypatch, capsys
+):
+  rows = pyarrow.parquet.read_table(data).to_pylist()
+  rows[1]["prompt"], rows[5]["prompt"] = None, "w9 " * 400
+  table = pyarrow.Table.from_pylist(rows)
+  index = table.schema.get_field_index("target")
+  table = table.set_column(index, "target", table["target"].dictionary_encode())
+  pyarrow.parquet.write_table(table, data)
+  output = tmp_path / "new.parquet"
+  arguments = (f"--model={directory}", f"--data={data}", f"--output={output}")
+  assert run(monkeypatch, *arguments, "--max_new_tokens=6") == 0
+  said = capsys.readouterr()
+  new = pyarrow.parquet.read_table(output).to_pylist()
+  assert [row | {"target": ""} for row in new] == [row | {"target": ""} for row in rows]
+  assert new[1]["target"] == new[5]["target"] == "old" != new[0]["target"]
+  assert "2 kept: cannot be answered" in said.out
+  assert (
+    f"kept: {data}, row 1 (from 0)" in said.err and "row 5 (from 0): The prompt has" in said.err
+  )
