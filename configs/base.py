@@ -76,7 +76,7 @@ def get_config(recipe: str = "document") -> ConfigDict:
 
   c.noise = noise = ConfigDict()
   # uniform: each response token with its example's rate; block: beside the clean text, the whole
-  # response in blocks as a block sampler sees them (noise.py).
+  # response in blocks as a block sampler sees them (objective/noise/block.py).
   noise.kind = "uniform"
   # Tokens that a pass of the sampler may commit: the blocks of kind "block", of validation, and of
   # eval.generate_every.
