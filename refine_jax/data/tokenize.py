@@ -57,10 +57,7 @@ def load_examples(
     _tokenise(writer, paths, data, tokenizer)
 
   examples, known = store.read_or_build(place, build)
-  lost = "".join(f", dropped {n} ({reason})" for reason, n in sorted(examples.dropped.items()))
-  if examples.truncated:
-    lost += f", truncated {examples.truncated} ({data.truncation})"
-  lost += "".join(f", {n} with {reason}" for reason, n in sorted(examples.noted.items()))
+  lost = _lost(examples, data)
   print(
     f"{name:<13} {len(examples)} examples, {len(examples.tokens)} tokens{lost};"
     f" {'read from' if known else 'written to'} {place}",
@@ -78,6 +75,14 @@ def load_examples(
     )
   _check_vocabulary(examples, paths, tokenizer, vocab_size)
   return examples
+
+
+def _lost(examples: Examples, data: DataConfig) -> str:
+  """What is not trained on, by reason, to follow a number of examples."""
+  lost = "".join(f", dropped {n} ({reason})" for reason, n in sorted(examples.dropped.items()))
+  if examples.truncated:
+    lost += f", truncated {examples.truncated} ({data.truncation})"
+  return lost + "".join(f", {n} with {reason}" for reason, n in sorted(examples.noted.items()))
 
 
 def _named(examples: Examples, paths: list[Path]) -> str:
