@@ -103,7 +103,8 @@ class Decoder:
     if stops or follow:
       self.answers = [detokenize.GrowingAnswer(model.tokenizer, stops) for _ in self.prompts]
     self.trace = [[] for _ in self.prompts] if trace else None
-    self.params = model.decoding_params
+    # One token a pass needs no drafts, and so no adapter.
+    self.params = model.base_decoding_params if mode == "ar" else model.decoding_params
     self.state = self._prefill(rows) if self.prompts else None
 
   def _prefill(self, rows: int) -> sampler.State:

@@ -10,7 +10,10 @@ from noise tokens behind it.
 A causal model's own greedy text is the only fixed point of this: a draft that equals the
 prediction made from the tokens before it, all of them committed or verified likewise, is right.
 So `exact` commits the longest verified run and one token more, and gives the text of
-autoregressive decoding, token for token, whatever the drafts are.
+autoregressive decoding, token for token, whatever the drafts are. Parameters may hold the factors
+of a gated adapter (model/adapters.py), which act on noise tokens alone: then this text is the
+base's, as no noise token is ever verified, and what a noise token leaves in the cache is
+overwritten before a committed token could see it.
 """
 
 import functools
@@ -25,7 +28,7 @@ from refine_jax.attention.cached import slice_rows, write_rows
 from refine_jax.batch import Batch
 from refine_jax.decoding import compile_cache, drafts, sampling
 from refine_jax.decoding.settings import Settings
-from refine_jax.model import transformer
+from refine_jax.model import adapters, transformer
 from refine_jax.model.transformer import ModelConfig
 
 # Rows of a product from which on it is bound by arithmetic rather than by memory (H100).
@@ -211,7 +214,12 @@ def _predict(params, state, start, config, settings):
   # Only the rows that predict the block meet the head.
   own = choose(slice_rows(x, base, block), state.length)
   drafted = slice_rows(state.tokens, state.length, block)
-  verified = _leading(own.tokens[:, :-1] == drafted[:, :-1])
+  right = own.tokens[:, :-1] == drafted[:, :-1]
+  if adapters.is_attached(params):
+    # A noise token that happens to be right was computed with the adapter: it is no text yet.
+    noise_from = state.drafted - state.length
+    right &= jnp.arange(block - 1)[None, :] < noise_from[:, None]
+  verified = _leading(right)
   return kind.predict(own, verified, state.length, x, choose), verified, caches
 
 

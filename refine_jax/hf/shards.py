@@ -29,8 +29,11 @@ class TensorFiles:
     shapes: name -> shape.
   """
 
-  def __init__(self, directory: Path):
+  def __init__(self, directory: Path, paths: Sequence[Path] | None = None):
     """Opens the files; no tensor is read.
+
+    Args:
+      paths: of the files; default: those of `weight_files`.
 
     Raises:
       UserError: no weights, a damaged file, a tensor in two files, or one that is no float.
@@ -39,7 +42,7 @@ class TensorFiles:
     self.shapes: dict[str, tuple[int, ...]] = {}
     self._files: dict[str, object] = {}
     self._paths: dict[str, Path] = {}
-    for path in weight_files(directory):
+    for path in weight_files(directory) if paths is None else paths:
       for name, file, shape in _open(path):
         if name in self._paths:
           raise UserError(

@@ -112,6 +112,12 @@ def attach_layer(layer: dict, factors: dict, config: ModelConfig) -> dict:
   return result
 
 
+def is_attached(params: dict) -> bool:
+  """Whether the decoder's parameters hold the factors of an adapter."""
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params["layers"])]
+  return any(path[-1].key == "a" for path in paths)
+
+
 def _joined(changes: dict, joined: str, parts: tuple, config: ModelConfig) -> dict:
   """One pair of factors for a joined projection: A side by side, B on a diagonal of blocks."""
   query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
