@@ -21,5 +21,6 @@ def write_adapter(base, output, **shape):
   """A PEFT directory with a random adapter of the model in `base`; gives the adapter."""
   config = hf_config.read_model_config(base)
   adapter = random_adapter(config, **shape)
+  output.mkdir()
   peft.write(output, adapter, config, hf_config.read_family(base), base=str(base))
   return adapter

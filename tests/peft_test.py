@@ -121,8 +121,8 @@ def test_a_factor_that_is_not_finite_is_not_written(bases, tmp_path):
   adapter.factors["layers"]["mlp"]["up"]["a"][1, 0, 0] = np.inf
   config, family = hf_config.read_model_config(base), hf_config.read_family(base)
   with pytest.raises(UserError, match="layers.1.mlp.up_proj.lora_A"):
-    peft.write(tmp_path / "bad", adapter, config, family, base="x")
-  assert not (tmp_path / "bad").exists()
+    peft.write(tmp_path, adapter, config, family, base="x")
+  assert [p.name for p in tmp_path.iterdir()] == ["good"]
 
 
 def test_a_lora_directory_is_merged_into_the_base_that_it_names(bases, tmp_path, monkeypatch):

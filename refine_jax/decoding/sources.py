@@ -12,7 +12,7 @@ from refine_jax.hf import peft
 from refine_jax.hf import weights as hf_weights
 from refine_jax.hf.generation_config import read_generation_config
 from refine_jax.hf.shards import all_finite
-from refine_jax.model.adapters import Adapter
+from refine_jax.model import adapters
 from refine_jax.model.config import ModelConfig
 from refine_jax.tree import leaf_name
 
@@ -25,12 +25,15 @@ class Source:
     params: of the model, or of the base where there is an adapter; host arrays as stored.
     directory: with the tokenizer, and what the training left for the sampler.
     adapter: or None.
+    step, record: of a workdir: its checkpoint and the JSON that was written with it.
   """
 
   params: dict
   config: ModelConfig
   directory: Path
   adapter: peft.LoadedAdapter | None = None
+  step: int | None = None
+  record: dict | None = None
 
 
 def from_directory(directory: Path) -> Source:
@@ -43,7 +46,9 @@ def from_directory(directory: Path) -> Source:
     base = peft.find_base(directory)
     config = hf_config.read_model_config(base)
     adapter = peft.read(directory, config, hf_config.read_family(base), kind="lora")
-    return Source(hf_weights.load_params(base, config), config, base, adapter)
+    own = (directory / "config.json").is_file()  # and a tokenizer, as an export has them
+    params = hf_weights.load_params(base, config)
+    return Source(params, config, directory if own else base, adapter)
   config = hf_config.read_model_config(directory)
   trained = read_generation_config(directory, config).refinement
   if trained is None or trained.adapter is None:
@@ -74,26 +79,14 @@ def from_workdir(workdir: Path, step: int | None) -> Source:
   directory = workdir / "model"
   config = hf_config.read_model_config(directory)
   record = checkpointer.saved_record(workdir, found)
-  shape = trained_adapter(record)
+  shape = adapters.from_json(record["identity"].get("adapter"))
   if shape is None:
-    return Source(params, config, directory)
-  base = find_base(record)
+    return Source(params, config, directory, step=found, record=record)
+  base = hf_weights.find(record["config"]["model"]["pretrained"])
   base_params = hf_weights.load_params(base, config)
   refuse_other_base(base_params, record["identity"]["base"], base)
-  return Source(base_params, config, directory, peft.LoadedAdapter(shape, params))
-
-
-def trained_adapter(record: dict) -> Adapter | None:
-  """The shape of the adapter that a checkpoint of this record holds; None: it holds all weights."""
-  values = record["identity"].get("adapter")
-  if values is None:
-    return None
-  return Adapter(**values | {"projections": tuple(values["projections"])})
-
-
-def find_base(record: dict) -> Path:
-  """The directory of the model that a run with an adapter started from."""
-  return hf_weights.find(record["config"]["model"]["pretrained"])
+  adapter = peft.LoadedAdapter(shape, params)
+  return Source(base_params, config, directory, adapter, found, record)
 
 
 def refuse_other_base(params: dict, fingerprint: str, base: Path) -> None:

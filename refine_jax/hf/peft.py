@@ -66,14 +66,14 @@ def write(
   base: str,
   dtype=np.float32,
 ) -> None:
-  """Writes `directory`, complete or not at all.
+  """Writes both files into a directory that is there.
 
   Args:
     base: a path or a hub name, as base_model_name_or_path.
     dtype: of the factors.
 
   Raises:
-    UserError: the directory exists and is not empty, cannot be written, or a factor is not finite.
+    UserError: they cannot be written, or a factor is not finite.
   """
   shape = adapter.shape
   tensors = {}
@@ -99,11 +99,12 @@ def write(
     "inference_mode": True,
     "modules_to_save": None,
   }
-  with files.new_directory(directory) as temporary:
-    files.write_json(temporary / CONFIG, values)
-    # "pt" is what PEFT looks for; nothing here is of torch.
-    metadata = {"format": "pt", _KIND: shape.kind}
-    safetensors.numpy.save_file(tensors, temporary / WEIGHTS, metadata=metadata)
+  # "pt" is what PEFT looks for; nothing here is of torch.
+  metadata = {"format": "pt", _KIND: shape.kind}
+  with files.new_file(directory / WEIGHTS) as temporary:
+    safetensors.numpy.save_file(tensors, temporary, metadata=metadata)
+  # Last: it is what tells a reader that there is an adapter.
+  files.write_json(directory / CONFIG, values)
 
 
 def read(directory: Path, config: ModelConfig, family: Family, *, kind: str) -> LoadedAdapter:

@@ -49,6 +49,13 @@ class Adapter:
     return self.alpha / self.rank
 
 
+def from_json(values: dict | None) -> Adapter | None:
+  """An Adapter from its fields as JSON holds them, such as a checkpoint's; None from none."""
+  if values is None:
+    return None
+  return Adapter(**values | {"projections": tuple(values["projections"])})
+
+
 def init_params(config: ModelConfig, adapter: Adapter, key: jax.Array) -> dict:
   """A new adapter, float32, that changes nothing yet.
 
