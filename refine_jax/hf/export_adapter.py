@@ -68,13 +68,14 @@ def export_adapter(
   check_dtype(dtype)
   config, family = hf_config.read_model_config(model_files), hf_config.read_family(model_files)
   gated = adapter.shape.kind == "gated"
-  name = _public_name(base)
+  local = hf_weights.local_directory(base)
+  name = base if local is None else str(local.absolute())
   with files.new_directory(output) as temporary:
     copy_model_files(model_files, temporary)
     if how == "copy":
       _copy_weights(hf_weights.find(base), temporary)
-      # A path says nothing to others, and the base is next to the adapter.
-      name = base if name == base else ".."
+      if local is not None:
+        name = ".."  # a path of this machine says nothing to others
     if gated:
       place = {} if how == "copy" else {"base": name, "base_fingerprint": fingerprint}
       _tell_sampler(temporary, place)
@@ -83,12 +84,6 @@ def export_adapter(
     peft.write(folder, adapter, config, family, base=name, dtype=DTYPES[dtype])
     (temporary / "README.md").write_text(card, encoding="utf-8")
   return output
-
-
-def _public_name(base: str) -> str:
-  """A hub name as it is, a path from the root."""
-  directory = hf_weights.local_directory(base)
-  return base if directory is None else str(directory.absolute())
 
 
 def _copy_weights(base: Path, output: Path) -> None:
