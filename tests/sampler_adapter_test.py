@@ -10,6 +10,7 @@ from adapter_fixtures import random_adapter
 from sampler_fixtures import EOS, copier_model, greedy, unequal_prompts
 
 import refine_jax
+from refine_jax.hf.generation_config import Refinement
 
 NEW = 16
 NOISE = 7
@@ -94,6 +95,20 @@ def test_a_noise_token_that_is_right_is_not_taken_for_text():
   ours, alone = (generate(m, [[4], [5], [6]], **options) for m in (model, base))
   assert ours.tokens == alone.tokens == [list(range(i + 1, i + 9)) for i in (4, 5, 6)]
   assert sum(alone.passes) < sum(ours.passes)  # the base alone does take it
+
+
+@pytest.mark.parametrize("draft", ["branches", "tail"])
+def test_noise_of_any_id_changes_drafts_and_not_the_text(gated, draft):
+  model, _, prompts, want = gated("llama")
+  fixed = Refinement(noise_token=NOISE, block_size=4)
+  options = {"noise_token": None, "draft": draft, "trace": True}
+  outs = [
+    generate(dataclasses.replace(model, refinement=trained), prompts, **options)
+    for trained in (fixed, dataclasses.replace(fixed, random_noise=True))
+  ]
+  assert [out.tokens for out in outs] == [want, want]
+  first, second = ([[seen.tokens for seen in row] for row in out.trace.rows] for out in outs)
+  assert first != second
 
 
 def test_comparing_with_ar_compares_with_the_base_alone(gated, monkeypatch):
