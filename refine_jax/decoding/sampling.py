@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from refine_jax.batch import Batch
 from refine_jax.decoding.compile_cache import bucket
 
 # In the place of a token where the model says nothing: a logit is NaN, or the best is infinite.
@@ -60,3 +61,14 @@ def _filter(logits, state, settings):
     kept = jnp.where(before < state.top_p[:, None, None], ordered, jnp.inf)
     logits = jnp.where(logits < jnp.min(kept, axis=-1, keepdims=True), -jnp.inf, logits)
   return logits
+
+
+def with_random_noise(window: Batch, vocab_size: int) -> Batch:
+  """The window with noise tokens of any id, each a function of its position alone."""
+  key = jax.random.key(0)
+
+  def draw(position):
+    return jax.random.randint(jax.random.fold_in(key, position), (), 0, vocab_size)
+
+  drawn = jax.vmap(jax.vmap(draw))(window.positions)
+  return window._replace(ids=jnp.where(window.is_noise, drawn, window.ids))
