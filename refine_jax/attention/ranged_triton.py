@@ -10,6 +10,7 @@ it out first, and does without where it fails or is gone.
 
 import functools
 import math
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +26,11 @@ LOWEST = -0.7 * float(np.finfo(np.float32).max)
 
 
 def attend(
-  q_BQHh,
-  k_BTKh,
-  v_BTKh,
-  first_BQ,
-  end_BQ,
+  q_BQHh: jax.Array,
+  k_BTKh: jax.Array,
+  v_BTKh: jax.Array,
+  first_BQ: jax.Array,
+  end_BQ: jax.Array,
   *,
   scale: float,
   frozen: bool = False,
@@ -45,7 +46,7 @@ def attend(
   queries = functools.partial(_padded, axis=1, size=_QUERIES)
   keys = functools.partial(_padded, axis=1, size=_KEYS)
   end_BQ = jnp.minimum(end_BQ, places)  # nothing of what fills up the last tile
-  out, lse = _attend(
+  result = _attend(
     queries(q_BQHh),
     keys(k_BTKh),
     keys(v_BTKh),
@@ -55,6 +56,7 @@ def attend(
     frozen,
     interpret,
   )
+  out, lse = cast(tuple, result)
   return out[:, :count], lse[:, :count]
 
 
@@ -65,7 +67,7 @@ def _padded(x, axis: int, size: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attend(q, k, v, first, end, scale, frozen, interpret):
+def _attend(q, k, v, first, end, scale, frozen, interpret) -> tuple:
   return _forward(q, k, v, first, end, scale, interpret)
 
 

@@ -7,7 +7,7 @@ from refine_jax.errors import UserError
 
 def refuse_others(
   path: Path, record: dict, identity: dict, leaves: set[str], run: dict, allow: tuple[str, ...]
-):
+) -> None:
   """Compares a checkpoint's record with what is here.
 
   Args:

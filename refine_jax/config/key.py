@@ -205,7 +205,7 @@ def shown(value: Any) -> str:
     return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else "a value"
 
 
-def warn(message: str):
+def warn(message: str) -> None:
   """A line on stderr."""
   print(f"warning: {message}", file=sys.stderr)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from refine_jax import files
 from refine_jax.attention import cached, packed
@@ -18,7 +19,7 @@ from refine_jax.hf.generation_config import Refinement, read_generation_config
 from refine_jax.hf.shards import all_finite
 from refine_jax.model import layout, transformer
 from refine_jax.model.transformer import ModelConfig
-from refine_jax.text.tokenizer import load_tokenizer
+from refine_jax.text.tokenizer import Tokenizer, load_tokenizer
 from refine_jax.text.vocabulary import check_ids
 from refine_jax.tree import leaf_name
 
@@ -39,7 +40,7 @@ class Model:
 
   config: ModelConfig
   params: dict
-  tokenizer: object | None
+  tokenizer: Tokenizer | None
   eos_token_ids: tuple[int, ...]
   pad_token_id: int | None
   directory: Path
@@ -53,7 +54,7 @@ class Model:
       segment_ids: int [B, T], contiguous from 1 (0: padding); positions start anew in each and
         attention does not cross. Default: one segment a row.
     """
-    if not isinstance(ids, jax.core.Tracer):
+    if not isinstance(ids, Tracer):
       check_ids(np.asarray(ids), self.config.vocab_size, "ids", self.tokenizer)
     ids = jnp.asarray(ids, jnp.int32)
     segment_ids = jnp.ones_like(ids) if segment_ids is None else jnp.asarray(segment_ids)

@@ -14,6 +14,7 @@ autoregressive decoding, token for token, whatever the drafts are.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ import numpy as np
 
 from refine_jax.attention import cached
 from refine_jax.attention.cached import slice_rows, write_rows
-from refine_jax.batch import Batch
+from refine_jax.batch import Array, Batch
 from refine_jax.decoding import compile_cache, drafts, sampling
 from refine_jax.decoding.settings import Settings
 from refine_jax.model import transformer
@@ -52,22 +53,22 @@ class State(NamedTuple):
     seeds: uint32 [B], for sampling.
   """
 
-  tokens: jax.Array
-  length: jax.Array
-  cached: jax.Array
-  drafted: jax.Array
-  limit: jax.Array
-  done: jax.Array
-  turn: jax.Array
-  passes: jax.Array
-  accepted: jax.Array
-  refine_iter: jax.Array
-  tau: jax.Array
-  inverse_temperature: jax.Array
-  top_k: jax.Array
-  top_p: jax.Array
+  tokens: Array
+  length: Array
+  cached: Array
+  drafted: Array
+  limit: Array
+  done: Array
+  turn: Array
+  passes: Array
+  accepted: Array
+  refine_iter: Array
+  tau: Array
+  inverse_temperature: Array
+  top_k: Array
+  top_p: Array
   caches: list
-  seeds: jax.Array
+  seeds: Array
 
 
 class Seen(NamedTuple):
@@ -85,7 +86,15 @@ class Seen(NamedTuple):
 
 
 def prefill(
-  params, prompts_BP, lengths, noise_token, *, config, size, ahead=0, engine="xla"
+  params: dict,
+  prompts_BP: Array,
+  lengths: Array,
+  noise_token: Array,
+  *,
+  config: ModelConfig,
+  size: int,
+  ahead: int = 0,
+  engine: str = "xla",
 ) -> tuple:
   """The prompts, int32 [B, P] padded on the right, in buffers of `size`: (tokens, caches).
 
@@ -110,7 +119,15 @@ def prefill(
   return tokens, caches
 
 
-def begin(tokens, caches, lengths, limits, done, seeds, settings: Settings) -> State:
+def begin(
+  tokens: jax.Array,
+  caches: list,
+  lengths: np.ndarray,
+  limits: np.ndarray,
+  done: np.ndarray,
+  seeds: np.ndarray,
+  settings: Settings,
+) -> State:
   """The state after `prefill`."""
 
   def each(value, dtype):
@@ -138,7 +155,9 @@ def begin(tokens, caches, lengths, limits, done, seeds, settings: Settings) -> S
   )
 
 
-def decode(params, state: State, max_passes, *, config: ModelConfig, settings: Settings) -> State:
+def decode(
+  params: dict, state: State, max_passes: jax.Array, *, config: ModelConfig, settings: Settings
+) -> State:
   """Passes until every row is done, at most `max_passes` of them."""
 
   def unfinished(carry):
@@ -154,7 +173,7 @@ def decode(params, state: State, max_passes, *, config: ModelConfig, settings: S
 
 
 def one_pass(
-  params, state: State, *, config: ModelConfig, settings: Settings
+  params: dict, state: State, *, config: ModelConfig, settings: Settings
 ) -> tuple[State, Seen]:
   """One forward pass over each row's window, and what the mode commits of it."""
   start = jnp.minimum(state.cached, state.length - 1)
@@ -261,7 +280,7 @@ def _programs(config, settings):
 
 
 @functools.lru_cache(compile_cache.MOST_PROGRAMS)
-def prefill_program(config: ModelConfig):
+def prefill_program(config: ModelConfig) -> Callable:
   """The jitted `prefill`, whose options are static."""
   return jax.jit(
     functools.partial(prefill, config=config), static_argnames=("size", "ahead", "engine")

@@ -46,7 +46,7 @@ def describe_training(config: dict) -> str:
   return " ".join(parts)
 
 
-def model_card(workdir, step: int) -> str:
+def model_card(workdir: str | Path, step: int) -> str:
   """The text of README.md for a step of a run.
 
   Raises:

@@ -70,7 +70,7 @@ _INITIALIZER_RANGE = (0.0, 1e3)
 _QUERY_SCALAR = (1e-6, 1e9)
 
 
-def read_json(directory, name: str = "config.json") -> dict:
+def read_json(directory: str | Path, name: str = "config.json") -> dict:
   """A JSON object from a file of a model's directory.
 
   Raises:
@@ -100,7 +100,7 @@ def _without_doubles(pairs):
   return values
 
 
-def read_family(directory) -> Family:
+def read_family(directory: str | Path) -> Family:
   """The family of the model in a Hugging Face directory.
 
   Raises:
@@ -109,7 +109,7 @@ def read_family(directory) -> Family:
   return family_of(read_json(directory), str(Path(directory) / "config.json"))
 
 
-def read_model_config(directory) -> ModelConfig:
+def read_model_config(directory: str | Path) -> ModelConfig:
   """The shape of the model in a Hugging Face directory.
 
   Raises:

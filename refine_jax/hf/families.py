@@ -60,7 +60,7 @@ class Family:
 
   model_type: str
   architecture: str
-  defaults: Mapping[str, object]
+  defaults: dict[str, object]
   only: Mapping[str, tuple]
   harmless: frozenset[str] = frozenset()
   sliding: Callable[[Mapping, int], bool]

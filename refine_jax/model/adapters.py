@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from refine_jax.model.layout import JOINED
 from refine_jax.model.transformer import ModelConfig, param_shapes
@@ -72,7 +73,7 @@ def init_params(config: ModelConfig, adapter: Adapter, key: jax.Array) -> dict:
   return {"layers": result}
 
 
-def working_copy(params: dict, adapter: Adapter, dtype) -> dict:
+def working_copy(params: dict, adapter: Adapter, dtype: DTypeLike) -> dict:
   """The factors in `dtype`, with the scale in B: what the decoder multiplies by."""
 
   def cast(path, x):

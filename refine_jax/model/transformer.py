@@ -10,11 +10,13 @@ Legend, used in names throughout the project:
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from refine_jax.batch import Batch
 from refine_jax.model import remat as remat_lib
@@ -36,7 +38,7 @@ __all__ = [
 ]
 
 
-def init_params(config: ModelConfig, key) -> dict:
+def init_params(config: ModelConfig, key: jax.Array) -> dict:
   """Random float32 parameters.
 
   Returns:
@@ -68,18 +70,18 @@ def param_shapes(config: ModelConfig) -> dict:
   return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
-def head_matrix(params: dict):
+def head_matrix(params: dict) -> jax.Array:
   """The output head [V, D]: its own, or the embedding where they are tied."""
   return params.get("head", params["embedding"])
 
 
-def logits(params: dict, x):
+def logits(params: dict, x: jax.Array) -> jax.Array:
   """Of hidden states [.., D], multiplied in their dtype: float32 [.., V]."""
   head = head_matrix(params).astype(x.dtype)
   return jnp.einsum("...d,vd->...v", x, head, preferred_element_type=jnp.float32)
 
 
-def cast_for_compute(params: dict, dtype) -> dict:
+def cast_for_compute(params: dict, dtype: DTypeLike) -> dict:
   """The working copy: the layers' kernels and biases in `dtype`, the rest as it is.
 
   The embedding and the head stay in float32, so that their gradients, sums over many tokens, are
@@ -99,14 +101,14 @@ def hidden_states(
   batch: Batch,
   attend_with: Callable[[int | None], Attend],
   *,
-  dtype=jnp.float32,
+  dtype: DTypeLike = jnp.float32,
   remat: str = "none",
   unroll: int = 1,
   backward_slack: int = 0,
   constrain: Callable = lambda x: x,
   caches: list | None = None,
   adapt_all: bool = False,
-):
+) -> Any:
   """Runs the decoder up to its final norm.
 
   Args:
@@ -147,7 +149,7 @@ def hidden_states(
       if late < len(layers):
         x, layers[late] = _trained_in_order(x, layers[late])
       x, cache = layer(x, layers[i], caches and caches[i], config.windows[i])
-      if caches:
+      if new_caches:
         new_caches[i] = cache
   else:
     assert caches is None, "a cache needs a list of layers"
@@ -157,7 +159,7 @@ def hidden_states(
   return x if caches is None else (x, new_caches)
 
 
-def embed(params: dict, config: ModelConfig, ids_BT: jax.Array, dtype) -> jax.Array:
+def embed(params: dict, config: ModelConfig, ids_BT: jax.Array, dtype: DTypeLike) -> jax.Array:
   """The embeddings [B, T, D] of tokens, scaled as the model has it."""
   x = jnp.take(params["embedding"], ids_BT, axis=0).astype(dtype)
   return x if config.embedding_scale is None else x * jnp.asarray(config.embedding_scale, dtype)
@@ -195,7 +197,9 @@ def _trained_in_order(x, layer: dict) -> tuple:
   return x, jax.tree.unflatten(structure, both)
 
 
-def scan_layers(layer, x, stacked, windows, unroll):
+def scan_layers(
+  layer: Callable, x: Any, stacked: Any, windows: Sequence[int | None], unroll: int
+) -> Any:
   """One scan for each run of layers that share a window, so that windows and ropes stay static."""
   start = 0
   for window, run in itertools.groupby(windows):

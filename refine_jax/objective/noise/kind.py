@@ -1,6 +1,6 @@
 """What a noise kind is, and what kinds share."""
 
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -50,9 +50,11 @@ class NoiseKind(Protocol):
       `Batch.block_starts` for attention. The loss on clean text then needs no pass of its own.
   """
 
-  config: NoiseConfig
-  columns_per_token: int
-  clean_text_inside: bool
+  columns_per_token: ClassVar[int]
+  clean_text_inside: ClassVar[bool]
+
+  @property
+  def config(self) -> NoiseConfig: ...
 
   def check(self) -> None:
     """Raises UserError where the config's values make no sense for this kind."""
