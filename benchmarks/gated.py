@@ -20,6 +20,7 @@ from refine_jax.model import adapters, transformer
 from refine_jax.model import remat as remat_lib
 from refine_jax.objective import draft_blocks
 from refine_jax.training import compute, flops, train_step
+from refine_jax.training.step_config import StepConfig
 
 
 def measure(shape: timing.Shape, arguments) -> dict:
@@ -47,7 +48,7 @@ def measure(shape: timing.Shape, arguments) -> dict:
     or ranged.choose(model.heads, model.kv_heads, model.head_dim, dtype),
   )
   noise = NoiseConfig(kind="block", block_size=arguments.block_size, anchors=arguments.anchors)
-  config = train_step.StepConfig(
+  config = StepConfig(
     objective=ObjectiveConfig(num_iterations=1, loss_weights=(1.0,), draft_target=arguments.target),
     noise=noise,
     optim=OptimConfig(batch_size=shape.rows, lr=1e-4),
@@ -82,10 +83,7 @@ def measure(shape: timing.Shape, arguments) -> dict:
   drafts = arguments.block_size - 1
   blocks = draft_blocks.count_blocks(shape.length, arguments.anchors, drafts)
   share = blocks * drafts / shape.length
-  forward_flops = flops.matmul_flops_per_token(model) + flops.attention_flops(
-    model, shape.length / shape.segments
-  )
-  flops_per_token = forward_flops * (1 + 2 * share)
+  flops_per_token = flops.gated_flops_per_token(model, shape.length / shape.segments, share)
   return {
     "rows": shape.rows,
     "length": shape.length,

@@ -26,6 +26,7 @@ from refine_jax.objective import plan as plan_lib
 from refine_jax.training import compute as compute_lib
 from refine_jax.training import flops as flops_lib
 from refine_jax.training import memory, train_step
+from refine_jax.training.step_config import StepConfig
 
 _JOINS = {
   "attention": ("attention",),
@@ -63,8 +64,8 @@ def example_length(batch: Batch) -> float:
   return float(np.sum(counts**2) / np.sum(counts))
 
 
-def make_recipe(shape: timing.Shape, rounds: int) -> train_step.StepConfig:
-  return train_step.StepConfig(
+def make_recipe(shape: timing.Shape, rounds: int) -> StepConfig:
+  return StepConfig(
     objective=ObjectiveConfig(
       num_iterations=rounds, loss_weights=(1.0,) * rounds, clean_weight=0.0
     ),

@@ -25,6 +25,11 @@ _RULES = (
   (r"layers/.*(query|key|value|gate|up)/kernel$", PartitionSpec(None, "fsdp", "tensor")),
   (r"layers/.*(output|down)/kernel$", PartitionSpec(None, "tensor", "fsdp")),
   (r"layers/.*(query|key|value|gate|up)/bias$", PartitionSpec(None, "tensor")),
+  # An adapter's factors, split as the side of the matrix that they share.
+  (r"layers/.*(query|key|value|gate|up)/a$", PartitionSpec(None, "fsdp", None)),
+  (r"layers/.*(query|key|value|gate|up)/b$", PartitionSpec(None, None, "tensor")),
+  (r"layers/.*(output|down)/a$", PartitionSpec(None, "tensor", None)),
+  (r"layers/.*(output|down)/b$", PartitionSpec(None, None, "fsdp")),
   (r"(embedding|head)$", PartitionSpec("tensor", "fsdp")),
 )
 

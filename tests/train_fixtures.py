@@ -12,7 +12,7 @@ from refine_jax.model.rope import RopeConfig
 from refine_jax.objective import plan as plan_lib
 from refine_jax.objective import rounds as objective
 from refine_jax.training.compute import ForwardConfig
-from refine_jax.training.train_step import StepConfig
+from refine_jax.training.step_config import StepConfig
 
 NOISE_TOKEN = 1
 

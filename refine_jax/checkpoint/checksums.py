@@ -1,5 +1,8 @@
 """A checksum of every array of a tree, to tell silent damage to a checkpoint's data."""
 
+import hashlib
+import json
+
 import jax
 import jax.numpy as jnp
 
@@ -17,6 +20,12 @@ def checksums(tree) -> dict:
     leaf_name(path): [str(x.dtype), int(total)]
     for (path, x), total in zip(leaves, sums, strict=True)
   }
+
+
+def fingerprint(tree) -> str:
+  """Sixteen hexadecimal digits that tell one set of arrays from another: names, dtypes, values."""
+  text = json.dumps(checksums(tree), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def verify(tree, saved: dict):

@@ -29,6 +29,19 @@ def train_flops_per_token(config: ModelConfig, length: float, rounds: int) -> fl
   return rounds * 3 * (matmul_flops_per_token(config) + attention_flops(config, length))
 
 
+def gated_flops_per_token(config: ModelConfig, length: float, drafts: float) -> float:
+  """Model FLOPs of training a gated adapter, for one clean token.
+
+  A forward pass of the token, and for each draft token a forward pass and one backward pass, for
+  activations alone; the adapter's own products are not counted.
+
+  Args:
+    drafts: draft tokens for each clean one.
+  """
+  forward = matmul_flops_per_token(config) + attention_flops(config, length)
+  return forward * (1 + 2 * drafts)
+
+
 class Device(NamedTuple):
   """What the maker of a device states.
 

@@ -2,84 +2,26 @@
 
 import dataclasses
 import json
-import math
 import os
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from refine_jax import sharding
-from refine_jax.attention.choose import choose_backend
 from refine_jax.config import Config
 from refine_jax.config.key import nearest
 from refine_jax.errors import UserError
 from refine_jax.hf import weights as hf_weights
-from refine_jax.model import transformer
+from refine_jax.model import adapters
 from refine_jax.model.transformer import ModelConfig
-from refine_jax.objective import noise
 from refine_jax.text.vocabulary import check_ids
-from refine_jax.training import compute as compute_lib
-from refine_jax.training import memory, optim, train_step
+from refine_jax.training import optim, train_step
+from refine_jax.training.choices import bytes_per_device, make_adapter, new_params
 from refine_jax.training.data_plan import DataPlan
 from refine_jax.training.metrics import gibibytes
 from refine_jax.training.source import Source
-from refine_jax.training.train_step import StepConfig
+from refine_jax.training.step_config import StepConfig
 from refine_jax.tree import leaf_name
-
-
-def choose_compute(config: Config, shape: ModelConfig, mesh, plan: DataPlan):
-  """Resolves every "auto"."""
-  source = config.model
-  dtype = source.compute_dtype
-  tensor = mesh.shape["tensor"]
-  if config.data.max_length > shape.max_length:
-    raise UserError(
-      f"config.data.max_length={config.data.max_length} is beyond the model's"
-      f" {shape.max_length} positions; lower it."
-    )
-  engine = choose_backend(
-    source.attention,
-    heads=shape.heads // tensor,
-    kv_heads=shape.kv_heads // tensor,
-    head_dim=shape.head_dim,
-    dtype=dtype,
-    max_segments=plan.max_segments,
-    packed=config.data.pack,
-    blocks=noise.from_config(config.noise).clean_text_inside,
-    scale=shape.attention_scale,
-  )
-  shapes = transformer.param_shapes(shape)
-  state_on_device = _bytes_per_device(shapes, sharding.shardings(shapes, mesh))
-  rows_on_device = config.optim.micro_batch // sharding.batch_shards(mesh)
-  remat = memory.choose_remat(
-    source.remat,
-    shape,
-    dtype=dtype,
-    tokens=rows_on_device
-    * config.data.max_length
-    * noise.from_config(config.noise).columns_per_token,
-    parameters=state_on_device // 4,
-    head_chunk=source.head_chunk,
-    memory=memory.device_memory(),
-    moment_itemsize=jnp.dtype(config.optim.moment_dtype).itemsize,
-  )
-  gradient = source.head_gradient
-  if gradient == "auto":
-    gradient = "forward" if mesh.size == mesh.shape["data"] else "recompute"
-  unroll = compute_lib.choose_unroll(source.scan_unroll, remat, shape.layers)
-  return compute_lib.ForwardConfig(
-    model=shape,
-    dtype=dtype,
-    attention=engine,
-    max_segments=plan.max_segments,
-    remat=remat,
-    unroll=unroll,
-    head_chunk=source.head_chunk,
-    head_gradient=gradient,
-    mesh=mesh,
-    join=compute_lib.choose_join(mesh),
-  )
 
 
 def make_recipe(config: Config, source: Source, plan: DataPlan) -> StepConfig:
@@ -100,14 +42,23 @@ def make_recipe(config: Config, source: Source, plan: DataPlan) -> StepConfig:
     eos_token=source.tokenizer.eos_token_id,
     total_steps=plan.total_steps,
     seed=config.seed,
+    gated=config.adapter.kind == "gated",
   )
 
 
-def identity(shape: ModelConfig) -> dict:
+def identity(
+  shape: ModelConfig, adapter: adapters.Adapter | None = None, base: str | None = None
+) -> dict:
   """What a checkpoint says of its model, to be compared before it is loaded.
 
   Fields at their default are left out, so that a checkpoint from before one was added is equal.
+
+  Args:
+    adapter, base: of a run that trains one: it, and the fingerprint of the base's weights.
   """
+  if adapter is not None:
+    extra = {"adapter": dataclasses.asdict(adapter), "base": base}
+    return json.loads(json.dumps(identity(shape) | extra))
   values = dataclasses.asdict(shape)
   defaults = {f.name: f.default for f in dataclasses.fields(shape)}
   return json.loads(json.dumps({k: v for k, v in values.items() if v != defaults[k]}))
@@ -143,26 +94,32 @@ def run_record(config: Config, recipe: StepConfig, plan: DataPlan) -> dict:
 
 
 def start(
-  config: Config, source: Source, recipe: StepConfig, mesh, checkpointer, iterator, run: dict
+  config: Config,
+  source: Source,
+  mesh,
+  checkpointer,
+  iterator,
+  run: dict,
+  ours: dict,
 ) -> tuple:
   """The state to go on from. The order: own workdir, resume path, pretrained weights, scratch.
 
   Args:
-    run: run_record's, compared with that of the checkpoint.
+    run, ours: run_record's and identity's, compared with those of the checkpoint.
 
   Returns:
     the TrainState, on its devices; a line that says where it is from.
   """
+  adapter = make_adapter(config)
   shapes = jax.eval_shape(
     lambda: train_step.init_state(
-      transformer.init_params(source.model, jax.random.key(0)), config.optim
+      new_params(source.model, adapter, jax.random.key(0)), config.optim
     )
   )
   places = sharding.shardings(shapes, mesh)
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places
   )
-  ours = identity(source.model)
   compared = {"run": run, "allow": config.checkpoint.allow_changes, "check": _check_position}
   if checkpointer.latest_step() is not None:
     state, step = checkpointer.restore(None, abstract, iterator, ours, **compared)
@@ -177,7 +134,7 @@ def start(
     out_shardings=places,
     donate_argnums=0,
   )
-  if source.pretrained:
+  if source.pretrained and adapter is None:
     by_name = {leaf_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(places.params)}
 
     def place(name, array):  # a leaf at a time: never two copies of the model on the host
@@ -188,10 +145,11 @@ def start(
     params = hf_weights.load_params(source.directory, source.model, place=place)
     return init_state(params), f"pretrained weights from {source.directory}"
   init_params = jax.jit(
-    lambda: transformer.init_params(source.model, jax.random.key(config.seed)),
+    lambda: new_params(source.model, adapter, jax.random.key(config.seed)),
     out_shardings=places.params,
   )
-  return init_state(init_params()), "scratch"
+  origin = "scratch" if adapter is None else f"a new adapter on {source.directory}"
+  return init_state(init_params()), origin
 
 
 def _check_position(step: int, state, iterator):
@@ -218,25 +176,27 @@ def enable_compilation_cache():
     jax.config.update("jax_compilation_cache_dir", str(path))
 
 
-def _bytes_per_device(tree, places) -> int:
-  sizes = jax.tree.map(
-    lambda x, s: jnp.dtype(x.dtype).itemsize * math.prod(s.shard_shape(x.shape)), tree, places
-  )
-  return sum(jax.tree.leaves(sizes))
-
-
 def describe(config, source, plan, recipe, compute, state, origin) -> list:
   """Lines with every number that follows from the config, the data and the devices."""
   mesh, shape = compute.mesh, source.model
   axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
   count = sum(x.size for x in jax.tree.leaves(state.params))
   params, everything = (
-    gibibytes(_bytes_per_device(tree, jax.tree.map(lambda x: x.sharding, tree)))
+    gibibytes(bytes_per_device(tree, jax.tree.map(lambda x: x.sharding, tree)))
     for tree in (state.params, state)
   )
   batch, length = config.optim.batch_size, config.data.max_length
   micro = config.optim.micro_batch
   rows = plan.train
+  if compute.adapter is None:
+    trained = f"{config.objective.num_iterations}, weights {config.objective.loss_weights}"
+    trained = f"rounds        {trained}, noise token {recipe.noise_token}"
+  else:
+    trained = (
+      f"adapter       {compute.adapter.kind}, rank {compute.adapter.rank}, alpha"
+      f" {compute.adapter.alpha:g}, target {config.objective.draft_target}, noise token"
+      f" {recipe.noise_token}, draft attention {compute.draft_attention}"
+    )
   return [
     f"devices       {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {axes}",
     f"model         {count / 1e6:.1f} M parameters, {shape.layers} layers, width {shape.width}",
@@ -248,7 +208,6 @@ def describe(config, source, plan, recipe, compute, state, origin) -> list:
     f" {rows.packing_efficiency:.1%} filled (at most {plan.max_segments} examples a row)",
     f"steps         {recipe.total_steps} ({rows.batches_per_epoch:.1f} an epoch),"
     f" warm-up {optim.warmup_steps(config.optim, recipe.total_steps)}",
-    f"rounds        {config.objective.num_iterations}, weights"
-    f" {config.objective.loss_weights}, noise token {recipe.noise_token}",
+    trained,
     f"start         {origin}",
   ]

@@ -11,10 +11,11 @@ from refine_jax.checkpoint.checkpointer import Checkpointer
 from refine_jax.config import Config
 from refine_jax.errors import UserError
 from refine_jax.objective import noise
-from refine_jax.objective import plan as plan_lib
 from refine_jax.training import debug_log, duties, metrics, startup, train_step
+from refine_jax.training.choices import choose_compute, flops_per_token
 from refine_jax.training.data_plan import plan_data
-from refine_jax.training.flops import peak_flops, train_flops_per_token
+from refine_jax.training.flops import peak_flops
+from refine_jax.training.frozen import load_frozen
 from refine_jax.training.problems import Problems
 from refine_jax.training.source import read_source
 from refine_jax.training.workdir import check_workdir, hold, prepare_workdir
@@ -44,14 +45,16 @@ def _run(config: Config, workdir: Path) -> int:
     mesh, config.optim, source.model.heads, source.model.kv_heads, config.data.max_length
   )
   plan = plan_data(config, source, mesh)
-  compute = startup.choose_compute(config, source.model, mesh, plan)
+  compute = choose_compute(config, source.model, mesh, plan)
   recipe = startup.make_recipe(config, source, plan)
   record = startup.run_record(config, recipe, plan)
+  frozen, fingerprint = load_frozen(source, compute) if compute.adapter else (None, None)
+  identity = startup.identity(source.model, compute.adapter, fingerprint)
   iterator = plan.train_iterator()
   checkpointer = Checkpointer(workdir, max_to_keep=config.checkpoint.max_ckpt_to_keep)
   try:
     own = checkpointer.latest_step() is not None
-    state, origin = startup.start(config, source, recipe, mesh, checkpointer, iterator, record)
+    state, origin = startup.start(config, source, mesh, checkpointer, iterator, record, identity)
     # Of a checkpoint that another run's workdir holds, that run does it.
     missing = _missing(config, workdir, plan, int(state.step)) if own else None
     if int(state.step) >= plan.total_steps and not missing:
@@ -62,7 +65,10 @@ def _run(config: Config, workdir: Path) -> int:
     lines = startup.describe(config, source, plan, recipe, compute, state, origin)
     for line in lines + changed:
       print(line)
-    loop = _Loop(config, workdir, source, plan, recipe, compute, checkpointer, iterator, record)
+    loop = _Loop(
+      config, workdir, source, plan, recipe, compute, checkpointer, iterator, (record, identity)
+    )
+    loop.frozen = frozen
     return loop.run(state, missing)
   finally:
     checkpointer.close()
@@ -81,14 +87,14 @@ class _Loop:
   ):
     self.config, self.workdir, self.source, self.plan = config, workdir, source, plan
     self.recipe, self.compute, self.mesh = recipe, compute, compute.mesh
-    self.checkpointer, self.iterator, self.record = checkpointer, iterator, record
+    self.checkpointer, self.iterator = checkpointer, iterator
+    self.record, self.identity = record
+    self.frozen = None
     self.total = recipe.total_steps
     bound = {"step_config": recipe, "forward": compute}
     self.eval_step = jax.jit(functools.partial(train_step.eval_step, **bound))
     self.debug_rounds = jax.jit(functools.partial(train_step.debug_rounds, **bound))
-    columns = noise.from_config(config.noise).columns_per_token
-    passes = plan_lib.passes(recipe.plan) * columns
-    flops = train_flops_per_token(source.model, plan.train.mean_length, passes)
+    flops = flops_per_token(config, source, plan, recipe)
     self.problems = None
     if config.eval.generate_every:
       self.problems = Problems(config, source.model, workdir / "model", compute.dtype)
@@ -138,7 +144,7 @@ class _Loop:
       if duties.is_due(self.config.log.debug_every, done - 1):
         self._debug(state, host_batch, done - 1, writers)
       self._profile(done, writers)
-      state, step_metrics = step_fn(state, batch)
+      state, step_metrics = step_fn(state, batch, self.frozen)
       # From here to the next step the host works while the device does; it waits only for the
       # metrics of the step before.
       if writers.failure:
@@ -198,8 +204,8 @@ class _Loop:
     """
     places = sharding.shardings(state, self.mesh)
     with metrics.Timer() as timer:
-      lowered = train_step.jit_train_step(self.recipe, self.compute, places).lower(state, batch)
-      compiled = lowered.compile()
+      step = train_step.jit_train_step(self.recipe, self.compute, places)
+      compiled = step.lower(state, batch, self.frozen).compile()
     if requests.pending:
       writers.note(f"stopped by {requests.name} before the first step; nothing to save.")
       return None
@@ -244,7 +250,7 @@ class _Loop:
       state,
       self.iterator,
       self.config.to_dict(),
-      startup.identity(self.source.model),
+      self.identity,
       run=self.record,
     )
 
@@ -270,7 +276,7 @@ class _Loop:
       if requests.pending:
         return
       batch = sharding.put_batch(host_batch, self.mesh, accumulated=False)
-      part = self.eval_step(state.params, batch)
+      part = self.eval_step(state.params, batch, self.frozen)
       sums = part if sums is None else jax.tree.map(jax.numpy.add, sums, part)
     values = metrics.eval_metrics(jax.device_get(sums), self.config.objective, self.config.noise)
     writers.write(step, values)
@@ -281,7 +287,7 @@ class _Loop:
     copies = sharding.batch_shards(self.mesh) // jax.process_count()
     tiled = row.map(lambda x: np.repeat(x, copies, axis=0))
     batch = sharding.put_batch(tiled, self.mesh, accumulated=False)
-    rounds = jax.device_get(self.debug_rounds(state.params, batch, step=step))
+    rounds = jax.device_get(self.debug_rounds(state.params, batch, self.frozen, step=step))
     if jax.process_index() == 0:
       first = row.map(lambda x: x[0])
       text = debug_log.format_example(self.source.tokenizer, step, first, rounds)

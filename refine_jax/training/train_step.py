@@ -1,6 +1,5 @@
 """The training and evaluation steps: pure functions of (state, batch)."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -10,14 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from refine_jax.batch import Batch
-from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
-from refine_jax.objective import block_metrics, draft_blocks
+from refine_jax.config import OptimConfig
+from refine_jax.objective import block_metrics
 from refine_jax.objective import noise as noise_lib
 from refine_jax.objective import plan as plan_lib
 from refine_jax.objective import rounds as objective
-from refine_jax.objective.draft_gradients import DRAFT, draft_gradients
-from refine_jax.training import optim
+from refine_jax.training import gradients, optim
 from refine_jax.training.compute import ForwardConfig
+from refine_jax.training.step_config import StepConfig
 
 
 @flax.struct.dataclass
@@ -37,27 +36,6 @@ class TrainState:
   skipped_in_row: jax.Array
   params: Any
   opt_state: Any
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepConfig:
-  """What a step does, apart from how it is computed; static."""
-
-  objective: ObjectiveConfig
-  noise: NoiseConfig
-  optim: OptimConfig
-  noise_token: int
-  eos_token: int
-  total_steps: int
-  seed: int
-  gated: bool = False
-
-  @property
-  def plan(self) -> plan_lib.Plan:
-    """The terms of the loss."""
-    if self.gated:
-      return (plan_lib.LossTerm(DRAFT, 1.0, True),)
-    return plan_lib.plan(self.objective, self.noise)
 
 
 def init_state(params, optim_config: OptimConfig) -> TrainState:
@@ -96,14 +74,14 @@ def train_step(
   response_tokens = sum_over_batch(lambda b: b.response_mask, batch)
   tokens = sum_over_batch(lambda b: b.segment_ids > 0, batch)
   plan = step_config.plan
-  gradients_of = _draft_gradients if step_config.gated else _round_gradients
-  gradients, sums, noised_tokens = gradients_of(
+  gradients_of = gradients.of_drafts if step_config.gated else gradients.of_rounds
+  gradient, sums, noised_tokens = gradients_of(
     state.params, batch, frozen, key, step_config, forward
   )
   loss, count = (jnp.stack([sums[term.name][x] for term in plan]) for x in ("loss", "count"))
   weights = jnp.asarray([term.weight for term in plan])
   loss_total = jnp.sum(loss / jnp.maximum(count, 1) * weights)
-  new_state, norm, rate = _update(state, gradients, loss_total, step_config)
+  new_state, norm, rate = _update(state, gradient, loss_total, step_config)
   metrics = {
     "terms": sums,
     "loss_total": loss_total,
@@ -116,50 +94,6 @@ def train_step(
     "skipped_in_row": new_state.skipped_in_row.astype(jnp.float32),
   }
   return new_state, metrics
-
-
-def _round_gradients(params, batch, frozen, key, step_config, forward):
-  """Gradients of the rounds, sums by term, and how many tokens were noised."""
-  batch, noised = jax.vmap(
-    lambda micro: noise_lib.add_noise(key, micro, step_config.noise, step_config.noise_token)
-  )(batch)
-  if forward.adapter is None:
-    loss, trained = forward.loss, forward.cast(params)
-  else:
-    trained = params
-
-    def loss(factors, *arguments):
-      return forward.loss(forward.working(factors, frozen), *arguments)
-
-  gradients, sums = objective.refinement_gradients(loss, trained, batch, noised, step_config.plan)
-  if forward.adapter is None:
-    gradients = forward.canonical(gradients)
-  return gradients, sums, jnp.sum(noised.rates * batch.response_mask)
-
-
-def _draft_gradients(params, batch, frozen, key, step_config, forward):
-  """The same of a gated adapter, whose noise tokens are blocks next to the rows."""
-  noise = step_config.noise
-  blocks = jax.vmap(
-    lambda micro: draft_blocks.draw(
-      key,
-      micro,
-      anchors=noise.anchors,
-      drafts=noise.block_size - 1,
-      noise_token=step_config.noise_token,
-      random_below=forward.model.vocab_size if noise.random else 0,
-      decay=noise.offset_decay,
-    )
-  )(batch)
-
-  def loss(factors, rows, drafts, weights):
-    target = step_config.objective.draft_target
-    return forward.draft_loss(
-      factors, frozen, rows, drafts, weights, drafts=noise.block_size - 1, target=target
-    )
-
-  gradients, sums = draft_gradients(loss, params, batch, blocks)
-  return gradients, sums, sums[DRAFT]["corrupted"]
 
 
 def sum_over_batch(select, batch: Batch):

@@ -1,0 +1,128 @@
+"""Every choice of how a run computes: what is trained, by which implementations, in what memory."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from refine_jax import sharding
+from refine_jax.attention import ranged
+from refine_jax.attention.choose import choose_backend
+from refine_jax.config import Config
+from refine_jax.errors import UserError
+from refine_jax.model import adapters, transformer
+from refine_jax.model.transformer import ModelConfig
+from refine_jax.objective import draft_blocks, noise
+from refine_jax.objective import plan as plan_lib
+from refine_jax.training import compute as compute_lib
+from refine_jax.training import memory
+from refine_jax.training.data_plan import DataPlan
+from refine_jax.training.flops import gated_flops_per_token, train_flops_per_token
+from refine_jax.training.source import Source
+from refine_jax.training.step_config import StepConfig
+
+
+def choose_compute(config: Config, shape: ModelConfig, mesh, plan: DataPlan):
+  """Resolves every "auto"."""
+  source = config.model
+  dtype = source.compute_dtype
+  tensor = mesh.shape["tensor"]
+  if config.data.max_length > shape.max_length:
+    raise UserError(
+      f"config.data.max_length={config.data.max_length} is beyond the model's"
+      f" {shape.max_length} positions; lower it."
+    )
+  engine = choose_backend(
+    source.attention,
+    heads=shape.heads // tensor,
+    kv_heads=shape.kv_heads // tensor,
+    head_dim=shape.head_dim,
+    dtype=dtype,
+    max_segments=plan.max_segments,
+    packed=config.data.pack,
+    blocks=noise.from_config(config.noise).clean_text_inside,
+    scale=shape.attention_scale,
+  )
+  adapter = make_adapter(config)
+  base, trained = (param_shapes(shape, x) for x in (None, adapter))
+  on_device, base_on_device = (
+    bytes_per_device(x, sharding.shardings(x, mesh)) // 4 for x in (trained, base)
+  )
+  rows_on_device = config.optim.micro_batch // sharding.batch_shards(mesh)
+  room = memory.device_memory()
+  if adapter and room:  # the frozen base is held once, in the computing dtype
+    room -= base_on_device * jnp.dtype(dtype).itemsize
+  remat = memory.choose_remat(
+    source.remat,
+    shape,
+    dtype=dtype,
+    tokens=rows_on_device * draft_columns(config),
+    parameters=on_device,
+    head_chunk=source.head_chunk,
+    memory=room,
+    moment_itemsize=jnp.dtype(config.optim.moment_dtype).itemsize,
+  )
+  gradient = source.head_gradient
+  if gradient == "auto":
+    gradient = "forward" if mesh.size == mesh.shape["data"] else "recompute"
+  unroll = compute_lib.choose_unroll(source.scan_unroll, remat, shape.layers)
+  return compute_lib.ForwardConfig(
+    model=shape,
+    dtype=dtype,
+    attention=engine,
+    max_segments=plan.max_segments,
+    remat=remat,
+    unroll=unroll,
+    head_chunk=source.head_chunk,
+    head_gradient=gradient,
+    mesh=mesh,
+    join=compute_lib.choose_join(mesh),
+    adapter=adapter,
+    draft_attention=ranged.choose(shape.heads, shape.kv_heads, shape.head_dim, dtype),
+  )
+
+
+def make_adapter(config: Config) -> adapters.Adapter | None:
+  """What is trained instead of all weights, or None."""
+  values = dataclasses.asdict(config.adapter)
+  return None if config.adapter.kind == "none" else adapters.Adapter(**values)
+
+
+def param_shapes(shape: ModelConfig, adapter: adapters.Adapter | None) -> dict:
+  """The shapes of what is trained: of an adapter's factors, or of all weights."""
+  return jax.eval_shape(lambda: new_params(shape, adapter, jax.random.key(0)))
+
+
+def new_params(shape: ModelConfig, adapter: adapters.Adapter | None, key: jax.Array) -> dict:
+  """What is trained, before the first step: new factors, or random weights."""
+  if adapter is None:
+    return transformer.init_params(shape, key)
+  return adapters.init_params(shape, adapter, key)
+
+
+def draft_columns(config: Config) -> int:
+  """Tokens of a row that the backward pass goes through."""
+  length = config.data.max_length
+  if config.adapter.kind == "gated":
+    drafts = config.noise.block_size - 1
+    return draft_blocks.count_blocks(length, config.noise.anchors, drafts) * drafts
+  return length * noise.from_config(config.noise).columns_per_token
+
+
+def bytes_per_device(tree, places) -> int:
+  """Bytes of a tree of arrays or shapes on each device, placed so."""
+  sizes = jax.tree.map(
+    lambda x, s: jnp.dtype(x.dtype).itemsize * math.prod(s.shard_shape(x.shape)), tree, places
+  )
+  return sum(jax.tree.leaves(sizes))
+
+
+def flops_per_token(config: Config, source: Source, plan: DataPlan, recipe: StepConfig) -> float:
+  """Model FLOPs of a step for each token of the rows."""
+  length = plan.train.mean_length
+  if recipe.gated:
+    drafts = draft_columns(config) / config.data.max_length
+    return gated_flops_per_token(source.model, length, drafts)
+  columns = noise.from_config(config.noise).columns_per_token
+  return train_flops_per_token(source.model, length, plan_lib.passes(recipe.plan) * columns)

@@ -1,0 +1,25 @@
+"""The base of a run that trains an adapter: loaded once, in the computing dtype, never changed."""
+
+import jax
+
+from refine_jax import sharding
+from refine_jax.checkpoint import checksums
+from refine_jax.hf import weights as hf_weights
+from refine_jax.model import transformer
+from refine_jax.training.compute import ForwardConfig
+from refine_jax.training.source import Source
+from refine_jax.tree import leaf_name
+
+
+def load_frozen(source: Source, forward: ForwardConfig) -> tuple[dict, str]:
+  """The working copy of the base, on its devices, and the fingerprint of its weights as stored."""
+  shapes = transformer.param_shapes(source.model)
+  places = sharding.shardings(shapes, forward.mesh)
+  by_name = {leaf_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(places)}
+
+  def place(name, array):  # a leaf at a time: never two copies of the model on the host
+    return jax.make_array_from_callback(array.shape, by_name[name], lambda index: array[index])
+
+  params = hf_weights.load_params(source.directory, source.model, place=place)
+  fingerprint = checksums.fingerprint(params)
+  return jax.jit(forward.freeze)(params), fingerprint

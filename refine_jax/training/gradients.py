@@ -1,0 +1,81 @@
+"""The gradient of a step: of rounds over noised rows, or of draft blocks next to clean rows."""
+
+import jax
+import jax.numpy as jnp
+
+from refine_jax.batch import Batch
+from refine_jax.objective import draft_blocks
+from refine_jax.objective import noise as noise_lib
+from refine_jax.objective import rounds as objective
+from refine_jax.objective.draft_gradients import DRAFT, draft_gradients
+from refine_jax.training.compute import ForwardConfig
+from refine_jax.training.step_config import StepConfig
+
+
+def of_rounds(
+  params: dict,
+  batch: Batch,
+  frozen: dict | None,
+  key: jax.Array,
+  step_config: StepConfig,
+  forward: ForwardConfig,
+) -> tuple[dict, dict, jax.Array]:
+  """The gradient of all rounds (objective.rounds).
+
+  Args:
+    params: what is trained: all weights, or the factors of an adapter.
+    batch: arrays [A, B, T].
+    frozen: the base of an adapter.
+    key: for the noise of this step.
+
+  Returns:
+    the gradient, float32, like params; for each term objective.ROUND_SUMS; how many tokens were
+    noised.
+  """
+  batch, noised = jax.vmap(
+    lambda micro: noise_lib.add_noise(key, micro, step_config.noise, step_config.noise_token)
+  )(batch)
+  if forward.adapter is None:
+    loss, trained = forward.loss, forward.cast(params)
+  else:
+    trained = params
+
+    def loss(factors, *arguments):
+      return forward.loss(forward.working(factors, frozen), *arguments)
+
+  gradients, sums = objective.refinement_gradients(loss, trained, batch, noised, step_config.plan)
+  if forward.adapter is None:
+    gradients = forward.canonical(gradients)
+  return gradients, sums, jnp.sum(noised.rates * batch.response_mask)
+
+
+def of_drafts(
+  params: dict,
+  batch: Batch,
+  frozen: dict,
+  key: jax.Array,
+  step_config: StepConfig,
+  forward: ForwardConfig,
+) -> tuple[dict, dict, jax.Array]:
+  """The gradient of a gated adapter; arguments and results are those of `of_rounds`."""
+  noise = step_config.noise
+  blocks = jax.vmap(
+    lambda micro: draft_blocks.draw(
+      key,
+      micro,
+      anchors=noise.anchors,
+      drafts=noise.block_size - 1,
+      noise_token=step_config.noise_token,
+      random_below=forward.model.vocab_size if noise.random else 0,
+      decay=noise.offset_decay,
+    )
+  )(batch)
+
+  def loss(factors, rows, drafts, weights):
+    target = step_config.objective.draft_target
+    return forward.draft_loss(
+      factors, frozen, rows, drafts, weights, drafts=noise.block_size - 1, target=target
+    )
+
+  gradients, sums = draft_gradients(loss, params, batch, blocks)
+  return gradients, sums, sums[DRAFT]["corrupted"]
