@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from refine_jax import files
 from refine_jax.attention import cached, packed
-from refine_jax.batch import Batch
+from refine_jax.batch import Array, Batch
 from refine_jax.errors import UserError
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights as hf_weights
@@ -46,7 +47,7 @@ class Model:
   directory: Path
   refinement: Refinement | None = None
 
-  def __call__(self, ids, segment_ids=None):
+  def __call__(self, ids: Array, segment_ids: Array | None = None) -> jax.Array:
     """Logits of whole sequences: float32 [B, T, V].
 
     Args:
@@ -74,7 +75,7 @@ class Model:
     one = len(leaf.sharding.device_set) == 1
     return cached.choose_engine(self.config, leaf.dtype) if one else "xla"
 
-  def require_tokenizer(self):
+  def require_tokenizer(self) -> Tokenizer:
     """The tokenizer.
 
     Raises:
@@ -87,7 +88,9 @@ class Model:
     return self.tokenizer
 
 
-def hidden_states(params, config: ModelConfig, ids_BT, segment_ids_BT):
+def hidden_states(
+  params: dict, config: ModelConfig, ids_BT: jax.Array, segment_ids_BT: jax.Array
+) -> jax.Array:
   """Of whole sequences, segments as in Model.__call__: [B, T, D] in the layers' dtype."""
   batch = Batch(ids_BT, packed.segment_positions(segment_ids_BT), segment_ids_BT)
   dtype = jax.tree.leaves(params["layers"])[0].dtype
@@ -99,7 +102,7 @@ def _logits(params, ids_BT, segment_ids_BT, config):
   return transformer.logits(params, hidden_states(params, config, ids_BT, segment_ids_BT))
 
 
-def load(name, *, dtype=None, step: int | None = None) -> Model:
+def load(name: str | Path, *, dtype: DTypeLike | None = None, step: int | None = None) -> Model:
   """Loads a Hugging Face directory, a hub name, or the workdir of a run.
 
   Args:

@@ -75,6 +75,7 @@ class RefineLM(TemplateLM):
     self.batch_size = harness_options.read_batch_size(batch_size, max_batch_size)
     self.max_gen_toks = harness_options.whole("max_gen_toks", max_gen_toks)
     self.options = options
+    assert pretrained is not None  # checked above
     self.model = loading.load(pretrained, dtype=dtype)
     self.tokenizer = self.model.require_tokenizer()
     self._prefix = _prefix(self.tokenizer)

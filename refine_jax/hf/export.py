@@ -27,8 +27,8 @@ _SHARD_BYTES = 5 * 10**9
 
 def export(
   params: dict,
-  model_files,
-  output,
+  model_files: str | Path,
+  output: str | Path,
   *,
   dtype: str = "bfloat16",
   card: str = "",
@@ -83,7 +83,9 @@ def _is_weights(name: str) -> bool:
   return name.endswith((".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf"))
 
 
-def export_step(workdir, step: int, params, *, dtype: str = "bfloat16") -> Path | None:
+def export_step(
+  workdir: str | Path, step: int, params: dict, *, dtype: str = "bfloat16"
+) -> Path | None:
   """WORKDIR/global_step_N/huggingface, where users of the PyTorch original look for it.
 
   Returns:

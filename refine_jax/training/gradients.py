@@ -1,5 +1,7 @@
 """The gradient of a step: of rounds over noised rows, or of draft blocks next to clean rows."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -35,6 +37,7 @@ def of_rounds(
   batch, noised = jax.vmap(
     lambda micro: noise_lib.add_noise(key, micro, step_config.noise, step_config.noise_token)
   )(batch)
+  loss: Callable
   if forward.adapter is None:
     loss, trained = forward.loss, forward.cast(params)
   else:
@@ -52,12 +55,13 @@ def of_rounds(
 def of_drafts(
   params: dict,
   batch: Batch,
-  frozen: dict,
+  frozen: dict | None,
   key: jax.Array,
   step_config: StepConfig,
   forward: ForwardConfig,
 ) -> tuple[dict, dict, jax.Array]:
   """The gradient of a gated adapter; arguments and results are those of `of_rounds`."""
+  assert frozen is not None
   noise = step_config.noise
   blocks = jax.vmap(
     lambda micro: draft_blocks.draw(

@@ -109,7 +109,7 @@ class Wandb:
 
   def __init__(self, workdir: Path, config: LogConfig, run_config: dict) -> None:
     check_wandb()
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]  an extra that tests need not
 
     self.place = workdir / "wandb"
     identifier = _run_id(workdir)
@@ -135,7 +135,7 @@ class Wandb:
 def check_wandb() -> None:
   """Raises UserError where wandb is not installed."""
   try:
-    import wandb  # noqa: F401
+    import wandb  # noqa: F401  # pyright: ignore[reportMissingImports]  likewise
   except ImportError:
     raise UserError(
       "config.log.logger names wandb, which is not installed: pip install -e '.[wandb]'."

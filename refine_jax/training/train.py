@@ -30,11 +30,11 @@ def run(config: Config, workdir: str) -> int:
   Raises:
     UserError: what a user can mend.
   """
-  workdir = files.local_path(workdir, "--workdir").absolute()
+  place = files.local_path(workdir, "--workdir").absolute()
   noise.from_config(config.noise)  # refuses, before anything is done, what the kind cannot do
-  check_workdir(workdir, config)
-  with hold(workdir):
-    return _run(config, workdir)
+  check_workdir(place, config)
+  with hold(place):
+    return _run(config, place)
 
 
 def _run(config: Config, workdir: Path) -> int:
@@ -89,13 +89,13 @@ class _Loop:
     self.recipe, self.compute, self.mesh = recipe, compute, compute.mesh
     self.checkpointer, self.iterator = checkpointer, iterator
     self.record, self.identity = record
-    self.frozen = None
+    self.frozen: dict | None = None
     self.total = recipe.total_steps
     bound = {"step_config": recipe, "forward": compute}
     self.eval_step = jax.jit(functools.partial(train_step.eval_step, **bound))
     self.debug_rounds = jax.jit(functools.partial(train_step.debug_rounds, **bound))
     flops = flops_per_token(config, source, plan, recipe)
-    self.problems = None
+    self.problems: Problems | None = None
     if config.eval.generate_every:
       self.problems = Problems(config, source.model, workdir / "model", compute.dtype)
     self.throughput = metrics.Throughput(flops, peak_flops(), self.mesh.size)
@@ -266,7 +266,7 @@ class _Loop:
         writers.note(f"exported      {path}")
     if due.validate:
       self._evaluate(state, step, writers, requests)
-    if due.answer and not requests.pending:
+    if due.answer and self.problems and not requests.pending:
       writers.write(step, self.problems.answer(state.params))
     return not (requests.pending and (due.validate or due.answer))
 
