@@ -194,6 +194,19 @@ def test_streams_of_samples_join_to_the_text(model, passes, stop):
     assert sum(whole.stopped) > 4 and any(whole.texts)
 
 
+def test_stream_gives_the_pieces_of_generate_with_stream(model):
+  options = {"max_new_tokens": 12, "temperature": 1.5}
+  pieces = list(refine_jax.stream(model, [[5], [6]], passes=2, **options))
+  assert pieces == list(refine_jax.generate(model, [[5], [6]], stream=2, **options))
+  assert len(pieces) > 1
+
+
+@pytest.mark.parametrize("passes", [0, -1, 1.5, "2"])
+def test_a_stream_of_no_passes_is_refused_by_name(model, passes):
+  with pytest.raises(refine_jax.UserError, match="passes="):
+    refine_jax.stream(model, [[5]], passes=passes)
+
+
 def test_a_special_token_can_be_a_stop_string(model):
   """It ends the row as EOS does, though the text lacks it."""
   options = {"max_new_tokens": 200, "temperature": 3.0, "seed": 1, "eos_token_id": []}

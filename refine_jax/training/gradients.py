@@ -37,15 +37,12 @@ def of_rounds(
   batch, noised = jax.vmap(
     lambda micro: noise_lib.add_noise(key, micro, step_config.noise, step_config.noise_token)
   )(batch)
-  loss: Callable
-  if forward.adapter is None:
-    loss, trained = forward.loss, forward.cast(params)
-  else:
-    trained = params
 
-    def loss(factors, *arguments):
-      return forward.loss(forward.working(factors, frozen), *arguments)
+  def adapted_loss(factors, *arguments):
+    return forward.loss(forward.working(factors, frozen), *arguments)
 
+  loss: Callable = forward.loss if forward.adapter is None else adapted_loss
+  trained = forward.cast(params) if forward.adapter is None else params
   gradients, sums = objective.refinement_gradients(loss, trained, batch, noised, step_config.plan)
   if forward.adapter is None:
     gradients = forward.canonical(gradients)
