@@ -202,7 +202,7 @@ def chat(model, options):
       messages = [*turn, {"role": "assistant", "content": answer}]
 
 
-def refused(model, prompts) -> dict[int, str]:
+def refused(model, prompts, chat_template: str) -> dict[int, str]:
   """Index -> why a prompt cannot be answered.
 
   Raises:
@@ -210,7 +210,13 @@ def refused(model, prompts) -> dict[int, str]:
   """
   bad = {i: p.reason for i, p in enumerate(prompts) if isinstance(p, NoPrompt)}
   bad = (
-    refusals(model, ["" if i in bad else p for i, p in enumerate(prompts)], name="Prompt {}") | bad
+    refusals(
+      model,
+      ["" if i in bad else p for i, p in enumerate(prompts)],
+      chat_template,
+      name="Prompt {}",
+    )
+    | bad
   )
   if len(bad) == len(prompts):
     raise UserError(bad[0])
@@ -223,7 +229,7 @@ def answer(model, prompts, arguments, options) -> int:
   Returns:
     the exit status: 1 where a prompt could not be answered.
   """
-  bad = refused(model, prompts)
+  bad = refused(model, prompts, arguments.chat_template)
   waiting = dict(bad)
   good = [i for i in range(len(prompts)) if i not in bad]
   parts = []

@@ -10,6 +10,7 @@ import torch
 
 from refine_jax import sharding
 from refine_jax.attention import choose, packed
+from refine_jax.batch import Batch
 from refine_jax.config import MeshConfig
 from refine_jax.errors import UserError
 
@@ -85,10 +86,8 @@ def test_a_scale_holds_for_blocks_beside_their_text_too():
   q, k, v, _ = (jnp.concatenate([x, x[:, ::-1]], axis=1) for x in tensors())
   segments = segment_ids()
   positions = packed.segment_positions(segments)
-  batch = {
-    name: jnp.tile(x, 2) for name, x in (("segment_ids", segments), ("positions", positions))
-  }
-  attend = packed.beside(batch | {"block_starts": positions // 7 * 7})(5)
+  doubled = Batch(jnp.zeros_like(segments), positions, segments).map(lambda x: jnp.tile(x, 2))
+  attend = packed.for_batch(doubled._replace(block_starts=positions // 7 * 7))(5)
   want = attend(q * (0.3 * q.shape[-1] ** 0.5), k, v, None)[0]
   np.testing.assert_allclose(attend(q, k, v, None, 0.3)[0], want, atol=1e-5)
 

@@ -155,7 +155,7 @@ def test_files_of_different_columns_and_types_are_read_together(tmp_path):
 )
 def test_names_that_cannot_be_files_are_one_short_line(tmp_path, monkeypatch, name):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(UserError, match="correct config.data.train_files") as raised:
+  with pytest.raises(UserError, match="config.data.train_files") as raised:
     parquet.expand(name, "config.data.train_files")
   assert len(str(raised.value)) < 500
 

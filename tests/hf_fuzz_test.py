@@ -13,6 +13,7 @@ from refine_jax.errors import UserError
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights as hf_weights
 from refine_jax.hf.export import export
+from refine_jax.hf.families import family_of
 from refine_jax.hf.generation_config import describe_generation, read_generation_config
 from refine_jax.model import transformer
 
@@ -41,7 +42,9 @@ GENERATION = {
 
 def one_file():
   """The bytes of a small model.safetensors, as (header, data)."""
-  shapes = {name: shape for name, (_, _, shape) in hf_weights.tensor_names(SHAPE).items()}
+  shapes = {
+    name: shape for name, (_, _, shape) in hf_weights.tensor_names(SHAPE, family_of(CONFIG)).items()
+  }
   header, end = {"__metadata__": {"format": "pt"}}, 0
   for name, shape in shapes.items():
     size = 4 * int(np.prod(shape))

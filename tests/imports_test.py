@@ -28,7 +28,7 @@ MAY_IMPORT = {
   "attention": {"batch", "errors", "model", "sharding"},
   "objective": {"batch", "config", "errors"},
   "data": _LEAVES | {"batch", "config", "text"},
-  "hf": _LEAVES | {"model", "text"},
+  "hf": _LEAVES | {"model", "objective", "text"},
   "decoding": _LEAVES | {"attention", "batch", "checkpoint", "hf", "model", "text"},
   "evaluation": _LEAVES | {"cli", "data", "decoding", "hf", "model", "text"},
   "training": _LEAVES

@@ -215,4 +215,4 @@ def test_the_package_imports_only_config_text_and_errors_and_no_jax():
       for name in names:
         assert name.split(".")[0] not in ("jax", "flax"), path
         if name.startswith("refine_jax"):
-          assert name.split(".")[1] in ("batch", "data", "config", "text", "errors")
+          assert name.split(".")[1] in ("batch", "data", "config", "files", "text", "errors")

@@ -19,7 +19,7 @@ from refine_jax import cli, files, interrupt, records
 from refine_jax.checkpoint import directory
 from refine_jax.config import LogConfig, from_config_dict
 from refine_jax.errors import UserError
-from refine_jax.hf import export
+from refine_jax.hf import card
 from refine_jax.training import debug_log, metrics, train
 
 ROOT = Path(__file__).parents[1]
@@ -143,8 +143,8 @@ def test_a_model_card_passes_over_what_is_no_record(tmp_path):
   lines = [json.dumps(record) for record in good]
   text = "\n".join([lines[0], "[1]", "7", '{"loss_s0": 9}', '{"step": "2"}', lines[1], '{"st'])
   (tmp_path / "metrics.jsonl").write_text(text)
-  assert "| loss_s0 | 0.5000 |" in export._metric_lines(tmp_path / "metrics.jsonl", 2)
-  assert "| loss_s0 | 0.1250 |" in export._metric_lines(tmp_path / "metrics.jsonl", 3)
+  assert "| loss_s0 | 0.5000 |" in card._metric_lines(tmp_path / "metrics.jsonl", 2)
+  assert "| loss_s0 | 0.1250 |" in card._metric_lines(tmp_path / "metrics.jsonl", 3)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "tfevents"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from refine_jax import records
 from refine_jax.errors import UserError
 from refine_jax.hf import config as hf_config
+from refine_jax.objective import noise as noise_kinds
 
 
 def describe_training(config: dict) -> str:
@@ -29,20 +30,7 @@ def describe_training(config: dict) -> str:
     f" {f'the next-token loss on the clean text has weight {clean:g}' if clean else 'no'}"
     f"{'' if clean else ' next-token loss on the clean text'}."
   ]
-  if kind == "uniform":
-    parts.append(
-      f"Response tokens are replaced by {token}, each with its example's rate, drawn uniformly from"
-      f" [{noise['noise_min']:g}, {noise['noise_max']:g}]."
-    )
-  elif kind == "block":
-    size, decay = noise["block_size"], noise.get("offset_decay", 1.0)
-    parts.append(
-      f"The response is learnt in blocks of {size} tokens, as the sampler shows them: next to the"
-      f" clean text, the {size - 1} drafts of each block are {token}"
-      + (f", and each counts {decay:g} times as much as the one before it." if decay != 1 else ".")
-    )
-  else:
-    parts.append(f"Noise of kind {kind!r}, with {token}.")
+  parts.append(noise_kinds.describe(noise, token))
   return " ".join(parts)
 
 

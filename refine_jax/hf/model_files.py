@@ -24,6 +24,10 @@ _TOKENIZER_FILES = (
   "added_tokens.json",
   "chat_template.jinja",
   "chat_template.json",
+  # What a class of transformers reads besides, or in place of, tokenizer.json.
+  "vocab.json",
+  "merges.txt",
+  "tokenizer.model",
 )
 TEMPLATE_FOLDER = "additional_chat_templates"
 
