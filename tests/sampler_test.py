@@ -223,7 +223,7 @@ def test_no_prompts_give_no_answers(copier):
 
 
 def test_what_a_model_was_trained_with_is_the_default(monkeypatch):
-  """Its noise and its blocks; in exact smaller ones for many rows, whose text does not change."""
+  """The noise token and the block size; exact takes smaller blocks for many rows."""
   copier = sampler_fixtures.copier_model()
   trained = dataclasses.replace(copier, refinement=loading.Refinement(noise_token=2, block_size=16))
   seen = []

@@ -1,4 +1,4 @@
-"""That annotations are complete; basedpyright (scripts/test.sh) says whether they are true."""
+"""Annotations are complete; basedpyright (scripts/test.sh) says whether they are true."""
 
 import ast
 import importlib

@@ -20,14 +20,15 @@ from refine_jax.model.config import ModelConfig
 
 
 def empty_caches(config: ModelConfig, rows: int, size: int, dtype: DTypeLike) -> list:
-  """For each layer (keys, values), zeros."""
+  """Makes (keys, values) of zeros for each layer."""
   shape = (rows, config.kv_heads, size, config.head_dim)
   return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers)]
 
 
 class Reach(NamedTuple):
-  """Which of the tokens of one pass a token sees, by their order in it; all that was cached before
-  the pass is seen anyhow.
+  """Which tokens of its own pass each token sees, by their order in the pass.
+
+  Every token sees all that was cached before the pass.
 
   Attributes:
     upto: int32 [B, T], the first upto + 1 tokens.
@@ -86,7 +87,8 @@ def choose_engine(config: ModelConfig, dtype: DTypeLike) -> str:
   return "xla"
 
 
-# Tokens and window: a part of a kernel's smallest tile, a whole and a part of its largest.
+# (tokens, sliding window). 5 tokens fill a part of the smallest tile; 81 fill a largest tile and
+# a part of another.
 _PROBES = ((5, None), (81, None), (81, 300))
 
 
@@ -160,7 +162,7 @@ def _read(q_BTHh, k_BKSh, v_BKSh, scale, start_B, positions_BT, reach, window):
 
 
 def _seen(start_B, positions_BT, reach, window, places):
-  """Who sees which place: bool [B, T, S]."""
+  """Says which slots of the cache each token sees: bool [B, T, S]."""
   places_S = jnp.arange(places)[None, None, :]
   order_BTS = places_S - start_B[:, None, None]
   seen_BTS = order_BTS <= reach.upto[:, :, None]

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 if TYPE_CHECKING:
   from refine_jax.attention.cached import Reach
 
-# What ran fastest on an H100: keys that a turn of the loop reads, most queries of a program (the
+# What ran fastest on an H100: keys that a step of the loop reads, most queries of a program (the
 # least is what a tensor core takes), programs that keep the GPU busy, stretches that are joined.
 _KEYS = 64
 _LEAST_QUERIES, _MOST_QUERIES = 16, 64
@@ -129,7 +129,7 @@ def attend(
   )
   # Joined, what comes before (rotations, biases) is one kernel of XLA's instead of three.
   qkv = padded(jnp.concatenate([q_BTHh, k_BTKh, v_BTKh], axis=2), 1)
-  # What fills up a tile of queries stands far behind, so that no window of its reaches a place.
+  # Positions that fill up a tile of queries are so large that no window of theirs reaches a slot.
   out, highest, total, keys_after, values_after = run(
     start_B,
     padded(positions_BT, 1, 2**30),
@@ -145,7 +145,7 @@ def attend(
 
 
 def _join(out, highest, total) -> Any:
-  """Of stretches [s, B, T, H, ..] the whole: elementwise, so that XLA makes one kernel of it."""
+  """Joins stretches [s, B, T, H, ..]; elementwise, so that XLA makes one kernel of it."""
   best = functools.reduce(jnp.maximum, highest)
   weights = [jnp.exp2(x - best)[..., None] for x in highest]
   weighted = sum(x * w for x, w in zip(out, weights, strict=True))

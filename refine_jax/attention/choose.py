@@ -36,7 +36,7 @@ def choose_backend(
   forward and backward, against the reference, and falls back to "xla" with a warning.
 
   Args:
-    blocks: whether the rows have blocks beside them (`beside`), which is probed too then.
+    blocks: whether a copy in blocks stands next to the rows; then `packed.beside` is probed too.
     scale: the model's attention_scale.
 
   Raises:

@@ -132,14 +132,14 @@ def beside(
 
 
 def segment_positions(segment_ids_BT: Array) -> jax.Array:
-  """Of each token in its own segment: int32 [B, T]."""
+  """Positions of tokens, counted from 0 in each segment: int32 [B, T]."""
   index = jnp.arange(segment_ids_BT.shape[1])[None]
   begins = jnp.diff(segment_ids_BT, axis=1, prepend=-1) != 0
   return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 
 def mask_BTT(segment_ids_BT: jax.Array, window: int | None) -> jax.Array:
-  """Who sees whom: bool [B, queries, keys]."""
+  """Says which keys each query sees: bool [B, queries, keys]."""
   same = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
   index = jnp.arange(segment_ids_BT.shape[1])
   distance = index[:, None] - index[None, :]

@@ -36,7 +36,7 @@ def attend(
   frozen: bool = False,
   interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-  """As ranged.attend_xla, whose arguments and results these are.
+  """Computes what ranged.attend_xla does, with its arguments and results.
 
   Args:
     frozen: keys and values get no gradient, and none is computed.
@@ -130,7 +130,7 @@ def _call(kernel, *, grid, in_specs, out_specs, out_shape, interpret, name, stag
 
 
 def _specs(q_BQHh, k_BTKh) -> dict:
-  """Of programs (row and head, tile of queries), by what an argument is."""
+  """Blocks of a program (row and head, tile of queries), by the kind of argument."""
   heads, head_dim = q_BQHh.shape[2:]
   places, kv_heads = k_BTKh.shape[1:3]
   groups = heads // kv_heads

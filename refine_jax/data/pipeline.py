@@ -39,7 +39,7 @@ class Rows:
 
   @property
   def num_batches(self) -> int:
-    """Of all epochs; the very last batch may hold empty rows."""
+    """Counts the batches of all epochs; the very last one may hold empty rows."""
     return -(-len(self) // self.batch_size)
 
   @property
@@ -57,7 +57,7 @@ class Rows:
 
   @property
   def mean_length(self) -> float:
-    """Of the example that a token finds itself in: what attention's cost grows with."""
+    """Mean over tokens of the length of the token's example; attention's cost grows with it."""
     lengths = self.examples.lengths.astype(np.float64)
     return float(np.sum(lengths**2) / np.sum(lengths))
 

@@ -111,7 +111,7 @@ def _difference(model, prompt, tokens, ar_tokens) -> Difference:
   offset = next((i for i, (a, b) in enumerate(pairs) if a != b), shared)
   text = [*prompt, *tokens[:offset]]
   ids = np.zeros((1, compile_cache.bucket(len(text), _SMALLEST_BUCKET)), np.int32)
-  ids[0, : len(text)] = text  # what is behind does not reach the last token
+  ids[0, : len(text)] = text  # a causal model: what follows does not reach the last token
   logits = np.asarray(_logits_at(model.params, ids, len(text) - 1, model.config))
   if not np.isfinite(logits).all():
     raise UserError(

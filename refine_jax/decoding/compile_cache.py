@@ -18,8 +18,11 @@ def compiled(
   """The executable for these shapes and devices, and the seconds that making it took.
 
   Args:
-    arguments: arrays; there are hundreds, and this looks at each one in every call.
-    options: XLA's, a function of these shapes.
+    function: jitted.
+    arguments: a tuple of trees of arrays. Every call looks at every array, which takes time where
+      there are hundreds.
+    options: compiler options of XLA; equal shapes must come with equal ones.
+    static: static arguments of the function.
   """
   leaves, structure = jax.tree.flatten(arguments)
   shapes = tuple((x.shape, x.dtype) for x in leaves)
@@ -41,6 +44,7 @@ def compiled(
 
 
 def timed(function: Callable, *arguments: Any) -> tuple[Any, float]:
+  """The function's result, computed, and the seconds that it took."""
   start = time.perf_counter()
   result = jax.block_until_ready(function(*arguments))
   return result, time.perf_counter() - start

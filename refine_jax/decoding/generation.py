@@ -145,7 +145,7 @@ DEFAULTS = {
 
 
 class Stream:
-  """Answers on their way: each turn gives a list with every prompt's newly committed text.
+  """Answers on their way: an iterator over lists with every prompt's newly committed text.
 
   Joined, a row's pieces are its text.
   """

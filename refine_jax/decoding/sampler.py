@@ -1,11 +1,11 @@
 """Block decoding with a KV cache: the jitted engine under `generation.generate`.
 
-A row is a buffer of tokens of which the first `length` are committed; behind them lie drafts. One
+A row is a buffer of tokens of which the first `length` are committed; drafts follow them. One
 pass runs the model over a window of the buffer and predicts the tokens at length, length + 1, ..;
 a mode says how many of them to commit. The window starts at the first token whose keys and values
 are not in the cache (or at the last committed one), so a pass overwrites the cache rows of its
 drafts, and a commit only moves a counter. The first drafts are those of the prompt's own pass, made
-from noise tokens behind it.
+from noise tokens after it.
 
 A causal model's own greedy text is the only fixed point of this: a draft that equals the
 prediction made from the tokens before it, all of them committed or verified likewise, is right.
@@ -99,7 +99,7 @@ def prefill(
   """The prompts, int32 [B, P] padded on the right, in buffers of `size`: (tokens, caches).
 
   Args:
-    ahead: this many greedy drafts behind each prompt, made from noise tokens there; 0: none, noise
+    ahead: this many greedy drafts after each prompt, made from noise tokens there; 0: none, noise
       tokens are left in their place.
   """
   rows, width = prompts_BP.shape
@@ -166,7 +166,7 @@ def decode(
 
   def body(carry):
     count, state = carry
-    # What the pass saw is dropped here, and XLA leaves out what only it would need.
+    # Without its second result, what computes only that is removed by XLA.
     return count + 1, one_pass(params, state, config=config, settings=settings)[0]
 
   return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]

@@ -56,7 +56,7 @@ def to_json(value: object, indent: int | None = None) -> str:
 class Output:
   """A directory of results that has its name only when it is complete.
 
-  Until then its settings stand in NAME.unfinished-PID beside it, each written when it is done. An
+  Until then its settings stand in NAME.unfinished-PID next to it, each written when it is done. An
   evaluation that is killed leaves that directory, which no later one takes for its own.
   """
 

@@ -38,7 +38,7 @@ _HARMLESS = frozenset(
   " encoder_no_repeat_ngram_size exponential_decay_length_penalty remove_invalid_values"
   " output_scores return_dict_in_generate renormalize_logits".split()
 )
-# Elsewhere null means what absence does.
+# In these keys null is a value; in all others it means that the key is absent.
 _NULL_IS_A_VALUE = ("sliding_window", "head_dim", "num_key_value_heads")
 # Keys that would change the computation, and the values that do not. null is always one.
 _ONLY = {
@@ -119,7 +119,7 @@ def read_model_config(directory: str | Path) -> ModelConfig:
 
 
 def from_hf(values: dict, where: str = "config.json") -> ModelConfig:
-  """The same from config.json's content; `where` names it in messages.
+  """The model's shape from the content of a config.json; `where` names it in messages.
 
   Raises:
     UserError: naming the key that is missing, malformed, or not supported.

@@ -149,7 +149,7 @@ def _renaming(missing: list[str], unknown: list[str]) -> str:
 def tensors(
   params: dict, config: ModelConfig, family: Family, dtype: DTypeLike | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Their tensors in the order of their names, as host arrays [outputs, inputs], one by one.
+  """Yields the family's tensors by name, as host arrays [outputs, inputs], one at a time.
 
   Raises:
     UserError: a value is not finite, or not in `dtype`.

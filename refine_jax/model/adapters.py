@@ -100,7 +100,7 @@ def attach(params: dict, factors: dict, config: ModelConfig) -> dict:
 
 
 def attach_layer(layer: dict, factors: dict, config: ModelConfig) -> dict:
-  """The same for one layer, or for a stack of them."""
+  """Attaches factors to one layer, or to a stack of layers: see `attach`."""
   result = dict(layer)
   for module, changes in factors.items():
     joined, parts = JOINED[module]

@@ -1,7 +1,7 @@
 """Output head, cross-entropy and greedy prediction in one pass over chunks of tokens.
 
 The logits [N, V] never exist as a whole, and tokens that are not scored never meet the head. With
-gradient="forward" the gradients are computed beside the loss, while a chunk's logits are at hand
+gradient="forward" the gradients are computed next to the loss, while a chunk's logits are at hand
 (three matrix products, nothing recomputed); the loss being linear in its one cotangent, the
 backward pass only scales them. gradient="recompute" keeps the log-sum-exp instead and makes the
 logits again (four products, no [V, D] gradient alive between the passes).
@@ -176,7 +176,7 @@ def _run(
 
 
 def scored_first(scored_N: jax.Array, chunk: int) -> tuple:
-  """Which tokens each turn of a loop over chunks takes, so that no other meets the head.
+  """Says which tokens each step of a loop over chunks takes, so that no other meets the head.
 
   Returns:
     int32 [N, filled up to whole chunks with N], the scored ones first and in order; how many turns

@@ -76,7 +76,7 @@ def head_matrix(params: dict) -> jax.Array:
 
 
 def logits(params: dict, x: jax.Array) -> jax.Array:
-  """Of hidden states [.., D], multiplied in their dtype: float32 [.., V]."""
+  """Logits of hidden states [.., D], multiplied in their dtype: float32 [.., V]."""
   head = head_matrix(params).astype(x.dtype)
   return jnp.einsum("...d,vd->...v", x, head, preferred_element_type=jnp.float32)
 
@@ -118,8 +118,9 @@ def hidden_states(
     attend_with: gives the attention engine for a sliding window (None: no window).
     dtype: of the activations.
     remat: one of remat.POLICIES.
-    unroll: layers in each turn of the scan; without meaning for a list of layers.
-    backward_slack: of a list of layers: by how many layers the gradients of weights may be late.
+    unroll: layers in one step of the scan; not read for a list of layers.
+    backward_slack: how many layers the backward pass may go on before the gradients of a layer's
+      weights must be there; only for a list of layers.
     constrain: applied to the residual stream, to pin its sharding.
     caches: one attention cache a layer; only with a list of layers.
     adapt_all: an adapter acts on every token; otherwise it acts on noise tokens alone.
@@ -183,7 +184,7 @@ backward_in_order.defvjp(
 
 
 def _trained_in_order(x, layer: dict) -> tuple:
-  """The same of a layer's parameters: of the factors alone, where an adapter is what is trained."""
+  """Orders the gradients of a layer's trained parameters; with an adapter, of its factors alone."""
 
   def is_factor(path):
     return path[-1].key in ("a", "b")

@@ -41,7 +41,7 @@ def next_token_targets(batch: Batch, trained_BT: Array | None = None) -> tuple:
     return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
 
   same_example = after(batch.segment_ids) == batch.segment_ids
-  # Not the first token of a copy beside the clean text, which starts at 0 again.
+  # Not the first token of a copy next to the clean text, which starts at 0 again.
   same_example &= after(batch.positions) == batch.positions + 1
   return after(batch.ids), after(trained_BT) & same_example
 

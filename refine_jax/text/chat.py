@@ -1,7 +1,7 @@
 """Chat data: what text a prompt and a response become, and where one ends.
 
-Prompt and response are tokenised apart and their ids joined. So the boundary is exact even where
-a merge of the tokenizer would cross it, and the prompt's ids are those that inference sees.
+Prompt and response are tokenised separately and their ids joined. So the boundary is exact even
+where a merge of the tokenizer would cross it, and the prompt's ids are those that inference sees.
 """
 
 import dataclasses

@@ -120,7 +120,7 @@ class GrowingAnswer:
     return settled[:size]
 
   def _stop_after(self, text, known) -> bool:
-    """Whether there is a stop string that ends behind the first `known` characters."""
+    """Whether there is a stop string that ends after the first `known` characters."""
     fresh = text.settled[max(known - self._longest + 1, 0) :] if self._stops else ""
     return any(stop in fresh for stop in self._stops)
 

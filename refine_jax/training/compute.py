@@ -88,7 +88,7 @@ class ForwardConfig:
       dtype=jnp.dtype(self.dtype),
       remat=self.remat,
       unroll=self.unroll,
-      # Over several devices, the sum of a layer's gradients has the time of the next one's pass.
+      # Several devices sum a layer's gradients while the next layer's backward pass runs.
       backward_slack=0 if self.mesh is None or self.mesh.size == 1 else 1,
       constrain=self._rows_stay_split,
       adapt_all=self.adapter is not None and self.adapter.kind == "lora",

@@ -49,7 +49,7 @@ def append(workdir: Path, text: str) -> None:
 
 
 def _marked(tokenizer, tokens, clean):
-  """Runs of equal and of differing tokens decoded apart, the latter between marks."""
+  """Decodes runs of equal and of differing tokens separately, the latter between marks."""
   changed = tokens != clean
   cuts = np.flatnonzero(np.diff(changed)) + 1
   pieces = []

@@ -282,7 +282,7 @@ class _Loop:
     writers.write(step, values)
 
   def _debug(self, state, host_batch, step, writers):
-    # One row, as many times as there are shards of rows, so that it fits the mesh.
+    # The mesh splits rows over its shards, so each shard gets a copy of the one row.
     row = host_batch.map(lambda x: x[0, :1])
     copies = sharding.batch_shards(self.mesh) // jax.process_count()
     tiled = row.map(lambda x: np.repeat(x, copies, axis=0))

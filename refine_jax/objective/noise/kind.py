@@ -20,7 +20,7 @@ class Noised(NamedTuple):
     is_noise: bool, which of these were replaced by the noise token.
     later: int32, what further rounds see at positions that are not refined.
     later_is_noise: bool, which of these are noise again.
-    refined: bool, tokens that a further round sees as the last one predicted them.
+    refined: bool, positions where a further round sees the prediction of the round before it.
     trained: bool, response tokens that the rounds are scored on.
     clean: bool, response tokens that the loss on the clean text is scored on.
     weights: float32, how much the prediction made at each position counts in a round.
