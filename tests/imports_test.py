@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "refine_jax"
 
-# A folder (or a module beside them) -> the folders that it may import from, itself included.
+# A folder (or a module next to them) -> the folders that it may import from, itself included.
 _LEAVES = {"errors", "tree", "files", "records"}
 MAY_IMPORT = {
   "errors": set(),
