@@ -19,7 +19,7 @@ class Problems:
     UserError: several hosts; what reading, scoring.choose and evaluate.unanswerable raise.
   """
 
-  def __init__(self, config: Config, shape: ModelConfig, model_files: Path, dtype: str):
+  def __init__(self, config: Config, shape: ModelConfig, model_files: Path, dtype: str) -> None:
     if jax.process_count() > 1:
       raise UserError("config.eval.generate_every works on one host; set it to 0.")
     self._prompt_key = config.data.prompt_key
@@ -42,7 +42,7 @@ class Problems:
       "noise_token": config.noise.token_id,
     }
 
-  def answer(self, params) -> dict:
+  def answer(self, params: dict) -> dict:
     """Metrics eval/solved, eval/tokens_per_pass and eval/not_stopped of these parameters."""
     device = jax.local_devices()[0]
     params = jax.tree.map(lambda x: jax.device_put(x, device).astype(self._dtype), params)
