@@ -54,7 +54,10 @@ def from_json(values: dict | None) -> Adapter | None:
   """An Adapter from its fields as JSON holds them, such as a checkpoint's; None from none."""
   if values is None:
     return None
-  return Adapter(**values | {"projections": tuple(values["projections"])})
+  projections = tuple(values["projections"])
+  return Adapter(
+    kind=values["kind"], rank=values["rank"], alpha=values["alpha"], projections=projections
+  )
 
 
 def init_params(config: ModelConfig, adapter: Adapter, key: jax.Array) -> dict:
