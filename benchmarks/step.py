@@ -59,7 +59,7 @@ def random_batch(shape: timing.Shape, *, packed: bool, prompt: int) -> Batch:
 
 
 def example_length(batch: Batch) -> float:
-  """Of the example that a token finds itself in, on average: what attention's cost grows with."""
+  """Mean over tokens of the length of the token's example; attention's cost grows with it."""
   counts = np.unique(batch.example_ids, return_counts=True)[1].astype(float)
   return float(np.sum(counts**2) / np.sum(counts))
 
@@ -168,7 +168,7 @@ def measure(shape: timing.Shape, arguments, *, packed: bool) -> dict:
 
 
 def mfu(flops_per_second: float) -> float | None:
-  """Of one device's dense bfloat16 peak; None where that is not known."""
+  """The share of one device's dense bfloat16 peak; None where that is not known."""
   peak = flops_lib.peak_flops()
   return flops_per_second / peak if peak else None
 

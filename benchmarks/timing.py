@@ -103,7 +103,7 @@ def integers(text: str) -> list[int]:
 
 
 def median_seconds(function, repeats: int, *, warm: int = 2) -> float:
-  """Of calls that return device arrays, each waited for, after `warm` ones that are not timed."""
+  """Median time of a call that returns device arrays, after `warm` calls that are not timed."""
   seconds = []
   for i in range(warm + repeats):
     start = time.perf_counter()

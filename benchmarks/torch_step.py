@@ -1,4 +1,4 @@
-"""The same training step in PyTorch, for `benchmarks.step --peer`; runs alone as well.
+"""The training step in PyTorch, the peer of `benchmarks.step --peer`; runs alone as well.
 
     python -m benchmarks.torch_step --shape=1.5b --backward=round
 

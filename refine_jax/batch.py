@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-# A numpy or a jax array: what makes a batch on the host loads no jax.
+# A numpy or a jax array, or None in a field that may lack one: what makes a batch on the host loads
+# no jax, and which fields a batch has is known where it is used.
 Array = Any
 
 
@@ -29,11 +30,11 @@ class Batch(NamedTuple):
 
   ids: Array
   positions: Array
-  segment_ids: Array | None = None
-  response_mask: Array | None = None
-  example_ids: Array | None = None
-  is_noise: Array | None = None
-  block_starts: Array | None = None
+  segment_ids: Array = None
+  response_mask: Array = None
+  example_ids: Array = None
+  is_noise: Array = None
+  block_starts: Array = None
 
   def map(self, function: Callable[[Array], Array]) -> "Batch":
     """The batch with `function` of each array that it has, without jax."""

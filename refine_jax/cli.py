@@ -10,7 +10,7 @@ from refine_jax import files
 from refine_jax.errors import UserError
 
 
-def entry_point(main):
+def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
   """Runs `main`; a UserError becomes one line on stderr and exit status 1.
 
   So does a full or read-only disk. An interrupt and a closed pipe end it with the status that a
@@ -18,7 +18,7 @@ def entry_point(main):
   """
 
   @functools.wraps(main)
-  def run():
+  def run() -> None:
     try:
       status = main()
       sys.stdout.flush()

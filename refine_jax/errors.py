@@ -16,7 +16,7 @@ class UserError(Exception):
   on are shown as escapes, and what is very long is cut.
   """
 
-  def __init__(self, message: str):
+  def __init__(self, message: str) -> None:
     super().__init__(_one_line(message))
 
 

@@ -56,7 +56,7 @@ def local_path(value: str | os.PathLike, option: str) -> Path:
   return path
 
 
-def refuse_scheme(name: str, option: str):
+def refuse_scheme(name: str, option: str) -> None:
   """Raises UserError for gs://, s3://, hf:// and their like: all files here are local ones."""
   scheme = _SCHEME.match(name)
   if scheme:
@@ -66,7 +66,7 @@ def refuse_scheme(name: str, option: str):
     )
 
 
-def refuse_used(output: Path, option: str = ""):
+def refuse_used(output: Path, option: str = "") -> None:
   """Raises UserError where something is at the place, but for an empty directory."""
   if output.is_symlink() or output.exists():
     if not output.is_dir() or any(output.iterdir()):
@@ -177,7 +177,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def write_json(path: Path, value: object):
+def write_json(path: Path, value: object) -> None:
   """Writes `value` to `path`, over what is there, complete or not at all.
 
   Raises:
@@ -188,7 +188,7 @@ def write_json(path: Path, value: object):
     temporary.write_text(text, encoding="utf-8")
 
 
-def sync(path: Path):
+def sync(path: Path) -> None:
   """Brings a file, or the names in a directory, to the disk.
 
   Without it a power cut may leave the final name on a half-written file.
@@ -200,7 +200,7 @@ def sync(path: Path):
     os.close(descriptor)
 
 
-def remove_leftovers(path: Path):
+def remove_leftovers(path: Path) -> None:
   """Removes .NAME.PID.new beside `path` where no process PID runs here."""
   pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.new", re.ASCII)
   if path.parent.is_dir():

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from typing import Any, Self
 
 import jax
 from jax.experimental import multihost_utils
@@ -19,17 +20,17 @@ class Interrupt:
   catches SIGTERM itself, agrees on one.
   """
 
-  def __init__(self):
-    self._signal = None
+  def __init__(self) -> None:
+    self._signal: int | None = None
     self._asked = False
-    self._previous = {}
+    self._previous: dict[int, Any] = {}
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     if jax.process_count() == 1:
       self._previous = {s: signal.signal(s, self._handle) for s in _SIGNALS}
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     self._restore()
 
   def requested(self, step: int) -> bool:
@@ -43,7 +44,7 @@ class Interrupt:
     """Whether to stop soon, as far as this process knows without asking others."""
     return self._signal is not None or (self._asked and jax.process_count() == 1)
 
-  def ask(self):
+  def ask(self) -> None:
     """Asks for a stop as a signal does; with several processes of all of them."""
     if not self._asked and jax.process_count() > 1:
       os.kill(os.getpid(), signal.SIGTERM)
@@ -51,12 +52,17 @@ class Interrupt:
 
   @property
   def name(self) -> str:
-    return signal.Signals(self._signal).name
+    return signal.Signals(self._caught).name
 
   @property
   def status(self) -> int:
     """The exit status that shells give to a process ended by the signal."""
-    return 128 + self._signal
+    return 128 + self._caught
+
+  @property
+  def _caught(self) -> int:
+    assert self._signal is not None
+    return self._signal
 
   def _handle(self, number, _):
     self._signal = number

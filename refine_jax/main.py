@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 @entry_point
-def run():
+def run() -> int | None:
   if _HELP & set(sys.argv[1:]):
     print(help_text(), end="")
     return 0

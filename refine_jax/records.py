@@ -17,7 +17,7 @@ def read(path: Path) -> list[dict]:
   return [record for _, record in _lines(path) if record is not None]
 
 
-def append(path: Path, record: dict):
+def append(path: Path, record: dict) -> None:
   """Adds a record, which is with the operating system when this returns.
 
   Raises:

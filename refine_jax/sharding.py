@@ -5,6 +5,8 @@ of name patterns, which covers the optimizer's moments too, as their names end a
 """
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,7 +36,7 @@ _RULES = (
 )
 
 
-def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
   """A ("data", "fsdp", "tensor") mesh over all devices (or those given).
 
   Raises:
@@ -65,7 +67,7 @@ def batch_shards(mesh: Mesh) -> int:
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_fit(mesh: Mesh, optim: OptimConfig, heads: int, kv_heads: int, max_length: int):
+def check_fit(mesh: Mesh, optim: OptimConfig, heads: int, kv_heads: int, max_length: int) -> None:
   """Raises UserError where the batch or the model cannot be split over the mesh."""
   micro, shards = optim.batch_size // optim.accumulation, batch_shards(mesh)
   if micro % shards:
@@ -82,7 +84,7 @@ def check_fit(mesh: Mesh, optim: OptimConfig, heads: int, kv_heads: int, max_len
       )
 
 
-def shardings(tree, mesh: Mesh):
+def shardings(tree: Any, mesh: Mesh) -> Any:
   """A NamedSharding for each leaf of a tree of arrays or shapes, by the table above.
 
   An axis that does not divide its dimension is dropped; scalars and norms are replicated.

@@ -62,7 +62,7 @@ def run_all(arguments, extra: list[str]) -> dict:
 
 
 def wall_clock(arguments) -> dict:
-  """Seconds a problem, one at a time in bfloat16, of the first seed's best: ar beside exact."""
+  """Seconds a problem, one at a time in bfloat16, of the first seed's best: ar next to exact."""
   workdir = Path(arguments.runs) / f"blocks-{arguments.seeds.split(',')[0]}"
   output = workdir / "one_at_a_time"
   if not (output / "results.json").exists():

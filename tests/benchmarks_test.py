@@ -189,7 +189,7 @@ def test_embedding(run):
 
 
 def byte_lengths(texts, max_length) -> list[int]:
-  """Of examples after truncation: a token a character, three of the template, and EOS."""
+  """Lengths of examples after truncation: a token a character, three of the template, and EOS."""
   return [
     min(len(prompt) + 3 + len(response) + 1, max_length)
     for prompt, response in zip(*texts, strict=True)

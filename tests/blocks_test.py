@@ -1,4 +1,4 @@
-"""Blocks beside the clean text, against each block behind a copy of its own prefix."""
+"""Blocks next to the clean text, against each block after a copy of its own prefix."""
 
 import dataclasses
 
@@ -105,7 +105,7 @@ def test_later_drafts_count_less():
 
 
 def torch_oracle(params, config, doubled, noised, loss_weights, clean_weight):
-  """Losses and gradient with a row for each block: its prefix, and the block behind it."""
+  """Losses and gradient with a row for each block: its prefix, and the block after it."""
   leaves = torch_model.leaves(params)
   length = doubled.block_starts.shape[1]
   half = doubled._replace(block_starts=None).map(lambda x: x[:, :length])

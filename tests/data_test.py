@@ -124,7 +124,7 @@ def test_source_rows_count_dropped_rows_and_all_row_groups(tmp_path):
 
 @pytest.mark.parametrize("row_group_size", [1000, 20_000])
 def test_reading_holds_a_small_part_of_the_file(tmp_path, row_group_size):
-  """Of twenty row groups of 1 MB, and of one of 20 MB."""
+  """The file has twenty row groups of 1 MB, or one of 20 MB."""
   cells = [f"{i:010}" * 50 for i in range(20_000)]
   file = write_parquet(
     tmp_path / "a.parquet",

@@ -17,7 +17,7 @@ _SECONDS = 30  # for one case; most take milliseconds
 
 
 def fuzz(**strategies):
-  """Decorates a test that takes values of these strategies, beside fixtures and parameters.
+  """Decorates a test that takes values of these strategies, besides fixtures and parameters.
 
   It is run with 100 cases, and with 2,000 where slow tests are. The cases are the same each time.
   """

@@ -122,7 +122,7 @@ def test_what_is_not_supported_stops_by_name(changes, named):
     (LLAMA, {"rope_local_base_freq": 1e4}, "rope_local_base_freq"),
   ],
 )
-def test_so_does_what_a_family_fixes(base, changes, named):
+def test_a_value_other_than_the_one_that_a_family_fixes_is_refused(base, changes, named):
   with pytest.raises(UserError, match=named):
     hf_config.from_hf(base | changes)
 
@@ -236,7 +236,7 @@ def test_numbers_that_give_no_finite_logit_are_refused(changes, named):
 
 
 @pytest.mark.parametrize("scalar", [0, -256, math.inf, math.nan])
-def test_so_is_such_a_query_scalar(scalar):
+def test_a_query_scalar_that_gives_no_finite_logit_is_refused(scalar):
   with pytest.raises(UserError, match="query_pre_attn_scalar"):
     hf_config.from_hf(GEMMA3 | {"query_pre_attn_scalar": scalar})
 

@@ -66,7 +66,7 @@ def words(rng, count):
 
 
 def log_probabilities(model, tokens):
-  """Of each token after the first, and whether it is the likeliest: float64 [T - 1]."""
+  """Log-probability of each token after the first, and whether it is the likeliest: [T - 1]."""
   with torch.no_grad():
     logits = model(torch.tensor([tokens])).logits[0].double()
   table = torch.log_softmax(logits, -1)[:-1]

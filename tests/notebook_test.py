@@ -19,13 +19,13 @@ def notebook():
   return nbformat.read(NOTEBOOK, as_version=4)
 
 
-def test_it_is_stored_without_outputs(notebook):
+def test_the_notebook_is_stored_without_outputs(notebook):
   nbformat.validate(notebook)
   code = [cell for cell in notebook.cells if cell.cell_type == "code"]
   assert code and not any(cell.outputs or cell.execution_count for cell in code)
 
 
-def test_it_runs(notebook, tmp_path, monkeypatch):
+def test_the_notebook_runs(notebook, tmp_path, monkeypatch):
   model = sampler_fixtures.text_model_directory(tmp_path)
   monkeypatch.setenv("REFINE_JAX_MODEL", str(model))
   monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))

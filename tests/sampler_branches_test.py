@@ -35,7 +35,7 @@ def passes(model, prompt, block, tau):
     own, sure = predictions(model, text + drafts, len(text) - 1)
     right = [a == b for a, b in zip(own, drafts, strict=False)] + [False]
     verified = right.index(False)
-    # Noise takes the place of the token after the verified run, and of those behind it.
+    # Noise takes the place of the token after the verified run, and of those after it.
     branch, branch_sure = predictions(model, text + drafts[:verified] + noise, len(text) + verified)
     predicted = own[: verified + 1] + branch
     certain = [True] * (verified + 1) + [p >= tau for p in branch_sure] + [False]

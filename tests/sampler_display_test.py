@@ -52,7 +52,7 @@ def test_a_trace_changes_nothing_and_tells_the_answer(model, mode):
 
 
 def test_traced_probabilities_are_the_models(model):
-  """Of committed tokens, against a dense forward pass over the text before each."""
+  """Committed tokens, against a dense forward pass over the text before each."""
   out = refine_jax.generate(model, [[5, 6, 7]], block_size=4, max_new_tokens=9, trace=True)
   text = np.array([[5, 6, 7] + out.tokens[0]])
   want = scipy.special.softmax(np.asarray(model(text))[0], axis=-1)
@@ -205,7 +205,7 @@ def test_what_may_become_a_stop_string_waits():
 
 
 class Letters:
-  """As much of a tokenizer as decoding uses."""
+  """A tokenizer, as far as decoding uses one."""
 
   added_tokens_decoder = {}
 

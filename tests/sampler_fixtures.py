@@ -42,7 +42,7 @@ def text_model_directory(place, family: str = "llama"):
 
 
 def unequal_prompts(count, vocabulary, seed=0):
-  """Of unequal lengths, some with EOS inside and one ending in it."""
+  """Prompts of unequal lengths, some with EOS inside and one ending in it."""
   rng = np.random.default_rng(seed)
   rows = [rng.integers(0, vocabulary, rng.integers(1, 12)).tolist() for _ in range(count)]
   for row in rows[::2]:

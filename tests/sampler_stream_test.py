@@ -17,7 +17,7 @@ WORDS = ["▁", "▁▁", "▁the", "s", "▁two", "<", "0", "\n", "é", "▁世
 
 
 def byte_fallback():
-  """As Llama 2's: bytes where a character has no token, and the first space is dropped."""
+  """A tokenizer like Llama 2's: bytes where a character has no token, no space at the start."""
   pieces = ["<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *WORDS]
   backend = tokenizers.Tokenizer(
     tokenizers.models.BPE({p: i for i, p in enumerate(pieces)}, [], byte_fallback=True)
@@ -194,8 +194,21 @@ def test_streams_of_samples_join_to_the_text(model, passes, stop):
     assert sum(whole.stopped) > 4 and any(whole.texts)
 
 
+def test_stream_gives_the_pieces_of_generate_with_stream(model):
+  options = {"max_new_tokens": 12, "temperature": 1.5}
+  pieces = list(refine_jax.stream(model, [[5], [6]], passes=2, **options))
+  assert pieces == list(refine_jax.generate(model, [[5], [6]], stream=2, **options))
+  assert len(pieces) > 1
+
+
+@pytest.mark.parametrize("passes", [0, -1, 1.5, "2"])
+def test_a_stream_of_no_passes_is_refused_by_name(model, passes):
+  with pytest.raises(refine_jax.UserError, match="passes="):
+    refine_jax.stream(model, [[5]], passes=passes)
+
+
 def test_a_special_token_can_be_a_stop_string(model):
-  """It ends the row as EOS does, though the text lacks it."""
+  """The row ends as with EOS, though the text lacks the token."""
   options = {"max_new_tokens": 200, "temperature": 3.0, "seed": 1, "eos_token_id": []}
   free = refine_jax.generate(model, [[5]], **options).tokens[0]
   special = detokenize.special_ids(model.tokenizer)

@@ -81,7 +81,7 @@ def threshold_loop(ours, prompt, new, block, tau):
 
   def predict(draft):
     ids = text + draft
-    # Of one length, so that it is compiled once; what is behind changes nothing.
+    # Of one length, so that it is compiled once; what follows changes nothing.
     logits = ours(np.array([ids + [0] * (len(prompt) + new + block - len(ids))]))
     logits = logits[0, len(text) - 1 : len(ids)]
     likely = np.asarray(jax.nn.softmax(logits, axis=-1)).max(-1) >= tau
@@ -223,7 +223,7 @@ def test_no_prompts_give_no_answers(copier):
 
 
 def test_what_a_model_was_trained_with_is_the_default(monkeypatch):
-  """Its noise and its blocks; in exact smaller ones for many rows, whose text does not change."""
+  """The noise token and the block size; exact takes smaller blocks for many rows."""
   copier = sampler_fixtures.copier_model()
   trained = dataclasses.replace(copier, refinement=loading.Refinement(noise_token=2, block_size=16))
   seen = []
@@ -250,9 +250,9 @@ def test_what_a_model_was_trained_with_is_the_default(monkeypatch):
 
 
 def test_threshold_goes_on_in_the_branch_of_what_was_verified():
-  """A copier is sure of everything: it commits the branch too, and nothing behind it."""
+  """A copier is sure of everything: it commits the branch too, and nothing after it."""
   copier, prompt = sampler_fixtures.copier_model(), [3]
-  # After noise too comes its successor, so drafts behind it are wrong, and their tokens' count says
+  # After noise too comes its successor, so drafts after it are wrong, and their tokens' count says
   # which pass they were committed in.
   exact = refine_jax.generate(copier, [prompt], draft="branches", block_size=4, max_new_tokens=12)
   sure = refine_jax.generate(
@@ -268,7 +268,7 @@ def test_threshold_goes_on_in_the_branch_of_what_was_verified():
   ar = refine_jax.generate(copier, [prompt], mode="ar", max_new_tokens=12)
   assert exact.tokens == ar.tokens
   # The prompt's pass gave one right draft; the first pass commits it, the token after it, and the
-  # branch of 3 behind that.
+  # branch of 3 after that.
   noise = copier.eos_token_ids[0]
   assert sure.tokens[0][:2] == ar.tokens[0][:2]
   assert sure.tokens[0][2:5] == [(noise + 1) % 40] * 3

@@ -8,24 +8,27 @@ Engines: "xla", anywhere, and "kernel" (cache_kernel.py), faster on NVIDIA GPUs.
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from refine_jax.attention import cached_triton, probe
 from refine_jax.model.config import ModelConfig
 
 
-def empty_caches(config: ModelConfig, rows: int, size: int, dtype) -> list:
-  """For each layer (keys, values), zeros."""
+def empty_caches(config: ModelConfig, rows: int, size: int, dtype: DTypeLike) -> list:
+  """Makes (keys, values) of zeros for each layer."""
   shape = (rows, config.kv_heads, size, config.head_dim)
   return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers)]
 
 
 class Reach(NamedTuple):
-  """Which of the tokens of one pass a token sees, by their order in it; all that was cached before
-  the pass is seen anyhow.
+  """Which tokens of its own pass each token sees, by their order in the pass.
+
+  Every token sees all that was cached before the pass.
 
   Attributes:
     upto: int32 [B, T], the first upto + 1 tokens.
@@ -37,14 +40,16 @@ class Reach(NamedTuple):
   last: jax.Array
 
 
-def following(start_B, count: int) -> tuple:
+def following(start_B: jax.Array, count: int) -> tuple:
   """Positions [B, T] and Reach of tokens that follow one another, each seeing those before it."""
   order = jnp.broadcast_to(jnp.arange(count), (len(start_B), count))
   nothing = jnp.zeros(count, jnp.int32), jnp.full(count, -1)
   return start_B[:, None] + order, Reach(order, *nothing)
 
 
-def attend_with(start_B, positions_BT, reach: Reach, engine: str = "xla"):
+def attend_with(
+  start_B: jax.Array, positions_BT: jax.Array, reach: Reach, engine: str = "xla"
+) -> Callable[[int | None], Callable]:
   """For `model.hidden_states`: new tokens at start, start + 1, .. go into the cache and see it.
 
   What is returned takes a scale like packed.attend_with's.
@@ -61,7 +66,7 @@ def attend_with(start_B, positions_BT, reach: Reach, engine: str = "xla"):
 
 
 @functools.cache
-def choose_engine(config: ModelConfig, dtype) -> str:
+def choose_engine(config: ModelConfig, dtype: DTypeLike) -> str:
   """ "kernel" where it runs and agrees with "xla" on tiny problems, with a warning where not."""
   head_dim = config.head_dim
   power_of_two = head_dim >= 16 and head_dim & (head_dim - 1) == 0
@@ -82,7 +87,8 @@ def choose_engine(config: ModelConfig, dtype) -> str:
   return "xla"
 
 
-# Tokens and window: a part of a kernel's smallest tile, a whole and a part of its largest.
+# (tokens, sliding window). 5 tokens fill a part of the smallest tile; 81 fill a largest tile and
+# a part of another.
 _PROBES = ((5, None), (81, None), (81, 300))
 
 
@@ -156,7 +162,7 @@ def _read(q_BTHh, k_BKSh, v_BKSh, scale, start_B, positions_BT, reach, window):
 
 
 def _seen(start_B, positions_BT, reach, window, places):
-  """Who sees which place: bool [B, T, S]."""
+  """Says which slots of the cache each token sees: bool [B, T, S]."""
   places_S = jnp.arange(places)[None, None, :]
   order_BTS = places_S - start_B[:, None, None]
   seen_BTS = order_BTS <= reach.upto[:, :, None]
@@ -166,12 +172,12 @@ def _seen(start_B, positions_BT, reach, window, places):
   return seen_BTS | ((order_BTS >= first) & (order_BTS <= last))
 
 
-def slice_rows(x, start_B, size):
+def slice_rows(x: jax.Array, start_B: jax.Array, size: int) -> jax.Array:
   """[B, size, ...]: from each row, from its own start."""
   return jax.vmap(lambda row, s: jax.lax.dynamic_slice_in_dim(row, s, size))(x, start_B)
 
 
-def write_rows(x, values, start_B):
+def write_rows(x: jax.Array, values: jax.Array, start_B: jax.Array) -> jax.Array:
   """x with values [B, n, ...] written into each row at its own start."""
   values = values.astype(x.dtype)
   if x.shape[0] == 1:  # a plain slice update, done in place; batched ones become scatters

@@ -12,13 +12,17 @@ it fails or is gone.
 
 import functools
 import math
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-# What ran fastest on an H100: keys that a turn of the loop reads, most queries of a program (the
+if TYPE_CHECKING:
+  from refine_jax.attention.cached import Reach
+
+# What ran fastest on an H100: keys that a step of the loop reads, most queries of a program (the
 # least is what a tensor core takes), programs that keep the GPU busy, stretches that are joined.
 _KEYS = 64
 _LEAST_QUERIES, _MOST_QUERIES = 16, 64
@@ -29,18 +33,18 @@ LOWEST = -0.7 * float(np.finfo(np.float32).max)
 
 
 def attend(
-  q_BTHh,
-  k_BTKh,
-  v_BTKh,
-  cache,
-  start_B,
-  positions_BT,
-  reach,
-  window,
-  scale=None,
+  q_BTHh: jax.Array,
+  k_BTKh: jax.Array,
+  v_BTKh: jax.Array,
+  cache: tuple[jax.Array, jax.Array],
+  start_B: jax.Array,
+  positions_BT: jax.Array,
+  reach: "Reach",
+  window: int | None,
+  scale: float | None = None,
   *,
-  interpret=False,
-):
+  interpret: bool = False,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """The output [B, T, H, h] of queries over caches and new tokens, and the caches with these.
 
   The new tokens are read from where they come from, so that the caches can be written, in place,
@@ -125,8 +129,8 @@ def attend(
   )
   # Joined, what comes before (rotations, biases) is one kernel of XLA's instead of three.
   qkv = padded(jnp.concatenate([q_BTHh, k_BTKh, v_BTKh], axis=2), 1)
-  # What fills up a tile of queries stands far behind, so that no window of its reaches a place.
-  out, highest, total, *cache = run(
+  # Positions that fill up a tile of queries are so large that no window of theirs reaches a slot.
+  out, highest, total, keys_after, values_after = run(
     start_B,
     padded(positions_BT, 1, 2**30),
     padded(reach.upto, 1, -1),
@@ -137,11 +141,11 @@ def attend(
     qkv,
     *cache,
   )
-  return _join(out, highest, total)[:, :count].astype(q_BTHh.dtype), tuple(cache)
+  return _join(out, highest, total)[:, :count].astype(q_BTHh.dtype), (keys_after, values_after)
 
 
-def _join(out, highest, total):
-  """Of stretches [s, B, T, H, ..] the whole: elementwise, so that XLA makes one kernel of it."""
+def _join(out, highest, total) -> Any:
+  """Joins stretches [s, B, T, H, ..]; elementwise, so that XLA makes one kernel of it."""
   best = functools.reduce(jnp.maximum, highest)
   weights = [jnp.exp2(x - best)[..., None] for x in highest]
   weighted = sum(x * w for x, w in zip(out, weights, strict=True))

@@ -6,6 +6,7 @@ import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from refine_jax.attention import probe
 from refine_jax.attention.packed import for_batch, segment_positions
@@ -23,7 +24,7 @@ def choose_backend(
   heads: int,
   kv_heads: int,
   head_dim: int,
-  dtype,
+  dtype: DTypeLike,
   max_segments: int,
   packed: bool,
   blocks: bool = False,
@@ -35,7 +36,7 @@ def choose_backend(
   forward and backward, against the reference, and falls back to "xla" with a warning.
 
   Args:
-    blocks: whether the rows have blocks beside them (`beside`), which is probed too then.
+    blocks: whether a copy in blocks stands next to the rows; then `packed.beside` is probed too.
     scale: the model's attention_scale.
 
   Raises:

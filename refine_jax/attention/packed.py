@@ -11,20 +11,27 @@ a segment of its own, so that every output is finite.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
-from refine_jax.batch import Batch
+from refine_jax.batch import Array, Batch
+from refine_jax.model.layer import AttendWith
 from refine_jax.sharding import BATCH_AXES
 
 _SPLASH_LANES = 128
 
 
 def attend_with(
-  segment_ids_BT, *, backend: str = "xla", max_segments: int = 1, mesh=None, interpret: bool = False
-):
+  segment_ids_BT: jax.Array,
+  *,
+  backend: str = "xla",
+  max_segments: int = 1,
+  mesh: Mesh | None = None,
+  interpret: bool = False,
+) -> AttendWith:
   """The attention engine for rows of these segments, as `model.hidden_states` wants it.
 
   Args:
@@ -70,7 +77,7 @@ def _on_mesh(engine, mesh, rank: int):
   )
 
 
-def for_batch(batch: Batch, **options):
+def for_batch(batch: Batch, **options: Any) -> AttendWith:
   """The engine for a batch: `beside` where a copy stands next to each row, else `attend_with`.
 
   Args:
@@ -81,7 +88,9 @@ def for_batch(batch: Batch, **options):
   return attend_with(batch.segment_ids, **options)
 
 
-def beside(batch: Batch, *, backend: str = "xla", max_segments: int = 1, mesh=None):
+def beside(
+  batch: Batch, *, backend: str = "xla", max_segments: int = 1, mesh: Mesh | None = None
+) -> AttendWith:
   """The engine for rows whose second half is a copy in blocks (objective/noise/block.py).
 
   The clean half attends as `attend_with` has it. A token of the copy sees the clean text before
@@ -122,15 +131,15 @@ def beside(batch: Batch, *, backend: str = "xla", max_segments: int = 1, mesh=No
   return with_window
 
 
-def segment_positions(segment_ids_BT):
-  """Of each token in its own segment: int32 [B, T]."""
+def segment_positions(segment_ids_BT: Array) -> jax.Array:
+  """Positions of tokens, counted from 0 in each segment: int32 [B, T]."""
   index = jnp.arange(segment_ids_BT.shape[1])[None]
   begins = jnp.diff(segment_ids_BT, axis=1, prepend=-1) != 0
   return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 
-def mask_BTT(segment_ids_BT, window: int | None):
-  """Who sees whom: bool [B, queries, keys]."""
+def mask_BTT(segment_ids_BT: jax.Array, window: int | None) -> jax.Array:
+  """Says which keys each query sees: bool [B, queries, keys]."""
   same = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
   index = jnp.arange(segment_ids_BT.shape[1])
   distance = index[:, None] - index[None, :]
@@ -151,7 +160,7 @@ def _cudnn(q, k, v, segment_ids_BT, *, window, scale):
   )
 
 
-def segment_layout(segment_ids_BT, max_segments: int):
+def segment_layout(segment_ids_BT: jax.Array, max_segments: int) -> tuple[jax.Array, jax.Array]:
   """Lengths and starts of each row's segments, the padding being the last one.
 
   Returns:
@@ -207,7 +216,7 @@ def _splash(q, k, v, segment_ids_BT, *, window, scale, interpret):
   )
   ids = jnp.pad(segment_ids_BT, ((0, 0), (0, padded - length)))
   scale = jnp.asarray(head_dim**-0.5 if scale is None else scale, q.dtype)
-  out = jax.vmap(kernel)(
+  out: Any = jax.vmap(kernel)(
     prepare(q) * scale, prepare(k), prepare(v), splash.SegmentIds(q=ids, kv=ids)
   )
   return out.swapaxes(1, 2)[:, :length, :, :head_dim]

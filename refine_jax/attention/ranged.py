@@ -56,8 +56,8 @@ def attend_blocks(
   # Each draft sees itself, so the joined sum is never empty.
   joined = jnp.logaddexp(lse, own_lse)
   parts = ((out, lse), (own, own_lse))
-  weighted = (x.astype(jnp.float32) * jnp.exp(s - joined)[..., None] for x, s in parts)
-  return sum(weighted).astype(q_BQHh.dtype)
+  first, second = (x.astype(jnp.float32) * jnp.exp(s - joined)[..., None] for x, s in parts)
+  return (first + second).astype(q_BQHh.dtype)
 
 
 def attend_with(
@@ -122,7 +122,14 @@ def _attend_own_block(q_BQHh, k_BQKh, v_BQKh, block, scale, window):
 
 
 def attend_xla(
-  q_BQHh, k_BTKh, v_BTKh, first_BQ, end_BQ, *, scale: float, frozen: bool = False
+  q_BQHh: jax.Array,
+  k_BTKh: jax.Array,
+  v_BTKh: jax.Array,
+  first_BQ: jax.Array,
+  end_BQ: jax.Array,
+  *,
+  scale: float,
+  frozen: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Each query over its own range of keys, by a dense mask.
 

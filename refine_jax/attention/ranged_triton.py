@@ -10,6 +10,7 @@ it out first, and does without where it fails or is gone.
 
 import functools
 import math
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -25,17 +26,17 @@ LOWEST = -0.7 * float(np.finfo(np.float32).max)
 
 
 def attend(
-  q_BQHh,
-  k_BTKh,
-  v_BTKh,
-  first_BQ,
-  end_BQ,
+  q_BQHh: jax.Array,
+  k_BTKh: jax.Array,
+  v_BTKh: jax.Array,
+  first_BQ: jax.Array,
+  end_BQ: jax.Array,
   *,
   scale: float,
   frozen: bool = False,
   interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-  """As ranged.attend_xla, whose arguments and results these are.
+  """Computes what ranged.attend_xla does, with its arguments and results.
 
   Args:
     frozen: keys and values get no gradient, and none is computed.
@@ -45,7 +46,7 @@ def attend(
   queries = functools.partial(_padded, axis=1, size=_QUERIES)
   keys = functools.partial(_padded, axis=1, size=_KEYS)
   end_BQ = jnp.minimum(end_BQ, places)  # nothing of what fills up the last tile
-  out, lse = _attend(
+  result = _attend(
     queries(q_BQHh),
     keys(k_BTKh),
     keys(v_BTKh),
@@ -55,6 +56,7 @@ def attend(
     frozen,
     interpret,
   )
+  out, lse = cast(tuple, result)
   return out[:, :count], lse[:, :count]
 
 
@@ -65,7 +67,7 @@ def _padded(x, axis: int, size: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attend(q, k, v, first, end, scale, frozen, interpret):
+def _attend(q, k, v, first, end, scale, frozen, interpret) -> tuple:
   return _forward(q, k, v, first, end, scale, interpret)
 
 
@@ -128,7 +130,7 @@ def _call(kernel, *, grid, in_specs, out_specs, out_shape, interpret, name, stag
 
 
 def _specs(q_BQHh, k_BTKh) -> dict:
-  """Of programs (row and head, tile of queries), by what an argument is."""
+  """Blocks of a program (row and head, tile of queries), by the kind of argument."""
   heads, head_dim = q_BQHh.shape[2:]
   places, kv_heads = k_BTKh.shape[1:3]
   groups = heads // kv_heads

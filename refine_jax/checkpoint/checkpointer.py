@@ -9,26 +9,18 @@ import json
 import logging
 import zlib
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from grain import DatasetIterator
 from jax.experimental import multihost_utils
 
 from refine_jax.checkpoint import checksums, compare
-from refine_jax.checkpoint.directory import (
-  Disk,
-  check_writable_name,
-  checkpoint_directory,
-  delete_all_but,
-  find_step,
-  quiet_threads,
-  refuse_taken,
-  resolve_resume_path,
-  set_aside,
-  steps,
-)
+from refine_jax.checkpoint import directory as places
 from refine_jax.errors import UserError
 from refine_jax.files import reason_of
 from refine_jax.tree import leaf_name
@@ -41,20 +33,26 @@ class Checkpointer:
     UserError: what would be saved in this workdir could not be read again.
   """
 
-  def __init__(self, workdir, *, max_to_keep: int):
-    self.directory = checkpoint_directory(workdir)
-    check_writable_name(self.directory)
-    self._max_to_keep = max_to_keep
-    self._manager = None
-    self._saving = None  # the step
-    self._disk = Disk(self.directory)
+  def __init__(self, workdir: str | Path, *, max_to_keep: int) -> None:
+    self.directory = places.checkpoint_directory(workdir)
+    places.check_writable_name(self.directory)
+    self._max_to_keep, self._disk = max_to_keep, places.Disk(self.directory)
+    self._manager: ocp.CheckpointManager | None = None
+    self._saving: int | None = None  # the step
 
   def latest_step(self) -> int | None:
-    return max(steps(self.directory), default=None)
+    return max(places.steps(self.directory), default=None)
 
   def save(
-    self, step: int, state, iterator, config: dict, identity: dict, *, run: dict | None = None
-  ):
+    self,
+    step: int,
+    state: Any,
+    iterator: DatasetIterator,
+    config: dict,
+    identity: dict,
+    *,
+    run: dict | None = None,
+  ) -> None:
     """Starts to save; returns when the state has been copied and may be donated.
 
     A step that is there already is left as it is.
@@ -69,9 +67,9 @@ class Checkpointer:
       UserError: this save, or the one before, could not be written.
     """
     self.wait()
-    if step in steps(self.directory):
+    if step in places.steps(self.directory):
       return
-    refuse_taken(self.directory / str(step))
+    places.refuse_taken(self.directory / str(step))
     record = {
       "config": config,
       "identity": identity,
@@ -94,7 +92,7 @@ class Checkpointer:
   def _open(self) -> ocp.CheckpointManager:
     # Made when first needed: it creates the directory, which a run that fails early must not.
     if self._manager is None:
-      quiet_threads()
+      places.quiet_threads()
       # Old ones are deleted here (_finish), when the new one can be read.
       options = ocp.CheckpointManagerOptions(max_to_keep=None, cleanup_tmp_directories=True)
       self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -103,14 +101,14 @@ class Checkpointer:
   def restore(
     self,
     step: int | None,
-    abstract_state,
-    iterator,
+    abstract_state: Any,
+    iterator: DatasetIterator,
     identity: dict,
     *,
     run: dict | None = None,
     allow: tuple[str, ...] = (),
     check: Callable | None = None,
-  ):
+  ) -> tuple[Any, int]:
     """The newest checkpoint that can be read, or that of `step`.
 
     One that cannot be read is reported, and the one before tried; when that succeeds, those
@@ -137,12 +135,14 @@ class Checkpointer:
     state, found, damaged = _restore_first(self.directory, step, read)
     for path in damaged:
       if jax.process_index() == 0:
-        set_aside(path)
+        places.set_aside(path)
       if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"set aside {path}")
     return state, found
 
-  def restore_from(self, path: str, abstract_state, iterator, identity: dict, **compared):
+  def restore_from(
+    self, path: str, abstract_state: Any, iterator: DatasetIterator, identity: dict, **compared: Any
+  ) -> tuple[Any, Path]:
     """Restores from another run: a workdir, or WORKDIR/checkpoints/STEP, which stay untouched.
 
     Args:
@@ -151,8 +151,8 @@ class Checkpointer:
     Returns:
       (state, the checkpoint's path)
     """
-    workdir, step = resolve_resume_path(path)
-    directory = checkpoint_directory(workdir)
+    workdir, step = places.resolve_resume_path(path)
+    directory = places.checkpoint_directory(workdir)
 
     def read(path):
       return _restore(path, abstract_state, iterator, identity, **compared)
@@ -160,16 +160,16 @@ class Checkpointer:
     state, found, _ = _restore_first(directory, step, read)
     return state, directory / str(found)
 
-  def check(self):
+  def check(self) -> None:
     """Whether a save that has ended in the background was written; returns at once.
 
     Raises:
       UserError: it could not be written, or not be opened again.
     """
-    if self._saving is not None and not self._manager.is_saving_in_progress():
+    if self._saving is not None and not self._open().is_saving_in_progress():
       self.wait()
 
-  def wait(self):
+  def wait(self) -> None:
     """Until everything is on disk, and can be opened again: only then are older ones deleted.
 
     Raises:
@@ -179,13 +179,13 @@ class Checkpointer:
       return
     path, self._saving = self.directory / str(self._saving), None
     with self._disk.errors():
-      self._manager.wait_until_finished()
+      self._open().wait_until_finished()
     _open_again(path)
     if jax.process_index() == 0:
       with self._disk.errors():
-        delete_all_but(self.directory, self._max_to_keep)
+        places.delete_all_but(self.directory, self._max_to_keep)
 
-  def close(self):
+  def close(self) -> None:
     """Waits as `wait` does, and gives back threads."""
     try:
       self.wait()
@@ -215,7 +215,7 @@ def _open_again(path):
 def _restore_first(directory, step, read):
   """The newest that can be read, or `step`: (state, step, paths of newer ones that cannot)."""
   damaged, reason = [], "none"
-  for candidate in steps(directory)[::-1] if step is None else [step]:
+  for candidate in places.steps(directory)[::-1] if step is None else [step]:
     path = directory / str(candidate)
     try:
       return read(path), candidate, damaged
@@ -249,14 +249,14 @@ def _restore(path, abstract_state, iterator, identity, *, run=None, allow=(), ch
   return restored.state
 
 
-def restore_params(workdir, step: int | None = None) -> tuple[dict, int]:
+def restore_params(workdir: str | Path, step: int | None = None) -> tuple[dict, int]:
   """Only the parameters, as host arrays in their own dtype: (nested dict, step).
 
   Raises:
     UserError: no such checkpoint, or it cannot be read.
   """
-  step = find_step(workdir, step)
-  path = checkpoint_directory(workdir) / str(step)
+  step = places.find_step(workdir, step)
+  path = places.checkpoint_directory(workdir) / str(step)
   try:
     tree = _metadata(path)["params"]
     item = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)}
@@ -269,9 +269,9 @@ def restore_params(workdir, step: int | None = None) -> tuple[dict, int]:
   return restored.state["params"], step
 
 
-def saved_record(workdir, step: int | None = None) -> dict:
+def saved_record(workdir: str | Path, step: int | None = None) -> dict:
   """The JSON that a checkpoint was written with: "config", "identity" and more."""
-  path = checkpoint_directory(workdir) / str(find_step(workdir, step))
+  path = places.checkpoint_directory(workdir) / str(places.find_step(workdir, step))
   return _read(path).record
 
 

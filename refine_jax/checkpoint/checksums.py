@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from refine_jax.tree import leaf_name
 
 
-def checksums(tree) -> dict:
+def checksums(tree: Any) -> dict:
   """{leaf's name: [dtype, sum of the array's words modulo 2^32]}, as JSON holds it.
 
   A sum of integers is the same in any order, so it does not depend on how an array is sharded.
@@ -22,13 +23,13 @@ def checksums(tree) -> dict:
   }
 
 
-def fingerprint(tree) -> str:
+def fingerprint(tree: Any) -> str:
   """Sixteen hexadecimal digits that tell one set of arrays from another: names, dtypes, values."""
   text = json.dumps(checksums(tree), sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def verify(tree, saved: dict):
+def verify(tree: Any, saved: dict) -> None:
   """Compares with what `checksums` gave when the tree was saved.
 
   Raises:

@@ -7,11 +7,11 @@ from refine_jax.errors import UserError
 
 def refuse_others(
   path: Path, record: dict, identity: dict, leaves: set[str], run: dict, allow: tuple[str, ...]
-):
+) -> None:
   """Compares a checkpoint's record with what is here.
 
   Args:
-    record: what Checkpointer.save wrote beside the state.
+    record: what Checkpointer.save wrote next to the state.
     identity: the model's, all of it must be equal.
     leaves: names of the state's arrays.
     run: name -> value, must be equal but for the names in `allow`.

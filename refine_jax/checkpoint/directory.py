@@ -19,7 +19,7 @@ _NEVER = {"\\"}
 _DELETED = ".deleted"
 
 
-def checkpoint_directory(workdir) -> Path:
+def checkpoint_directory(workdir: str | Path) -> Path:
   return Path(workdir).absolute() / "checkpoints"
 
 
@@ -33,7 +33,7 @@ def steps(directory: Path) -> list[int]:
   return sorted(int(p.name) for p in directory.iterdir() if _STEP.fullmatch(p.name) and p.is_dir())
 
 
-def check_writable_name(directory: Path):
+def check_writable_name(directory: Path) -> None:
   """Refuses a place whose checkpoints could not be read again.
 
   Raises:
@@ -66,7 +66,7 @@ def resolve_resume_path(path: str) -> tuple[Path, int | None]:
   )
 
 
-def find_step(workdir, step: int | None) -> int:
+def find_step(workdir: str | Path, step: int | None) -> int:
   """`step`, or the newest.
 
   Raises:
@@ -83,19 +83,19 @@ def find_step(workdir, step: int | None) -> int:
   return step
 
 
-def refuse_taken(path: Path):
+def refuse_taken(path: Path) -> None:
   """Raises UserError for a file or a broken link at a step's place, which Orbax would replace."""
   if path.exists() or path.is_symlink():
     raise UserError(f"{path} is in the way of this step's checkpoint; move it elsewhere.")
 
 
-def set_aside(path: Path):
+def set_aside(path: Path) -> None:
   """Renames a damaged checkpoint to STEP.damaged, to make room for its step."""
   others = len(list(path.parent.glob(f"{path.name}.damaged*")))
   path.rename(path.with_name(f"{path.name}.damaged" + (f"-{others}" if others else "")))
 
 
-def delete_all_but(directory: Path, keep: int):
+def delete_all_but(directory: Path, keep: int) -> None:
   """Deletes the oldest, so that `keep` are left; of a link the link only.
 
   Under another name first: a process killed meanwhile leaves nothing that looks complete.
@@ -113,7 +113,7 @@ def delete_all_but(directory: Path, keep: int):
 class Disk:
   """What the file system says of a checkpoints directory, told once."""
 
-  def __init__(self, directory: Path):
+  def __init__(self, directory: Path) -> None:
     self._directory, self._failed = directory, False
 
   @contextlib.contextmanager
@@ -137,7 +137,7 @@ class Disk:
         raise
 
 
-def quiet_threads():
+def quiet_threads() -> None:
   """Keeps tracebacks of Orbax's threads off the console: the caller raises their errors itself.
 
   With REFINE_JAX_VERBOSE they stay.

@@ -45,7 +45,7 @@ def from_config_dict(config: ConfigDict | dict) -> Config:
   return result
 
 
-def check_names(config: ConfigDict | dict):
+def check_names(config: ConfigDict | dict) -> None:
   """Raises UserError where a key is missing, or is none of the schema's."""
   _check_names(config, [*keys_of(Config), *sections_of(Config)], "")
   for section, kind in sections_of(Config).items():

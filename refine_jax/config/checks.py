@@ -7,7 +7,7 @@ from refine_jax.errors import UserError
 _MOST_TOKENS = 2**31 - 1
 
 
-def check(c: Config):
+def check(c: Config) -> None:
   """Raises UserError at the first values that contradict each other."""
   _check_source(c)
   _check_objective(c)
@@ -33,7 +33,7 @@ def check(c: Config):
   )
 
 
-def check_profile(c: Config, total_steps: int):
+def check_profile(c: Config, total_steps: int) -> None:
   """Raises UserError where log.profile_steps names a step that the run does not have."""
   _require(
     c.log.profile is None or 1 <= c.log.profile[0] <= c.log.profile[1] <= total_steps,

@@ -35,7 +35,7 @@ class Key:
     above, below: exclusive bounds or None.
     choices: the values of a key that names something, or ().
     aliases: older names of choices -> today's.
-    special: values with a meaning of their own, allowed beside the bounds -> that meaning.
+    special: values with a meaning of their own, allowed besides the bounds -> that meaning.
   """
 
   name: str = ""
@@ -56,7 +56,7 @@ class Key:
     return f"a sequence of {self.kind.__name__}" if self.sequence else self.kind.__name__
 
   def within(self, section: str) -> "Key":
-    """The same key under its whole name."""
+    """This key under its whole name, SECTION.KEY."""
     return dataclasses.replace(self, name=f"{section}.{self.name}")
 
   def bounds(self) -> str:
@@ -205,7 +205,7 @@ def shown(value: Any) -> str:
     return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else "a value"
 
 
-def warn(message: str):
+def warn(message: str) -> None:
   """A line on stderr."""
   print(f"warning: {message}", file=sys.stderr)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
@@ -34,16 +34,12 @@ class Rows:
   total_epochs: int
   shuffle_seed: int | None
 
-  def __post_init__(self):
-    # Batches around the end of an epoch need two epochs' permutations.
-    object.__setattr__(self, "_epoch", functools.lru_cache(maxsize=2)(self._draw))
-
   def __len__(self) -> int:
     return self.packing.rows * self.total_epochs
 
   @property
   def num_batches(self) -> int:
-    """Of all epochs; the very last batch may hold empty rows."""
+    """Counts the batches of all epochs; the very last one may hold empty rows."""
     return -(-len(self) // self.batch_size)
 
   @property
@@ -61,11 +57,16 @@ class Rows:
 
   @property
   def mean_length(self) -> float:
-    """Of the example that a token finds itself in: what attention's cost grows with."""
+    """Mean over tokens of the length of the token's example; attention's cost grows with it."""
     lengths = self.examples.lengths.astype(np.float64)
     return float(np.sum(lengths**2) / np.sum(lengths))
 
-  def _draw(self, epoch: int):
+  @functools.cached_property
+  def _epoch(self) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+    # Batches around the end of an epoch need two epochs' permutations.
+    return functools.lru_cache(maxsize=2)(self._draw)
+
+  def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     lengths = self.examples.lengths
     if self.shuffle_seed is None:
       return np.argsort(-lengths, kind="stable"), np.arange(self.packing.rows)
@@ -78,7 +79,7 @@ class Rows:
     start, stop = self.packing.starts[order[row] : order[row] + 2]
     return by_rank[self.packing.ranks[start:stop]]
 
-  def batch(self, indices) -> Batch:
+  def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
     """Rows as numpy arrays [len(indices), T]; those past the end are empty."""
     shape = (len(indices), self.length)
     batch = Batch(
@@ -132,7 +133,7 @@ class _Batches(Sequence):
   process_index: int
   process_count: int
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.rows.batch_size % (self.accumulation * self.process_count):
       raise UserError(
         f"A batch of {self.rows.batch_size} rows does not split into accumulation="

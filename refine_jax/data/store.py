@@ -13,6 +13,7 @@ import uuid
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import filelock
 import numpy as np
@@ -68,7 +69,7 @@ class Examples:
 class Writer:
   """Appends examples to the files of a new entry; memory does not grow with their number."""
 
-  def __init__(self, directory: Path):
+  def __init__(self, directory: Path) -> None:
     self._directory = directory
     self._files = contextlib.ExitStack()
     self._arrays = {
@@ -80,13 +81,13 @@ class Writer:
     self.count = 0
     self._append("offsets", np.zeros(1, np.int64))
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *error):
+  def __exit__(self, *error: object) -> None:
     self._files.close()
 
-  def append(self, ids: list[list[int]], prompt_lengths: list[int], source_rows: list):
+  def append(self, ids: list[list[int]], prompt_lengths: list[int], source_rows: list) -> None:
     """A few examples; source_rows has (number of the file, row) for each."""
     if not ids:
       return
@@ -108,7 +109,7 @@ class Writer:
     truncated: int,
     noted: dict[str, int] | None = None,
     places: dict[str, list] | None = None,
-  ):
+  ) -> None:
     """The last call: everything is on the disk when it returns."""
     for file in self._arrays.values():
       file.flush()
@@ -149,7 +150,7 @@ def _memory_map(path, dtype, shape, checksum):
   if path.stat().st_size != size:
     raise ValueError(f"{path} has the wrong size")
   array = np.memmap(path, dtype, mode="r", shape=shape) if size else np.zeros(shape, dtype)
-  if zlib.crc32(array) != checksum:
+  if zlib.crc32(array.data) != checksum:
     raise ValueError(f"{path} has the wrong checksum")
   return array
 

@@ -14,7 +14,7 @@ from refine_jax.data.store import Examples
 from refine_jax.errors import UserError
 from refine_jax.files import local_path
 from refine_jax.text import chat, template
-from refine_jax.text.tokenizer import TokenizerError, encode
+from refine_jax.text.tokenizer import Tokenizer, TokenizerError, encode
 from refine_jax.text.vocabulary import check_ids, first_outside
 
 # Part of the fingerprint: raise it with every change to what a row becomes.
@@ -28,7 +28,7 @@ NOTHING_LEFT = "nothing left of the response"
 
 
 def load_examples(
-  files: str, data: DataConfig, tokenizer, *, name: str, vocab_size: int
+  files: str, data: DataConfig, tokenizer: Tokenizer, *, name: str, vocab_size: int
 ) -> Examples:
   """Tokenises the files, or reads what an earlier run made of them; prints what was kept.
 
@@ -112,7 +112,7 @@ def cache_root(data: DataConfig) -> Path:
   return local_path(home, "XDG_CACHE_HOME") / "refine_jax" / "tokens"
 
 
-def fingerprint(paths: list[Path], data: DataConfig, tokenizer) -> str:
+def fingerprint(paths: list[Path], data: DataConfig, tokenizer: Tokenizer) -> str:
   """A name for all that decides the tokens: files, tokenizer, template, options."""
   digest = hashlib.sha256()
 
@@ -152,16 +152,16 @@ class _Tally:
   counted together.
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.counts: dict[str, int] = {}
     self.places: dict[str, list[tuple[int, int]]] = {}
     self._file = self._first = 0
 
-  def at(self, file: int, first: int):
+  def at(self, file: int, first: int) -> None:
     """Rows that are added from here on are counted from row `first` of a file."""
     self._file, self._first = file, first
 
-  def add(self, reason: str, row: int):
+  def add(self, reason: str, row: int) -> None:
     if reason not in self.counts and len(self.counts) >= _REASONS:
       reason = "other reasons"
     self.counts[reason] = self.counts.get(reason, 0) + 1

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,7 @@ class Comparison:
 
 
 def compare_with_ar(
-  model: Model, prompts: Sequence, *, strict: bool = False, trace: bool = False, **options
+  model: Model, prompts: Sequence, *, strict: bool = False, trace: bool = False, **options: Any
 ) -> Comparison:
   """Decodes prompts in blocks and one token a pass, and says where the answers part.
 
@@ -86,10 +87,11 @@ def compare_with_ar(
   if options.get("stream"):
     raise UserError("Answers cannot be compared as a stream; leave stream out.")
   answers = generate(model, prompts, trace=trace, **options)
-  ar = generate(model, answers.prompts, **(options | {"mode": "ar"}))
+  options["mode"] = "ar"
+  ar = generate(model, answers.prompts, **options)
   rows = [
-    _difference(model, prompt, *both)
-    for prompt, *both in zip(answers.prompts, answers.tokens, ar.tokens, strict=True)
+    _difference(model, prompt, tokens, ar_tokens)
+    for prompt, tokens, ar_tokens in zip(answers.prompts, answers.tokens, ar.tokens, strict=True)
   ]
   comparison = Comparison(rows, answers, ar)
   if strict and not comparison.equal:
@@ -109,7 +111,7 @@ def _difference(model, prompt, tokens, ar_tokens) -> Difference:
   offset = next((i for i, (a, b) in enumerate(pairs) if a != b), shared)
   text = [*prompt, *tokens[:offset]]
   ids = np.zeros((1, compile_cache.bucket(len(text), _SMALLEST_BUCKET)), np.int32)
-  ids[0, : len(text)] = text  # what is behind does not reach the last token
+  ids[0, : len(text)] = text  # a causal model: what follows does not reach the last token
   logits = np.asarray(_logits_at(model.params, ids, len(text) - 1, model.config))
   if not np.isfinite(logits).all():
     raise UserError(
@@ -119,7 +121,8 @@ def _difference(model, prompt, tokens, ar_tokens) -> Difference:
   second, best = np.sort(logits)[-2:]
   return Difference(
     offset,
-    *(answer[offset] if offset < len(answer) else None for answer in (tokens, ar_tokens)),
+    tokens[offset] if offset < len(tokens) else None,
+    ar_tokens[offset] if offset < len(ar_tokens) else None,
     float(best - second),
   )
 

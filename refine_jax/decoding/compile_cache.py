@@ -2,6 +2,8 @@
 
 import collections
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -10,19 +12,25 @@ MOST_PROGRAMS = 64
 _PROGRAMS: collections.OrderedDict = collections.OrderedDict()  # the one used last at the end
 
 
-def compiled(function, arguments, options=None, **static):
+def compiled(
+  function: Any, arguments: tuple, options: dict | None = None, **static: Any
+) -> tuple[Any, float]:
   """The executable for these shapes and devices, and the seconds that making it took.
 
   Args:
-    arguments: arrays; there are hundreds, and this looks at each one in every call.
-    options: XLA's, a function of these shapes.
+    function: jitted.
+    arguments: a tuple of trees of arrays. Every call looks at every array, which takes time where
+      there are hundreds.
+    options: compiler options of XLA; equal shapes must come with equal ones.
+    static: static arguments of the function.
   """
   leaves, structure = jax.tree.flatten(arguments)
   shapes = tuple((x.shape, x.dtype) for x in leaves)
   # numpy's arrays have none, and go where the program wants them.
   shardings = frozenset(x.sharding for x in leaves if hasattr(x, "sharding"))
   # What jax.config may change between two calls.
-  context = (jax.config.jax_default_matmul_precision, jax.config.jax_default_device)
+  config: Any = jax.config
+  context = (config.jax_default_matmul_precision, config.jax_default_device)
   key = (function, structure, shapes, shardings, context, tuple(static.items()))
   if key in _PROGRAMS:
     _PROGRAMS.move_to_end(key)
@@ -35,7 +43,8 @@ def compiled(function, arguments, options=None, **static):
   return program, time.perf_counter() - start
 
 
-def timed(function, *arguments):
+def timed(function: Callable, *arguments: Any) -> tuple[Any, float]:
+  """The function's result, computed, and the seconds that it took."""
   start = time.perf_counter()
   result = jax.block_until_ready(function(*arguments))
   return result, time.perf_counter() - start

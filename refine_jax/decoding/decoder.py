@@ -1,13 +1,15 @@
 """One call's rows on their way through the sampler's programs."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from refine_jax.decoding import compile_cache, sampler, sampling
+from refine_jax.decoding.loading import Model
 from refine_jax.decoding.options import check_options, default_block_size, default_draft
 from refine_jax.decoding.prompts import prompt_ids
 from refine_jax.decoding.result import Generation, Pass, Trace, token_texts
@@ -25,27 +27,27 @@ class Decoder:
 
   def __init__(
     self,
-    model,
-    prompts,
+    model: Model,
+    prompts: Sequence,
     *,
-    mode,
-    block_size,
-    max_new_tokens,
-    draft,
-    refine_iter,
-    tau,
-    temperature,
-    top_k,
-    top_p,
-    seed,
-    first_row,
-    noise_token,
-    eos_token_id,
-    stop,
-    chat_template,
-    trace,
-    follow,
-  ):
+    mode: str,
+    block_size: int | None,
+    max_new_tokens: int,
+    draft: str | None,
+    refine_iter: int,
+    tau: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    first_row: int,
+    noise_token: int | None,
+    eos_token_id: int | Sequence[int] | None,
+    stop: str | Sequence[str],
+    chat_template: str,
+    trace: bool,
+    follow: bool,
+  ) -> None:
     """Options as in `generation.generate`; the prompts' pass is run here.
 
     Args:
@@ -67,15 +69,17 @@ class Decoder:
       stop=stop,
     )
     self.model = model
-    eos = model.eos_token_ids if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
+    eos: Sequence[int] = (
+      model.eos_token_ids if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
+    )
     trained = model.refinement
     random_noise = noise_token is None and trained is not None and trained.random_noise
-    if noise_token is None:
-      noise_token = trained.noise_token if trained else eos[0] if eos else 0
+    default_noise = trained.noise_token if trained else eos[0] if eos else 0
+    noise_id = default_noise if noise_token is None else noise_token
     if block_size is None:
       block_size = default_block_size(trained, mode, draft, len(prompts))
     stops, stop_ids = _stops(model, stop)
-    for what, ids in (("noise_token", [noise_token]), ("eos_token_id", eos), ("stop", stop_ids)):
+    for what, ids in (("noise_token", [noise_id]), ("eos_token_id", eos), ("stop", stop_ids)):
       check_ids(ids, model.config.vocab_size, what, model.tokenizer)
     rows = compile_cache.bucket(len(prompts), 1)
     self.settings = Settings(
@@ -87,7 +91,7 @@ class Decoder:
       temperature=temperature,
       top_k=top_k,
       top_p=top_p,
-      noise_token=int(noise_token),
+      noise_token=int(noise_id),
       random_noise=random_noise,
       eos_ids=(*map(int, eos), *stop_ids),
       engine=model.cache_engine,
@@ -99,15 +103,15 @@ class Decoder:
     ]
     self.max_new_tokens, self.seed, self.first_row = max_new_tokens, seed, first_row
     self.compile_seconds = self.decode_seconds = self.prefill_seconds = 0.0
-    self._programs = {}
+    self._programs: dict[Any, Any] = {}
     # Text as it comes, where something looks at it before the end.
-    self.answers = None
+    self.answers: list[detokenize.GrowingAnswer] | None = None
     if stops or follow:
       self.answers = [detokenize.GrowingAnswer(model.tokenizer, stops) for _ in self.prompts]
-    self.trace = [[] for _ in self.prompts] if trace else None
+    self.trace: list[list[Pass]] | None = [[] for _ in self.prompts] if trace else None
     # One token a pass needs no drafts, and so no adapter.
     self.params = model.base_decoding_params if mode == "ar" else model.decoding_params
-    self.state = self._prefill(rows) if self.prompts else None
+    self.state: sampler.State | None = self._prefill(rows) if self.prompts else None
 
   def _prefill(self, rows: int) -> sampler.State:
     longest = max(map(len, self.prompts))
@@ -138,7 +142,8 @@ class Decoder:
       random_noise=self.settings.random_noise,
     )
     state, self.prefill_seconds = compile_cache.timed(run, *arguments)
-    return sampler.begin(*state, lengths, limits, done, seeds, self.settings)
+    tokens, caches = state
+    return sampler.begin(tokens, caches, lengths, limits, done, seeds, self.settings)
 
   def step(self, passes: int) -> bool:
     """Runs up to `passes` passes; whether all rows are done."""
@@ -156,20 +161,26 @@ class Decoder:
       self._follow()
     return self._finished()
 
+  @property
+  def _rows(self) -> sampler.State:
+    """The state of a call that has prompts."""
+    assert self.state is not None
+    return self.state
+
   def _finished(self) -> bool:
     # numpy's all, given an array of jax, would run a program on the device.
-    return bool(np.asarray(self.state.done).all())
+    return bool(np.asarray(self._rows.done).all())
 
   def _on_host(self) -> sampler.State:
     """The state without its caches, fetched in one go."""
-    return jax.device_get(self.state._replace(caches=[]))
+    return jax.device_get(self._rows._replace(caches=[]))
 
-  def _run(self, function, *more):
+  def _run(self, function: Callable, *more: Any) -> Any:
     """What the program gives; the state in it becomes ours."""
     arguments = (self.params, self.state, *more)
     # Shapes stay as they are, and looking up those of all parameters takes as long as a pass.
     if function not in self._programs:
-      tokens = len(self.state.done) * self.settings.tokens
+      tokens = len(self._rows.done) * self.settings.tokens
       options = sampler.compiler_options(tokens)
       self._programs[function], seconds = compile_cache.compiled(function, arguments, options)
       self.compile_seconds += seconds
@@ -182,6 +193,7 @@ class Decoder:
     return result
 
   def _traced_pass(self):
+    assert self.trace is not None
     one_pass = sampler.programs(self.model.config, self.settings)[1]
     # Copies, because the state's own buffers are given away to the program.
     before = jax.tree.map(np.array, self._on_host())
@@ -203,10 +215,10 @@ class Decoder:
     """Lets the answers grow, and ends rows with a stop string."""
     state = self._on_host()
     done = np.array(state.done)
-    for row, (answer, tokens) in enumerate(zip(self.answers, self._new(state), strict=True)):
+    for row, (answer, tokens) in enumerate(zip(self.answers or (), self._new(state), strict=True)):
       answer.extend(tokens[len(answer.tokens) :], bool(done[row]))
       done[row] |= answer.stopped
-    self.state = self.state._replace(done=jnp.asarray(done))
+    self.state = self._rows._replace(done=jnp.asarray(done))
 
   def _new(self, state: sampler.State) -> list[list[int]]:
     """The rows' committed tokens.
@@ -236,7 +248,9 @@ class Decoder:
     state = self._on_host()
     tokens = self._new(state)
     stopped = [bool(row and row[-1] in self.settings.eos_ids) for row in tokens]
-    texts = self.model.tokenizer and [detokenize.decode(self.model.tokenizer, t) for t in tokens]
+    texts: Any = self.model.tokenizer and [
+      detokenize.decode(self.model.tokenizer, t) for t in tokens
+    ]
     for row, answer in enumerate(self.answers or ()):
       if answer.stopped:
         tokens[row], texts[row], stopped[row] = answer.tokens, answer.text, True

@@ -1,18 +1,36 @@
-"""What users call: `generate` for texts or token ids, `iterative_generate` for arrays."""
+"""What users call: `generate` and `stream` for texts or ids, `iterative_generate` for arrays."""
 
 import inspect
 import numbers
 from collections.abc import Iterator, Sequence
+from typing import Literal, Unpack, overload
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from refine_jax.decoding.decoder import Decoder
 from refine_jax.decoding.loading import Model
-from refine_jax.decoding.options import check_options, require
+from refine_jax.decoding.options import Options, check_options, require
 from refine_jax.decoding.result import Generation
 from refine_jax.errors import UserError
 
 _PASSES_BETWEEN_STOPS = 8
+
+
+@overload
+def generate(
+  model: Model,
+  prompts: Sequence,
+  *,
+  stream: Literal[False] = False,
+  **options: Unpack[Options],
+) -> Generation: ...
+
+
+@overload
+def generate(
+  model: Model, prompts: Sequence, *, stream: Literal[True] | int, **options: Unpack[Options]
+) -> "Stream": ...
 
 
 def generate(
@@ -59,7 +77,7 @@ def generate(
     chat_template: for tokenizers without one.
     trace: keep what each pass predicted, to be shown. A pass then is a call of its own, which
       takes longer; the tokens are the same.
-    stream: give the text as it is committed, after every pass, or after every so many.
+    stream: what `stream` does: True for a piece after every pass, or after how many.
 
   Returns:
     a Generation; with `stream` a Stream, which is iterated over.
@@ -100,6 +118,26 @@ def generate(
   return decoder.result()
 
 
+def stream(
+  model: Model, prompts: Sequence, *, passes: int = 1, **options: Unpack[Options]
+) -> "Stream":
+  """Decodes as `generate` does, and gives the text as it is committed.
+
+  Args:
+    passes: how many passes make a piece.
+    options: those of `generate`.
+
+  Returns:
+    an iterator over lists with every prompt's newly committed text.
+
+  Raises:
+    UserError: as in `generate`; a model without a tokenizer.
+  """
+  good = isinstance(passes, numbers.Integral) and passes >= 1
+  require("passes", passes, good, "a whole number of at least 1")
+  return generate(model, prompts, stream=int(passes), **options)
+
+
 # Of the options that `options.check_options` can check before there is a model.
 DEFAULTS = {
   name: inspect.signature(generate).parameters[name].default
@@ -108,12 +146,12 @@ DEFAULTS = {
 
 
 class Stream:
-  """Answers on their way: each turn gives a list with every prompt's newly committed text.
+  """Answers on their way: an iterator over lists with every prompt's newly committed text.
 
   Joined, a row's pieces are its text.
   """
 
-  def __init__(self, decoder: Decoder, passes: int):
+  def __init__(self, decoder: Decoder, passes: int) -> None:
     self._decoder = decoder
     self._pieces = self._run(passes)
 
@@ -129,7 +167,7 @@ class Stream:
     return self._decoder.result()
 
   def _run(self, passes) -> Iterator[list[str]]:
-    answers = self._decoder.answers
+    answers = self._decoder.answers or []
     shown = [0] * len(answers)
     finished = False
     while not finished:
@@ -141,13 +179,13 @@ class Stream:
 
 def iterative_generate(
   model: Model,
-  input_ids,
+  input_ids: ArrayLike,
   eos_token_id: int | None = None,
   pad_token_id: int | None = None,
   max_new_tokens: int = 512,
   add_eos_length: int = 127,
   refine_iter: int = 2,
-):
+) -> np.ndarray:
   """The document's sampler: append add_eos_length EOS, refine, commit the block, go on.
 
   Args:

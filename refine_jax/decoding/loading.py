@@ -7,10 +7,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from refine_jax import files
 from refine_jax.attention import cached, packed
-from refine_jax.batch import Batch
+from refine_jax.batch import Array, Batch
 from refine_jax.decoding import sources
 from refine_jax.errors import UserError
 from refine_jax.hf import weights as hf_weights
@@ -18,7 +20,7 @@ from refine_jax.hf.generation_config import Refinement, read_generation_config
 from refine_jax.hf.peft import LoadedAdapter
 from refine_jax.model import adapters, layout, transformer
 from refine_jax.model.transformer import ModelConfig
-from refine_jax.text.tokenizer import load_tokenizer
+from refine_jax.text.tokenizer import Tokenizer, load_tokenizer
 from refine_jax.text.vocabulary import check_ids
 
 
@@ -39,14 +41,14 @@ class Model:
 
   config: ModelConfig
   params: dict
-  tokenizer: object | None
+  tokenizer: Tokenizer | None
   eos_token_ids: tuple[int, ...]
   pad_token_id: int | None
   directory: Path
   refinement: Refinement | None = None
   adapter: LoadedAdapter | None = None
 
-  def __call__(self, ids, segment_ids=None):
+  def __call__(self, ids: Array, segment_ids: Array | None = None) -> jax.Array:
     """Logits of whole sequences: float32 [B, T, V]. A gated adapter has no part in them.
 
     Args:
@@ -54,7 +56,7 @@ class Model:
       segment_ids: int [B, T], contiguous from 1 (0: padding); positions start anew in each and
         attention does not cross. Default: one segment a row.
     """
-    if not isinstance(ids, jax.core.Tracer):
+    if not isinstance(ids, Tracer):
       check_ids(np.asarray(ids), self.config.vocab_size, "ids", self.tokenizer)
     ids = jnp.asarray(ids, jnp.int32)
     segment_ids = jnp.ones_like(ids) if segment_ids is None else jnp.asarray(segment_ids)
@@ -84,7 +86,7 @@ class Model:
     one = len(leaf.sharding.device_set) == 1
     return cached.choose_engine(self.config, leaf.dtype) if one else "xla"
 
-  def require_tokenizer(self):
+  def require_tokenizer(self) -> Tokenizer:
     """The tokenizer.
 
     Raises:
@@ -97,7 +99,9 @@ class Model:
     return self.tokenizer
 
 
-def hidden_states(params, config: ModelConfig, ids_BT, segment_ids_BT):
+def hidden_states(
+  params: dict, config: ModelConfig, ids_BT: jax.Array, segment_ids_BT: jax.Array
+) -> jax.Array:
   """Of whole sequences, segments as in Model.__call__: [B, T, D] in the layers' dtype."""
   batch = Batch(ids_BT, packed.segment_positions(segment_ids_BT), segment_ids_BT)
   dtype = jax.tree.leaves(params["layers"])[0].dtype
@@ -109,7 +113,7 @@ def _logits(params, ids_BT, segment_ids_BT, config):
   return transformer.logits(params, hidden_states(params, config, ids_BT, segment_ids_BT))
 
 
-def load(name, *, dtype=None, step: int | None = None) -> Model:
+def load(name: str | Path, *, dtype: DTypeLike | None = None, step: int | None = None) -> Model:
   """Loads a Hugging Face directory, a hub name, a PEFT LoRA directory, or the workdir of a run.
 
   A LoRA adapter is merged into its base; a gated one stays beside it (docs/adapters.md).

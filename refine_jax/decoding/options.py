@@ -1,12 +1,15 @@
 """Which options a call may give, and what stands for those that it does not."""
 
 import numbers
+from collections.abc import Sequence
+from typing import TypedDict
 
 import numpy as np
 
 from refine_jax.decoding.drafts import KINDS
 from refine_jax.decoding.settings import DRAFTS, MODES
 from refine_jax.errors import UserError
+from refine_jax.hf.generation_config import Refinement
 
 _SMALLEST_BUCKET = 16
 
@@ -18,14 +21,35 @@ _BLOCK_SIZE = 8
 _ROOM, _LEAST_BLOCK = 2048, 4
 
 
-def default_draft(trained, mode) -> str:
+class Options(TypedDict, total=False):
+  """The options of `generation.generate`, which says what they mean, but for `stream`."""
+
+  mode: str
+  block_size: int | None
+  max_new_tokens: int
+  draft: str | None
+  refine_iter: int
+  tau: float
+  temperature: float
+  top_k: int
+  top_p: float
+  seed: int
+  first_row: int
+  noise_token: int | None
+  eos_token_id: int | Sequence[int] | None
+  stop: Sequence[str]
+  chat_template: str
+  trace: bool
+
+
+def default_draft(trained: Refinement | None, mode: str) -> str:
   """The default: what suits the mode, and what the model was trained for."""
   if mode == "fixed":
     return "noise"
   return "branches" if trained and trained.block_size else "tail"
 
 
-def default_block_size(trained, mode, draft, rows) -> int:
+def default_block_size(trained: Refinement | None, mode: str, draft: str | None, rows: int) -> int:
   """The default: that of the training; in exact, whose text it does not change, what has room."""
   if not (trained and trained.block_size):
     return _BLOCK_SIZE
@@ -40,19 +64,19 @@ def default_block_size(trained, mode, draft, rows) -> int:
 
 def check_options(
   *,
-  mode,
-  block_size,
-  max_new_tokens,
-  draft,
-  refine_iter,
-  tau,
-  temperature,
-  top_k,
-  top_p,
-  seed,
-  stop,
-  first_row=0,
-):
+  mode: str,
+  block_size: int | None,
+  max_new_tokens: int,
+  draft: str | None,
+  refine_iter: int,
+  tau: float,
+  temperature: float,
+  top_k: int,
+  top_p: float,
+  seed: int,
+  stop: str | Sequence[str],
+  first_row: int = 0,
+) -> None:
   """What can be told of options before there is a model.
 
   Raises:
@@ -83,7 +107,7 @@ def check_options(
     raise UserError("A stop string is empty; it would end every answer at once.")
 
 
-def require(name, value, good, what):
+def require(name: str, value: object, good: bool, what: str) -> None:
   """Raises UserError, which names the option and says what it must be, unless it is good."""
   if not good:
     raise UserError(f"{name}={value!r} cannot be; it must be {what}.")

@@ -2,17 +2,19 @@
 
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from refine_jax.decoding.loading import Model
 from refine_jax.errors import UserError
 from refine_jax.text.chat import encode_prompt
 from refine_jax.text.reason import cut
 from refine_jax.text.vocabulary import check_ids
 
 
-def prompt_ids(model, prompt, chat_template: str, name: str) -> list[int]:
+def prompt_ids(model: Model, prompt: Any, chat_template: str, name: str) -> list[int]:
   """Returns the ids of one prompt, which fit the model.
 
   Args:
@@ -42,7 +44,7 @@ def prompt_ids(model, prompt, chat_template: str, name: str) -> list[int]:
 
 
 def refusals(
-  model, prompts: Sequence, chat_template: str = "", name: str = "The prompt"
+  model: Model, prompts: Sequence, chat_template: str = "", name: str = "The prompt"
 ) -> dict[int, str]:
   """Finds the prompts that cannot be answered: index -> why not, in one line.
 

@@ -2,8 +2,11 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
+from typing import Any
 
 from refine_jax.decoding import trace_html
+from refine_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Generation:
     return trace_html.fragment(self)
 
 
-def token_texts(tokenizer, ids) -> dict[int, str]:
+def token_texts(tokenizer: Tokenizer | None, ids: Iterable[int]) -> dict[int, str]:
   """Each id's text, with the space that tokenizers drop at the start of a text."""
   if tokenizer is None:
     return {i: f" {i}" for i in ids}
@@ -101,18 +104,18 @@ def token_texts(tokenizer, ids) -> dict[int, str]:
 
 def joined(parts: list[Generation]) -> Generation:
   """One Generation of several, their answers in order and their numbers together."""
-  lists = {
+  lists: dict[str, Any] = {
     name: [entry for part in parts for entry in getattr(part, name)]
     for name in ("prompts", "tokens", "passes", "stopped")
   }
-  seconds = {
+  seconds: dict[str, Any] = {
     f"{what}_seconds": sum(getattr(part, f"{what}_seconds") for part in parts)
     for what in ("prefill", "decode", "compile")
   }
-  texts = [part.texts for part in parts]
-  traces = [part.trace for part in parts]
+  texts = [part.texts for part in parts if part.texts is not None]
+  traces = [part.trace for part in parts if part.trace is not None]
   trace = None
-  if None not in traces:
+  if len(traces) == len(parts):
     trace = Trace(
       [row for t in traces for row in t.rows],
       [prompt for t in traces for prompt in t.prompts],
@@ -125,7 +128,7 @@ def joined(parts: list[Generation]) -> Generation:
     for shares in itertools.zip_longest(*(part.accepted for part in parts), fillvalue=0.0)
   ]
   return Generation(
-    texts=None if None in texts else [text for some in texts for text in some],
+    texts=[text for some in texts for text in some] if len(texts) == len(parts) else None,
     accepted=accepted,
     trace=trace,
     **lists,

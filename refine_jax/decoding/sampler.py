@@ -1,11 +1,11 @@
 """Block decoding with a KV cache: the jitted engine under `generation.generate`.
 
-A row is a buffer of tokens of which the first `length` are committed; behind them lie drafts. One
+A row is a buffer of tokens of which the first `length` are committed; drafts follow them. One
 pass runs the model over a window of the buffer and predicts the tokens at length, length + 1, ..;
 a mode says how many of them to commit. The window starts at the first token whose keys and values
 are not in the cache (or at the last committed one), so a pass overwrites the cache rows of its
 drafts, and a commit only moves a counter. The first drafts are those of the prompt's own pass, made
-from noise tokens behind it.
+from noise tokens after it.
 
 A causal model's own greedy text is the only fixed point of this: a draft that equals the
 prediction made from the tokens before it, all of them committed or verified likewise, is right.
@@ -17,6 +17,7 @@ overwritten before a committed token could see it.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ import numpy as np
 
 from refine_jax.attention import cached
 from refine_jax.attention.cached import slice_rows, write_rows
-from refine_jax.batch import Batch
+from refine_jax.batch import Array, Batch
 from refine_jax.decoding import compile_cache, drafts, sampling
 from refine_jax.decoding.settings import Settings
 from refine_jax.model import adapters, transformer
@@ -54,22 +55,22 @@ class State(NamedTuple):
     seeds: uint32 [B], for sampling.
   """
 
-  tokens: jax.Array
-  length: jax.Array
-  cached: jax.Array
-  drafted: jax.Array
-  limit: jax.Array
-  done: jax.Array
-  turn: jax.Array
-  passes: jax.Array
-  accepted: jax.Array
-  refine_iter: jax.Array
-  tau: jax.Array
-  inverse_temperature: jax.Array
-  top_k: jax.Array
-  top_p: jax.Array
+  tokens: Array
+  length: Array
+  cached: Array
+  drafted: Array
+  limit: Array
+  done: Array
+  turn: Array
+  passes: Array
+  accepted: Array
+  refine_iter: Array
+  tau: Array
+  inverse_temperature: Array
+  top_k: Array
+  top_p: Array
   caches: list
-  seeds: jax.Array
+  seeds: Array
 
 
 class Seen(NamedTuple):
@@ -87,21 +88,21 @@ class Seen(NamedTuple):
 
 
 def prefill(
-  params,
-  prompts_BP,
-  lengths,
-  noise_token,
+  params: dict,
+  prompts_BP: Array,
+  lengths: Array,
+  noise_token: Array,
   *,
-  config,
-  size,
-  ahead=0,
-  engine="xla",
-  random_noise=False,
+  config: ModelConfig,
+  size: int,
+  ahead: int = 0,
+  engine: str = "xla",
+  random_noise: bool = False,
 ) -> tuple:
   """The prompts, int32 [B, P] padded on the right, in buffers of `size`: (tokens, caches).
 
   Args:
-    ahead: this many greedy drafts behind each prompt, made from noise tokens there; 0: none, noise
+    ahead: this many greedy drafts after each prompt, made from noise tokens there; 0: none, noise
       tokens are left in their place.
     random_noise: as in Settings.
   """
@@ -124,7 +125,15 @@ def prefill(
   return tokens, caches
 
 
-def begin(tokens, caches, lengths, limits, done, seeds, settings: Settings) -> State:
+def begin(
+  tokens: jax.Array,
+  caches: list,
+  lengths: np.ndarray,
+  limits: np.ndarray,
+  done: np.ndarray,
+  seeds: np.ndarray,
+  settings: Settings,
+) -> State:
   """The state after `prefill`."""
 
   def each(value, dtype):
@@ -152,7 +161,9 @@ def begin(tokens, caches, lengths, limits, done, seeds, settings: Settings) -> S
   )
 
 
-def decode(params, state: State, max_passes, *, config: ModelConfig, settings: Settings) -> State:
+def decode(
+  params: dict, state: State, max_passes: jax.Array, *, config: ModelConfig, settings: Settings
+) -> State:
   """Passes until every row is done, at most `max_passes` of them."""
 
   def unfinished(carry):
@@ -161,14 +172,14 @@ def decode(params, state: State, max_passes, *, config: ModelConfig, settings: S
 
   def body(carry):
     count, state = carry
-    # What the pass saw is dropped here, and XLA leaves out what only it would need.
+    # Without its second result, what computes only that is removed by XLA.
     return count + 1, one_pass(params, state, config=config, settings=settings)[0]
 
   return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
 
 
 def one_pass(
-  params, state: State, *, config: ModelConfig, settings: Settings
+  params: dict, state: State, *, config: ModelConfig, settings: Settings
 ) -> tuple[State, Seen]:
   """One forward pass over each row's window, and what the mode commits of it."""
   start = jnp.minimum(state.cached, state.length - 1)
@@ -282,7 +293,7 @@ def _programs(config, settings):
 
 
 @functools.lru_cache(compile_cache.MOST_PROGRAMS)
-def prefill_program(config: ModelConfig):
+def prefill_program(config: ModelConfig) -> Callable:
   """The jitted `prefill`, whose options are static."""
   return jax.jit(
     functools.partial(prefill, config=config),

@@ -1,16 +1,24 @@
 """From logits to tokens: greedy, or a sample of what temperature, top-k and top-p leave."""
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
 from refine_jax.batch import Batch
 from refine_jax.decoding.compile_cache import bucket
+from refine_jax.decoding.settings import Settings
+
+if TYPE_CHECKING:
+  from refine_jax.decoding.sampler import State
 
 # In the place of a token where the model says nothing: a logit is NaN, or the best is infinite.
 NOT_FINITE = -1
 
 
-def choose(logits, positions_BN, state, settings):
+def choose(
+  logits: jax.Array, positions_BN: jax.Array, state: "State", settings: Settings
+) -> tuple[jax.Array, jax.Array]:
   """A token for each place, and its probability.
 
   Args:

@@ -5,9 +5,13 @@ No scripts and nothing from elsewhere: a page can be kept, mailed and opened off
 
 import html
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from refine_jax import files
 from refine_jax.errors import UserError
+
+if TYPE_CHECKING:
+  from refine_jax.decoding.result import Generation
 
 _CONTEXT = 12  # committed tokens shown before the block
 _STATES = {
@@ -67,7 +71,7 @@ html[theme=dark] .refine-jax, body[data-jp-theme-light=false] .refine-jax, .vsco
 )
 
 
-def fragment(generation) -> str:
+def fragment(generation: "Generation") -> str:
   """HTML to put into a page or a notebook: the passes where they were traced, or the answers."""
   rows = range(len(generation.tokens))
   trace = generation.trace
@@ -87,7 +91,7 @@ def fragment(generation) -> str:
   )
 
 
-def page(generation, title: str = "Refinement") -> str:
+def page(generation: "Generation", title: str = "Refinement") -> str:
   """A whole document."""
   return (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -97,7 +101,7 @@ def page(generation, title: str = "Refinement") -> str:
   )
 
 
-def refuse_existing(path) -> Path:
+def refuse_existing(path: str | Path) -> Path:
   """The path, in a directory that is made where it is missing.
 
   Raises:
@@ -111,7 +115,7 @@ def refuse_existing(path) -> Path:
   return path
 
 
-def write(generation, path, title: str = "Refinement"):
+def write(generation: "Generation", path: str | Path, title: str = "Refinement") -> None:
   """Writes `page` as a new file.
 
   Raises:

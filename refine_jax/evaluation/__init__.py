@@ -1,1 +1,1 @@
-"""Accuracy beside tokens a pass, and EleutherAI's harness."""
+"""Accuracy against tokens per pass, and EleutherAI's harness."""

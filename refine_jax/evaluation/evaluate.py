@@ -14,10 +14,11 @@ import argparse
 import collections
 import sys
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from refine_jax.cli import entry_point, whole_number
 from refine_jax.decoding import generation, loading
+from refine_jax.decoding.loading import Model
 from refine_jax.decoding.options import check_options
 from refine_jax.decoding.prompts import refusals
 from refine_jax.decoding.settings import DRAFTS, MODES
@@ -86,14 +87,14 @@ def _sizes(text: str) -> list[int]:
 
 
 def evaluate(
-  model,
+  model: Model,
   rows: list[dict],
   score: scoring.Scorer,
   *,
   batch_size: int,
   prompt_key: str = "prompt",
   refused: Mapping[int, str] = {},
-  **options,
+  **options: Any,
 ) -> tuple[dict, list[dict]]:
   """Answers and scores all rows with one setting of `generation.generate`.
 
@@ -117,15 +118,16 @@ def evaluate(
     prompts = [rows[i][prompt_key] for i in filled]
     out = generation.generate(model, prompts, first_row=start, **options)
     seconds += out.prefill_seconds + out.decode_seconds
+    texts = out.texts or [""] * len(filled)
     for place, i in enumerate(batch):
       outcomes[i] |= {
-        "text": out.texts[place],
+        "text": texts[place],
         "stopped": out.stopped[place],
         "tokens": len(out.tokens[place]),
         "passes": out.passes[place],
       }
       try:
-        outcomes[i]["solved"] = score(out.texts[place], rows[i])
+        outcomes[i]["solved"] = score(texts[place], rows[i])
       except scoring.Unscorable as error:
         outcomes[i]["reason"] = str(error)
   return _numbers(outcomes, len(answered), seconds), outcomes
@@ -173,7 +175,7 @@ def read_rows(path: str, limit: int, option: str) -> list[dict]:
 
 
 def unanswerable(
-  model, problems: reading.Rows, prompt_key: str, chat_template: str = ""
+  model: Model, problems: reading.Rows, prompt_key: str, chat_template: str = ""
 ) -> dict[int, str]:
   """Index -> why the row cannot be answered or scored; the rows are named on standard error.
 
@@ -199,7 +201,7 @@ def unanswerable(
 
 def parse() -> argparse.Namespace:
   """The command line; what can be said of a value by itself is checked."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
   add = parser.add_argument
   add("--model", required=True, help="Hugging Face directory, hub name or workdir")
   add("--data", required=True, help="parquet or JSON lines with prompt and answer")
@@ -220,7 +222,7 @@ def parse() -> argparse.Namespace:
 
 
 @entry_point
-def main():
+def main() -> None:
   arguments = parse()
   chosen = settings(arguments.modes, arguments.block_sizes)
   problems = reading.read(

@@ -25,7 +25,7 @@ _BACKENDS = {"cuda": "gpu", "gpu": "gpu", "cpu": "cpu", "tpu": "tpu"}
 _log = logging.getLogger(__name__)
 
 
-def check_model_args(pretrained: object, device: object, options: dict):
+def check_model_args(pretrained: object, device: object, options: dict) -> None:
   """Refuses what RefineLM cannot honour, before it loads a model.
 
   Raises:

@@ -11,6 +11,7 @@ package: pip install -e '.[eval]'.
 import functools
 import logging
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from tqdm import tqdm
 try:
   from lm_eval import utils
   from lm_eval.__main__ import HarnessCLI, cli_evaluate
+  from lm_eval.api.instance import Instance
   from lm_eval.api.model import TemplateLM
   from lm_eval.api.registry import register_model
 except ImportError:
@@ -60,19 +62,20 @@ class RefineLM(TemplateLM):
 
   def __init__(
     self,
-    pretrained=None,
-    batch_size=harness_options.BATCH_SIZE,
-    max_gen_toks=256,
-    dtype=None,
-    device=None,
-    max_batch_size=None,
-    **options,
-  ):
+    pretrained: str | None = None,
+    batch_size: int | str = harness_options.BATCH_SIZE,
+    max_gen_toks: int | str = 256,
+    dtype: str | None = None,
+    device: str | None = None,
+    max_batch_size: int | str | None = None,
+    **options: Any,
+  ) -> None:
     super().__init__()
     harness_options.check_model_args(pretrained, device, options)
     self.batch_size = harness_options.read_batch_size(batch_size, max_batch_size)
     self.max_gen_toks = harness_options.whole("max_gen_toks", max_gen_toks)
     self.options = options
+    assert pretrained is not None  # checked above
     self.model = loading.load(pretrained, dtype=dtype)
     self.tokenizer = self.model.require_tokenizer()
     self._prefix = _prefix(self.tokenizer)
@@ -91,7 +94,9 @@ class RefineLM(TemplateLM):
   def tokenizer_name(self) -> str:
     return self.tokenizer.name_or_path.replace("/", "__")
 
-  def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
+  def apply_chat_template(
+    self, chat_history: list[dict], add_generation_prompt: bool = True
+  ) -> str:
     return template.render(
       self.tokenizer,
       chat_history,
@@ -99,7 +104,9 @@ class RefineLM(TemplateLM):
       continue_final_message=not add_generation_prompt,
     )
 
-  def tok_encode(self, string, add_special_tokens=None, **kwargs) -> list[int]:
+  def tok_encode(
+    self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+  ) -> list[int]:
     bos = self.tokenizer.bos_token
     if add_special_tokens is None:  # a chat template has put it there already
       add_special_tokens = not (bos and string.startswith(bos))
@@ -112,7 +119,7 @@ class RefineLM(TemplateLM):
       check_ids(
         [*context, *answer], self.model.config.vocab_size, f"Request {number}", self.tokenizer
       )
-    results = [None] * len(requests)
+    results: list[Any] = [None] * len(requests)
     # Longest first: requests of one length share a batch, and too little memory shows at once.
     order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i][1:])))
     for part in tqdm(_chunks(order, self.batch_size), disable=disable_tqdm):
@@ -142,7 +149,9 @@ class RefineLM(TemplateLM):
       for b in range(len(pairs))
     ]
 
-  def loglikelihood_rolling(self, requests, disable_tqdm=False):
+  def loglikelihood_rolling(
+    self, requests: list[Instance], disable_tqdm: bool = False
+  ) -> list[float]:
     """Log-probabilities of whole texts, in disjoint windows of the model's length."""
     results = []
     for request in tqdm(requests, disable=disable_tqdm):
@@ -158,25 +167,25 @@ class RefineLM(TemplateLM):
       results.append(total)
     return results
 
-  def generate_until(self, requests, disable_tqdm=False):
+  def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
     """Answers up to the task's stop strings; requests of one kind go in batches."""
-    results = [None] * len(requests)
+    results: list[Any] = [None] * len(requests)
     groups: dict = {}
-    for i, request in enumerate(requests):
-      groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
+    arguments: list[Any] = [request.args for request in requests]
+    for i, (_, wanted) in enumerate(arguments):
+      groups.setdefault(repr(sorted(wanted.items())), []).append(i)
     # All of them before any model call: what is refused is refused at the start.
     options = {
-      kind: self.options
-      | harness_options.read_gen_kwargs(requests[i[0]].args[1], self.max_gen_toks)
+      kind: self.options | harness_options.read_gen_kwargs(arguments[i[0]][1], self.max_gen_toks)
       for kind, i in groups.items()
     }
     with tqdm(total=len(requests), disable=disable_tqdm) as bar:
       for kind, indices in groups.items():
         for part in _chunks(indices, self.batch_size):
-          contexts = [requests[i].args[0] for i in part]
+          contexts = [arguments[i][0] for i in part]
           answers = self._answers(contexts, options[kind] | {"first_row": part[0]})
           for i, text in zip(part, answers, strict=True):
-            self.cache_hook.add_partial("generate_until", requests[i].args, text)
+            self.cache_hook.add_partial("generate_until", arguments[i], text)
             results[i] = text
           bar.update(len(part))
     return results
@@ -239,7 +248,7 @@ def _chunks(items: list, size: int) -> list:
 
 
 @entry_point
-def main():
+def main() -> None:
   arguments = HarnessCLI().parse_args()
   # The command's own; those of tasks are read when their requests come.
   harness_options.read_gen_kwargs(getattr(arguments, "gen_kwargs", None) or {}, 1)

@@ -10,10 +10,12 @@ What is made of digits in a text is one of three:
 """
 
 import decimal
+import enum
 import math
 import numbers
 import re
 from fractions import Fraction
+from typing import Any
 
 _MOST_DIGITS = 10_000  # written out, so that 1e999999999 takes no memory
 
@@ -92,16 +94,21 @@ _NAME = re.compile(r"[^\W\d_]{2,}-$")
 _COMMA = re.compile(r"\d,$")
 _GROUPS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?: \d{3})* $")
 
-_PASS, _UNREADABLE = object(), object()
+
+class _No(enum.Enum):
+  """Why a thing gives no number: it is none, or nobody can tell which."""
+
+  PASS = enum.auto()
+  UNREADABLE = enum.auto()
 
 
 def last_number(text: str) -> Fraction | None:
   """What the text says: its last number; None where there is none, or it is unreadable."""
   text = _plain(text)
   for thing in reversed(list(_THING.finditer(text))):
-    value = _PASS if thing["other"] else _read(text, thing)
-    if value is not _PASS:
-      return None if value is _UNREADABLE else value
+    value = _No.PASS if thing["other"] else _read(text, thing)
+    if value is not _No.PASS:
+      return None if value is _No.UNREADABLE else value
   return None
 
 
@@ -115,7 +122,7 @@ def whole_number_text(text: str) -> Fraction | None:
   return value if isinstance(value, Fraction) else None
 
 
-def of_value(value: object) -> Fraction | None:
+def of_value(value: Any) -> Fraction | None:
   """The number that a cell of a table is, a float by its shortest decimal form.
 
   Returns:
@@ -139,28 +146,28 @@ def _plain(text: str) -> str:
   return text
 
 
-def _read(text: str, thing: re.Match):
-  """A number with its sign, _PASS or _UNREADABLE."""
+def _read(text: str, thing: re.Match) -> Fraction | _No:
+  """A number with its sign, or why there is none."""
   start = thing.start()
   before = text[max(start - _REACH, 0) : start]
   line = before.rpartition("\n")[2]
   if _NAME.search(before):
-    return _PASS
+    return _No.PASS
   if _GOES_ON.match(text, thing.end()) or _IN_FORMULA.search(line) or _COMMA.search(before):
-    return _UNREADABLE
+    return _No.UNREADABLE
   if re.match(r"\d{3}(?!\d)", thing[0]) and _GROUPS.search(line):
-    return _UNREADABLE
+    return _No.UNREADABLE
   value = thing[0]
   if value.startswith(".") and line.endswith("."):
     line, value = line + ".", value[1:]  # an ellipsis before a whole number
   sign = _SIGN.search(line)
   if _is_operand(line) or (sign and _is_operand(line[: sign.start()])):
-    return _UNREADABLE
+    return _No.UNREADABLE
   if value.startswith(".") and line[-1:].isalnum():
-    return _UNREADABLE
+    return _No.UNREADABLE
   negative = _negative(line, first_line=start < _REACH and "\n" not in before)
-  number = _UNREADABLE if negative is None else _value(value)
-  return number if number is _UNREADABLE else -number if negative else number
+  number = _No.UNREADABLE if negative is None else _value(value)
+  return number if isinstance(number, _No) else -number if negative else number
 
 
 def _is_operand(line: str) -> bool:
@@ -185,8 +192,8 @@ def _negative(line: str, first_line: bool) -> bool | None:
   return match["sign"] == "-"
 
 
-def _value(text: str):
-  """A fraction from a match of _VALUE, or _UNREADABLE."""
+def _value(text: str) -> Fraction | _No:
+  """A fraction from a match of _VALUE, or UNREADABLE."""
   bare = re.sub(r"\s*(?:%|per ?cent)$", "", text, flags=re.IGNORECASE)
   latex = re.fullmatch(r"(\d*)\s*\\frac(?:\{(.*)\}\{(.*)\}|(\d)(\d))", bare)
   mixed = re.fullmatch(r"(\d+)\s(\d+)/(\d+)", bare)
@@ -196,13 +203,14 @@ def _value(text: str):
     whole, parts = mixed[1], (mixed[2], mixed[3])
   else:
     whole, parts = "", bare.split("/")
-  exact = [_exact(part) for part in (*parts, whole or "0")]
-  if None in exact or (len(parts) == 2 and not exact[1]):
-    return _UNREADABLE
+  read = [_exact(part) for part in (*parts, whole or "0")]
+  exact = [part for part in read if part is not None]
+  if len(exact) < len(read) or (len(parts) == 2 and not exact[1]):
+    return _No.UNREADABLE
   number = exact[0] / exact[1] if len(parts) == 2 else exact[0]
   if whole:
     if not 0 < number < 1:
-      return _UNREADABLE
+      return _No.UNREADABLE
     number += exact[-1]
   return number / 100 if bare != text else number
 

@@ -55,7 +55,7 @@ def read(files: str, limit: int, option: str, keys: Sequence[str] = ()) -> Rows:
     rows, places = rows[:limit], places[:limit]
   if not rows:
     raise UserError(f"{files} ({option}) has no rows.")
-  return Rows(rows, places, frozenset(columns))
+  return Rows(rows, places, frozenset(columns or ()))
 
 
 def _require(path: Path, option: str, names: Sequence[str], keys: Sequence[str]):

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from refine_jax import files
 
@@ -23,7 +24,7 @@ def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
   return middle - half, middle + half
 
 
-def plain(value: object) -> object:
+def plain(value: Any) -> Any:
   """A value of a table as JSON has it, the one place where that is decided.
 
   Numbers stay numbers where JSON has them exactly; decimals and dates become their text, bytes the
@@ -55,7 +56,7 @@ def to_json(value: object, indent: int | None = None) -> str:
 class Output:
   """A directory of results that has its name only when it is complete.
 
-  Until then its settings stand in NAME.unfinished-PID beside it, each written when it is done. An
+  Until then its settings stand in NAME.unfinished-PID next to it, each written when it is done. An
   evaluation that is killed leaves that directory, which no later one takes for its own.
   """
 
@@ -65,7 +66,7 @@ class Output:
   def unfinished(self) -> Path:
     return self.place.with_name(f"{self.place.name}.unfinished-{os.getpid()}")
 
-  def add(self, name: str, answers: list[dict], results: list[dict]):
+  def add(self, name: str, answers: list[dict], results: list[dict]) -> None:
     """Writes the answers of one setting, and the numbers of all that are done."""
     write_answers(self.unfinished, name, answers)
     path = self.unfinished / "results.json"
@@ -101,7 +102,7 @@ def directory(place: str | os.PathLike | None) -> Iterator[Output | None]:
     output.unfinished.rename(output.place)
 
 
-def write_answers(directory: Path, name: str, answers: list[dict]):
+def write_answers(directory: Path, name: str, answers: list[dict]) -> None:
   """A JSON object a line, to be read by people and by other scorers."""
   path = directory / f"answers-{name}.jsonl"
   with files.write_errors(path):

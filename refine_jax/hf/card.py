@@ -74,7 +74,7 @@ def describe_noise(noise: dict) -> str:
   return f"Every noise token is {'the EOS' if token == -1 else f'token {token}'}."
 
 
-def model_card(workdir, step: int, *, base: str | None = None) -> str:
+def model_card(workdir: str | Path, step: int, *, base: str | None = None) -> str:
   """The text of README.md for a step of a run.
 
   Args:

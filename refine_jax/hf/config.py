@@ -38,7 +38,7 @@ _HARMLESS = frozenset(
   " encoder_no_repeat_ngram_size exponential_decay_length_penalty remove_invalid_values"
   " output_scores return_dict_in_generate renormalize_logits".split()
 )
-# Elsewhere null means what absence does.
+# In these keys null is a value; in all others it means that the key is absent.
 _NULL_IS_A_VALUE = ("sliding_window", "head_dim", "num_key_value_heads")
 # Keys that would change the computation, and the values that do not. null is always one.
 _ONLY = {
@@ -70,7 +70,7 @@ _INITIALIZER_RANGE = (0.0, 1e3)
 _QUERY_SCALAR = (1e-6, 1e9)
 
 
-def read_json(directory, name: str = "config.json") -> dict:
+def read_json(directory: str | Path, name: str = "config.json") -> dict:
   """A JSON object from a file of a model's directory.
 
   Raises:
@@ -100,7 +100,7 @@ def _without_doubles(pairs):
   return values
 
 
-def read_family(directory) -> Family:
+def read_family(directory: str | Path) -> Family:
   """The family of the model in a Hugging Face directory.
 
   Raises:
@@ -109,7 +109,7 @@ def read_family(directory) -> Family:
   return family_of(read_json(directory), str(Path(directory) / "config.json"))
 
 
-def read_model_config(directory) -> ModelConfig:
+def read_model_config(directory: str | Path) -> ModelConfig:
   """The shape of the model in a Hugging Face directory.
 
   Raises:
@@ -119,7 +119,7 @@ def read_model_config(directory) -> ModelConfig:
 
 
 def from_hf(values: dict, where: str = "config.json") -> ModelConfig:
-  """The same from config.json's content; `where` names it in messages.
+  """The model's shape from the content of a config.json; `where` names it in messages.
 
   Raises:
     UserError: naming the key that is missing, malformed, or not supported.

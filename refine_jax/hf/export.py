@@ -26,8 +26,8 @@ _SHARD_BYTES = 5 * 10**9
 
 def export(
   params: dict,
-  model_files,
-  output,
+  model_files: str | Path,
+  output: str | Path,
   *,
   dtype: str = "bfloat16",
   card: str = "",

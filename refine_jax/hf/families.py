@@ -45,7 +45,7 @@ class Family:
     model_type, architecture: the names in config.json.
     defaults: what transformers assumes where a key is absent. Its keys are read.
     only: keys that would change the computation -> the values that do not; null is always one.
-    harmless: keys that change nothing, beside those of all families.
+    harmless: keys that change nothing, besides those of all families.
     sliding: (config.json's keys, layer) -> whether the layer slides, where there is a window.
     layer_types_decide: layer_types, where given, say which layers slide; else they have to repeat
       what `sliding` says.
@@ -60,7 +60,7 @@ class Family:
 
   model_type: str
   architecture: str
-  defaults: Mapping[str, object]
+  defaults: dict[str, object]
   only: Mapping[str, tuple]
   harmless: frozenset[str] = frozenset()
   sliding: Callable[[Mapping, int], bool]

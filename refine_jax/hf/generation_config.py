@@ -81,7 +81,7 @@ def token_ids(value: object, where: str) -> tuple[int, ...]:
   Raises:
     UserError: the value is neither; `where` names it.
   """
-  ids = [] if value is None else value if isinstance(value, list) else [value]
+  ids: list = [] if value is None else value if isinstance(value, list) else [value]
   if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
     raise UserError(f"{where}={value!r} must be a token id, or a list of them.")
   return tuple(ids)

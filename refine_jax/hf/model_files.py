@@ -12,6 +12,7 @@ from refine_jax import files
 from refine_jax.hf.config import read_json
 from refine_jax.hf.generation_config import NAME, describe_generation
 from refine_jax.hf.weights import find
+from refine_jax.text.tokenizer import Tokenizer
 
 _MODEL_FILES = ("config.json", NAME)
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -32,8 +33,8 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 
 
 def save_model_files(
-  directory,
-  tokenizer,
+  directory: str | Path,
+  tokenizer: Tokenizer,
   output: Path,
   *,
   chat_template: str = "",
@@ -82,7 +83,7 @@ def _copy_tokenizer(tokenizer, output: Path) -> None:
     shutil.copytree(source / TEMPLATE_FOLDER, output / TEMPLATE_FOLDER)
 
 
-def save_tokenizer(tokenizer, directory: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
   """Writes a tokenizer's files so that transformers 4 and 5 both load them.
 
   transformers 5 names a class that 4 has not, and lists as `extra_special_tokens` what 4 calls

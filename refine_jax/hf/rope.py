@@ -1,6 +1,7 @@
 """Rotary embeddings in config.json: `rope_theta` and `rope_scaling`, or `rope_parameters`."""
 
 import math
+from typing import Any
 
 from refine_jax.errors import UserError
 from refine_jax.hf.families import Family
@@ -100,7 +101,7 @@ def _read_rope(c, theta_key, default_theta, max_length, where) -> RopeConfig:
   theta = thetas.pop() if thetas else default_theta
   original = _original_length(c, p, max_length, where)
   truncate = flag(p, "truncate", where, default=True)
-  p = {
+  p: dict[str, Any] = {
     key: number(value, f"rope {key}", where, *_BOUNDS[key])
     for key, value in p.items()
     if key not in (_ORIGINAL, "truncate")

@@ -7,6 +7,7 @@ index names files of its own directory: nothing here runs code, follows a path, 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -29,7 +30,7 @@ class TensorFiles:
     shapes: name -> shape.
   """
 
-  def __init__(self, directory: Path, paths: Sequence[Path] | None = None):
+  def __init__(self, directory: Path, paths: Sequence[Path] | None = None) -> None:
     """Opens the files; no tensor is read.
 
     Args:
@@ -40,7 +41,7 @@ class TensorFiles:
     """
     self.directory = directory
     self.shapes: dict[str, tuple[int, ...]] = {}
-    self._files: dict[str, object] = {}
+    self._files: dict[str, Any] = {}
     self._paths: dict[str, Path] = {}
     for path in weight_files(directory) if paths is None else paths:
       for name, file, shape in _open(path):

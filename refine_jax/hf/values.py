@@ -2,6 +2,7 @@
 
 import reprlib
 from collections.abc import Mapping
+from typing import Any
 
 from refine_jax.errors import UserError
 
@@ -50,7 +51,7 @@ def flag(values: Mapping, key: str, where: str, *, default: bool = False) -> boo
   return value
 
 
-def number(value: object, key: str, where: str, least: float, most: float) -> float:
+def number(value: Any, key: str, where: str, least: float, most: float) -> float:
   """`value` as a float.
 
   Raises:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from refine_jax.errors import UserError
 from refine_jax.files import local_path
@@ -42,7 +43,7 @@ def tensor_names(config: ModelConfig, family: Family) -> dict[str, tuple]:
 
 
 def load_params(
-  directory,
+  directory: str | Path,
   config: ModelConfig,
   *,
   place: Callable[[str, np.ndarray], object] | None = None,
@@ -160,9 +161,9 @@ def _renaming(missing: list[str], unknown: list[str]) -> str:
 
 
 def tensors(
-  params: dict, config: ModelConfig, family: Family, dtype=None
+  params: dict, config: ModelConfig, family: Family, dtype: DTypeLike | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Their tensors in the order of their names, as host arrays [outputs, inputs], one by one.
+  """Yields the family's tensors by name, as host arrays [outputs, inputs], one at a time.
 
   Raises:
     UserError: a value is not finite, or not in `dtype`.

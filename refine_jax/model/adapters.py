@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from refine_jax.model.layout import JOINED
 from refine_jax.model.transformer import ModelConfig, param_shapes
@@ -53,7 +54,10 @@ def from_json(values: dict | None) -> Adapter | None:
   """An Adapter from its fields as JSON holds them, such as a checkpoint's; None from none."""
   if values is None:
     return None
-  return Adapter(**values | {"projections": tuple(values["projections"])})
+  projections = tuple(values["projections"])
+  return Adapter(
+    kind=values["kind"], rank=values["rank"], alpha=values["alpha"], projections=projections
+  )
 
 
 def init_params(config: ModelConfig, adapter: Adapter, key: jax.Array) -> dict:
@@ -79,7 +83,7 @@ def init_params(config: ModelConfig, adapter: Adapter, key: jax.Array) -> dict:
   return {"layers": result}
 
 
-def working_copy(params: dict, adapter: Adapter, dtype) -> dict:
+def working_copy(params: dict, adapter: Adapter, dtype: DTypeLike) -> dict:
   """The factors in `dtype`, with the scale in B: what the decoder multiplies by."""
 
   def cast(path, x):
@@ -106,7 +110,7 @@ def attach(params: dict, factors: dict, config: ModelConfig) -> dict:
 
 
 def attach_layer(layer: dict, factors: dict, config: ModelConfig) -> dict:
-  """The same for one layer, or for a stack of them."""
+  """Attaches factors to one layer, or to a stack of layers: see `attach`."""
   result = dict(layer)
   for module, changes in factors.items():
     joined, parts = JOINED[module]

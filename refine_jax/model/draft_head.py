@@ -7,7 +7,7 @@ next to the loss, which is linear in its one cotangent.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -67,12 +67,14 @@ def draft_loss(
     raise ValueError(f"target {target!r} is none of {', '.join(TARGETS)}")
   flat = (y.reshape(-1, y.shape[-1]) for y in (x, clean_x))
   chunk = min(chunk, targets.size)
-  total, output = _chunked(*flat, head_VD, targets.reshape(-1), weights.reshape(-1), target, chunk)
+  total, output = cast(
+    tuple, _chunked(*flat, head_VD, targets.reshape(-1), weights.reshape(-1), target, chunk)
+  )
   return total, jax.tree.map(lambda y: y.reshape(targets.shape), output)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _chunked(x_ND, clean_ND, head_VD, targets_N, weights_N, target, chunk):
+def _chunked(x_ND, clean_ND, head_VD, targets_N, weights_N, target, chunk) -> tuple:
   return _run(x_ND, clean_ND, head_VD, targets_N, weights_N, target, chunk, gradient=False)[:2]
 
 

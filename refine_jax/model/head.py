@@ -1,19 +1,20 @@
 """Output head, cross-entropy and greedy prediction in one pass over chunks of tokens.
 
 The logits [N, V] never exist as a whole, and tokens that are not scored never meet the head. With
-gradient="forward" the gradients are computed beside the loss, while a chunk's logits are at hand
+gradient="forward" the gradients are computed next to the loss, while a chunk's logits are at hand
 (three matrix products, nothing recomputed); the loss being linear in its one cotangent, the
 backward pass only scales them. gradient="recompute" keeps the log-sum-exp instead and makes the
 logits again (four products, no [V, D] gradient alive between the passes).
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
+from refine_jax.batch import Array
 from refine_jax.sharding import AXES, BATCH_AXES
 
 
@@ -32,17 +33,17 @@ class HeadOutput(NamedTuple):
 
 
 def cross_entropy(
-  x,
-  head_VD,
-  targets,
-  weights,
-  scored=None,
+  x: jax.Array,
+  head_VD: jax.Array,
+  targets: Array,
+  weights: Array,
+  scored: Array | None = None,
   *,
   chunk: int = 2048,
   gradient: str = "forward",
   frozen: bool = False,
-  mesh=None,
-):
+  mesh: Mesh | None = None,
+) -> tuple[jax.Array, HeadOutput]:
   """Weighted next-token cross-entropy of hidden states.
 
   Args:
@@ -73,7 +74,7 @@ def cross_entropy(
     local,
     mesh=mesh,
     in_specs=(PartitionSpec(BATCH_AXES, "tensor", None), PartitionSpec(), tokens, tokens, tokens),
-    out_specs=(PartitionSpec(AXES), HeadOutput(tokens, tokens, tokens)),
+    out_specs=(PartitionSpec(AXES), tokens),
     check_vma=False,
   )(x, head_VD, targets, weights, scored)
   return jnp.sum(total), output
@@ -84,12 +85,12 @@ def _local(x, head_VD, targets, weights, scored, *, chunk, gradient, frozen):
   flat = x.reshape(-1, x.shape[-1])
   chunk = min(chunk, targets.size)
   per_token = (y.reshape(-1) for y in (targets, weights, scored))
-  total, output = _chunked(flat, head_VD, *per_token, chunk, gradient, frozen)
+  total, output = cast(tuple, _chunked(flat, head_VD, *per_token, chunk, gradient, frozen))
   return total[None], jax.tree.map(lambda y: y.reshape(shape), output)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _chunked(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, gradient, frozen):
+def _chunked(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, gradient, frozen) -> tuple:
   del gradient, frozen
   return _run(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, with_gradients=False)[:2]
 
@@ -100,8 +101,8 @@ def _chunked_fwd(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, gradient,
       x_ND, head_VD, targets_N, weights_N, scored_N, chunk, with_gradients=True, frozen=frozen
     )
     return (total, output), (dx, None if frozen else dhead.astype(head_VD.dtype))
-  total, output = _chunked(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, gradient, frozen)
-  return (total, output), (x_ND, head_VD, targets_N, weights_N, scored_N)
+  result = _chunked(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, gradient, frozen)
+  return result, (x_ND, head_VD, targets_N, weights_N, scored_N)
 
 
 def _chunked_bwd(chunk, gradient, frozen, residuals, cotangents):
@@ -109,17 +110,21 @@ def _chunked_bwd(chunk, gradient, frozen, residuals, cotangents):
   if gradient == "forward":
     dx, dhead = residuals
   else:
-    head_VD = residuals[1]
-    _, _, dx, dhead = _run(*residuals, chunk, with_gradients=True, frozen=frozen)
+    x_ND, head_VD, targets_N, weights_N, scored_N = residuals
+    _, _, dx, dhead = _run(
+      x_ND, head_VD, targets_N, weights_N, scored_N, chunk, with_gradients=True, frozen=frozen
+    )
     dhead = None if frozen else dhead.astype(head_VD.dtype)
-  dhead = None if frozen else (dhead * scale).astype(dhead.dtype)
+  dhead = None if dhead is None else (dhead * scale).astype(dhead.dtype)
   return (dx * scale).astype(dx.dtype), dhead, None, None, None
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
-def _run(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, *, with_gradients, frozen=False):
+def _run(
+  x_ND, head_VD, targets_N, weights_N, scored_N, chunk, *, with_gradients, frozen=False
+) -> Any:
   """The loop over chunks of scored tokens: (total, HeadOutput[, dx_ND, dhead_VD float32])."""
   count = targets_N.size
   head = head_VD.astype(x_ND.dtype)
@@ -170,8 +175,8 @@ def _run(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, *, with_gradients
   return (total, output, dx, dhead) if with_gradients else (total, output)
 
 
-def scored_first(scored_N, chunk: int) -> tuple:
-  """Which tokens each turn of a loop over chunks takes, so that no other meets the head.
+def scored_first(scored_N: jax.Array, chunk: int) -> tuple:
+  """Says which tokens each step of a loop over chunks takes, so that no other meets the head.
 
   Returns:
     int32 [N, filled up to whole chunks with N], the scored ones first and in order; how many turns
@@ -183,7 +188,7 @@ def scored_first(scored_N, chunk: int) -> tuple:
   return order, (jnp.sum(scored_N) + chunk - 1) // chunk
 
 
-def reduce_logits(logits_NV):
+def reduce_logits(logits_NV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """max, log(sum(exp(logits - max))) and argmax of each row, in one read of the logits."""
 
   def combine(a, b):

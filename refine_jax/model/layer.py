@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,6 +19,8 @@ ACTIVATIONS: dict[str, Callable] = {
 
 # Attend: (q [B,T,H,h], k [B,T,K,h], v [B,T,K,h], cache, scale=None) -> (out [B,T,H,h], cache).
 Attend = Callable[..., tuple]
+# The attention of a layer with this sliding window (None: no window).
+AttendWith = Callable[[int | None], Attend]
 
 # Which tokens a projection's low-rank change acts on: none, all, or those where [B, T, 1] is true.
 Gate = bool | jax.Array
@@ -34,7 +37,7 @@ class RMSNorm(nn.Module):
   offset: bool = False
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     init = nn.initializers.zeros if self.offset else nn.initializers.ones
     scale = self.param("scale", init, (x.shape[-1],))
     scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
@@ -74,7 +77,14 @@ class Attention(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BTD, rotation, attend: Attend, cache=None, gate: Gate = False):
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    rotation: tuple[jax.Array, jax.Array],
+    attend: Attend,
+    cache: Any = None,
+    gate: Gate = False,
+  ) -> tuple[jax.Array, Any]:
     c, dtype = self.config, x_BTD.dtype
 
     def project(name, heads):
@@ -104,7 +114,7 @@ class MLP(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x, gate: Gate = False):
+  def __call__(self, x: jax.Array, gate: Gate = False) -> jax.Array:
     c, dtype = self.config, x.dtype
 
     def project(name, width):
@@ -124,7 +134,14 @@ class Layer(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BTD, rotation, attend: Attend, cache=None, gate: Gate = False):
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    rotation: tuple[jax.Array, jax.Array],
+    attend: Attend,
+    cache: Any = None,
+    gate: Gate = False,
+  ) -> tuple[jax.Array, Any]:
     c = self.config
     with jax.named_scope("attention"):
       y = norm(c, "attention_norm")(x_BTD)

@@ -3,11 +3,11 @@
 The canonical form, of the optimizer, checkpoints and exports: layers stacked [L, ...], each
 projection a matrix of its own. Computing is faster in others, which `hidden_states` takes too:
 
-  apart   "layers" is a list, one dict a layer. No slices of stacked weights, which are copies for
-          a decoder, and no gradients stacked anew in every round.
-  joined  query, key and value are one matrix "qkv", gate and up one "gate_up", side by side on the
-          last axis: fewer and larger products. XLA joins such products of its own accord, and then
-          the weights too, in every pass.
+  unstacked  "layers" is a list with one dict per layer. No slices of stacked weights, which are
+             copies for a decoder, and no gradients stacked anew in every round.
+  joined     query, key and value are one matrix "qkv", gate and up one "gate_up", side by side on
+             the last axis: fewer and larger products. XLA joins such products of its own accord,
+             and then the weights too, in every pass.
 
 `canonical` undoes both, for gradients too, as both only move numbers.
 """
@@ -23,14 +23,14 @@ MODULES = tuple(JOINED)
 
 
 def unstack_layers(params: dict) -> dict:
-  """The same parameters with "layers" as a list, one dict a layer."""
+  """Turns stacked layers into a list with one dict per layer."""
   count = jax.tree.leaves(params["layers"])[0].shape[0]
   layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count)]
   return params | {"layers": layers}
 
 
 def join_projections(params: dict, modules: tuple[str, ...] = MODULES) -> dict:
-  """The same parameters, layers stacked or apart, with the projections of these modules joined."""
+  """Joins the projections of these modules, in stacked or unstacked layers."""
   return _map_layers(lambda layer: _join_layer(layer, modules), params)
 
 

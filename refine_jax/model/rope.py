@@ -6,8 +6,11 @@ The pairing is Hugging Face's: dimension i turns with dimension i + head_dim / 2
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from refine_jax.batch import Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,14 +80,14 @@ def _yarn(rope, inverse, head_dim):
   return inverse * (1 - stretch) + inverse / rope.factor * stretch
 
 
-def rotation(rope: RopeConfig, head_dim: int, positions_BT) -> tuple:
+def rotation(rope: RopeConfig, head_dim: int, positions_BT: Array) -> tuple:
   """cos and sin of each position's angles, float32 [B, T, 1, head_dim / 2]."""
   frequencies = inverse_frequencies(rope, head_dim)[None, None, None, :]
   angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
   return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
-def rotate(x_BTHh, cos, sin):
+def rotate(x_BTHh: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   """Turns queries or keys [B, T, H, head_dim] by their positions' angles; keeps the dtype."""
   first, second = jnp.split(x_BTHh.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

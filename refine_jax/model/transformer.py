@@ -10,11 +10,13 @@ Legend, used in names throughout the project:
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from refine_jax.batch import Batch
 from refine_jax.model import remat as remat_lib
@@ -36,7 +38,7 @@ __all__ = [
 ]
 
 
-def init_params(config: ModelConfig, key) -> dict:
+def init_params(config: ModelConfig, key: jax.Array) -> dict:
   """Random float32 parameters.
 
   Returns:
@@ -68,18 +70,18 @@ def param_shapes(config: ModelConfig) -> dict:
   return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
-def head_matrix(params: dict):
+def head_matrix(params: dict) -> jax.Array:
   """The output head [V, D]: its own, or the embedding where they are tied."""
   return params.get("head", params["embedding"])
 
 
-def logits(params: dict, x):
-  """Of hidden states [.., D], multiplied in their dtype: float32 [.., V]."""
+def logits(params: dict, x: jax.Array) -> jax.Array:
+  """Logits of hidden states [.., D], multiplied in their dtype: float32 [.., V]."""
   head = head_matrix(params).astype(x.dtype)
   return jnp.einsum("...d,vd->...v", x, head, preferred_element_type=jnp.float32)
 
 
-def cast_for_compute(params: dict, dtype) -> dict:
+def cast_for_compute(params: dict, dtype: DTypeLike) -> dict:
   """The working copy: the layers' kernels and biases in `dtype`, the rest as it is.
 
   The embedding and the head stay in float32, so that their gradients, sums over many tokens, are
@@ -99,14 +101,14 @@ def hidden_states(
   batch: Batch,
   attend_with: Callable[[int | None], Attend],
   *,
-  dtype=jnp.float32,
+  dtype: DTypeLike = jnp.float32,
   remat: str = "none",
   unroll: int = 1,
   backward_slack: int = 0,
   constrain: Callable = lambda x: x,
   caches: list | None = None,
   adapt_all: bool = False,
-):
+) -> Any:
   """Runs the decoder up to its final norm.
 
   Args:
@@ -116,8 +118,9 @@ def hidden_states(
     attend_with: gives the attention engine for a sliding window (None: no window).
     dtype: of the activations.
     remat: one of remat.POLICIES.
-    unroll: layers in each turn of the scan; without meaning for a list of layers.
-    backward_slack: of a list of layers: by how many layers the gradients of weights may be late.
+    unroll: layers in one step of the scan; not read for a list of layers.
+    backward_slack: how many layers the backward pass may go on before the gradients of a layer's
+      weights must be there; only for a list of layers.
     constrain: applied to the residual stream, to pin its sharding.
     caches: one attention cache a layer; only with a list of layers.
     adapt_all: an adapter acts on every token; otherwise it acts on noise tokens alone.
@@ -147,7 +150,7 @@ def hidden_states(
       if late < len(layers):
         x, layers[late] = _trained_in_order(x, layers[late])
       x, cache = layer(x, layers[i], caches and caches[i], config.windows[i])
-      if caches:
+      if new_caches:
         new_caches[i] = cache
   else:
     assert caches is None, "a cache needs a list of layers"
@@ -157,7 +160,7 @@ def hidden_states(
   return x if caches is None else (x, new_caches)
 
 
-def embed(params: dict, config: ModelConfig, ids_BT: jax.Array, dtype) -> jax.Array:
+def embed(params: dict, config: ModelConfig, ids_BT: jax.Array, dtype: DTypeLike) -> jax.Array:
   """The embeddings [B, T, D] of tokens, scaled as the model has it."""
   x = jnp.take(params["embedding"], ids_BT, axis=0).astype(dtype)
   return x if config.embedding_scale is None else x * jnp.asarray(config.embedding_scale, dtype)
@@ -181,7 +184,7 @@ backward_in_order.defvjp(
 
 
 def _trained_in_order(x, layer: dict) -> tuple:
-  """The same of a layer's parameters: of the factors alone, where an adapter is what is trained."""
+  """Orders the gradients of a layer's trained parameters; with an adapter, of its factors alone."""
 
   def is_factor(path):
     return path[-1].key in ("a", "b")
@@ -195,7 +198,9 @@ def _trained_in_order(x, layer: dict) -> tuple:
   return x, jax.tree.unflatten(structure, both)
 
 
-def scan_layers(layer, x, stacked, windows, unroll):
+def scan_layers(
+  layer: Callable, x: Any, stacked: Any, windows: Sequence[int | None], unroll: int
+) -> Any:
   """One scan for each run of layers that share a window, so that windows and ropes stay static."""
   start = 0
   for window, run in itertools.groupby(windows):

@@ -7,9 +7,11 @@ per token, where training all weights on text and drafts takes 12 N.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from refine_jax.batch import Batch
 from refine_jax.model import adapters
@@ -28,7 +30,7 @@ def hidden_states(
   clean_attend_with: Callable[[int | None], Attend],
   draft_attend_with: Callable[[int | None], Attend],
   *,
-  dtype=jnp.float32,
+  dtype: DTypeLike = jnp.float32,
   remat: str = "none",
   unroll: int = 1,
   constrain: Callable = lambda x: x,
@@ -78,5 +80,8 @@ def hidden_states(
       xs, _ = layer((xs[0], draft_x), (weights, change), None, window)
   else:
     xs = scan_layers(layer, xs, (layers, changes), config.windows, unroll)
-  final_norm = norm(config)
-  return tuple(final_norm.apply({"params": params["final_norm"]}, x) for x in xs)
+
+  def finish(x: jax.Array) -> Any:
+    return norm(config).apply({"params": params["final_norm"]}, x)
+
+  return finish(xs[0]), finish(xs[1])

@@ -1,6 +1,6 @@
 """What validation says about decoding in blocks, before anything is decoded.
 
-One block of each example is put before the model as a sampler does: behind the clean text stands a
+One block of each example is put before the model as a sampler does: after the clean text stands a
 run of noise tokens, and each pass after the first sees the last one's predictions. The reference
 stands for what the model would write itself, so the numbers are lower bounds where it would say
 the same in other words.

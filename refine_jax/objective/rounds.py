@@ -5,17 +5,27 @@ greedy prediction of the round before. Pure jnp on arrays; knows no model.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from refine_jax.batch import Batch
+from refine_jax.batch import Array, Batch
 from refine_jax.objective import plan as plan_lib
 from refine_jax.objective.noise import Noised
 
 
-def next_token_targets(batch: Batch, trained_BT=None) -> tuple:
+class Scored(Protocol):
+  """What a head says of each token, as model.head.HeadOutput has it."""
+
+  @property
+  def predictions(self) -> jax.Array: ...
+
+  @property
+  def losses(self) -> jax.Array: ...
+
+
+def next_token_targets(batch: Batch, trained_BT: Array | None = None) -> tuple:
   """The only place, with next_round_ids, where inputs and targets are shifted.
 
   Args:
@@ -31,12 +41,12 @@ def next_token_targets(batch: Batch, trained_BT=None) -> tuple:
     return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
 
   same_example = after(batch.segment_ids) == batch.segment_ids
-  # Not the first token of a copy beside the clean text, which starts at 0 again.
+  # Not the first token of a copy next to the clean text, which starts at 0 again.
   same_example &= after(batch.positions) == batch.positions + 1
   return after(batch.ids), after(trained_BT) & same_example
 
 
-def next_round_ids(batch: Batch, predictions_BT, noised: Noised) -> jax.Array:
+def next_round_ids(batch: Batch, predictions_BT: jax.Array, noised: Noised) -> jax.Array:
   """What the next round sees: the predictions for places that are refined, else noised.later."""
   predicted_BT = jnp.pad(predictions_BT[:, :-1], ((0, 0), (1, 0)))
   starts = batch.positions == 0  # nothing of its own example predicts it
@@ -48,7 +58,9 @@ def next_round_ids(batch: Batch, predictions_BT, noised: Noised) -> jax.Array:
 ROUND_SUMS = ("loss", "count", "corrupted", "corrupted_right", "clean", "clean_right")
 
 
-def round_sums(batch: Batch, noised_BT, targets_BT, weights_BT, output) -> dict:
+def round_sums(
+  batch: Batch, noised_BT: Array, targets_BT: jax.Array, weights_BT: jax.Array, output: Scored
+) -> dict:
   """Per token float32 [B, T] terms of ROUND_SUMS for one round's head output.
 
   Args:
@@ -73,7 +85,7 @@ def first_round(batch: Batch, noised: Noised) -> Batch:
   return batch._replace(ids=noised.ids, is_noise=noised.is_noise)
 
 
-def next_round(batch: Batch, predictions_BT, noised: Noised) -> Batch:
+def next_round(batch: Batch, predictions_BT: jax.Array, noised: Noised) -> Batch:
   """The input of a further round: see next_round_ids."""
   ids_BT = next_round_ids(batch, predictions_BT, noised)
   return batch._replace(ids=ids_BT, is_noise=noised.later_is_noise)
@@ -102,7 +114,7 @@ def refine(
 
 
 def refinement_gradients(
-  round_loss: Callable, params, batch: Batch, noised: Noised, plan: plan_lib.Plan
+  round_loss: Callable, params: dict, batch: Batch, noised: Noised, plan: plan_lib.Plan
 ) -> tuple:
   """The gradient of the sum of weight * loss over the plan's terms.
 

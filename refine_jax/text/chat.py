@@ -1,15 +1,16 @@
 """Chat data: what text a prompt and a response become, and where one ends.
 
-Prompt and response are tokenised apart and their ids joined. So the boundary is exact even where
-a merge of the tokenizer would cross it, and the prompt's ids are those that inference sees.
+Prompt and response are tokenised separately and their ids joined. So the boundary is exact even
+where a merge of the tokenizer would cross it, and the prompt's ids are those that inference sees.
 """
 
 import dataclasses
+from typing import Any
 
 from refine_jax.errors import UserError
 from refine_jax.text import template
 from refine_jax.text.reason import cut
-from refine_jax.text.tokenizer import encode
+from refine_jax.text.tokenizer import Tokenizer, encode
 
 _THINK = "<think>"
 # Fields of a message that are part of what the model says; any other may be left out.
@@ -35,7 +36,7 @@ class Texts:
   left_out: tuple[str, ...] = ()
 
 
-def check_tokenizer(tokenizer, fallback_template: str = ""):
+def check_tokenizer(tokenizer: Tokenizer, fallback_template: str = "") -> None:
   """Raises UserError where the tokenizer lacks what training needs, with what to set."""
   if tokenizer.eos_token_id is None:
     raise UserError(
@@ -45,7 +46,7 @@ def check_tokenizer(tokenizer, fallback_template: str = ""):
   template.check(tokenizer, fallback_template)
 
 
-def prompt_text(tokenizer, prompt, fallback_template: str = "") -> str:
+def prompt_text(tokenizer: Tokenizer, prompt: object, fallback_template: str = "") -> str:
   """The prompt through the chat template, up to where the assistant's answer begins.
 
   Args:
@@ -61,7 +62,7 @@ def prompt_text(tokenizer, prompt, fallback_template: str = "") -> str:
   return _rendered(tokenizer, _conversation(prompt), fallback_template)
 
 
-def response_text(response, prompt: str, eos: str = "") -> str:
+def response_text(response: object, prompt: str, eos: str = "") -> str:
   """The response's content as it follows the rendered prompt, without the EOS that it may end in.
 
   Where the template has already opened the reasoning, a `<think>` at the response's start is
@@ -80,7 +81,9 @@ def response_text(response, prompt: str, eos: str = "") -> str:
   return _said(_target(response).get("content", ""), prompt, eos)
 
 
-def example_texts(tokenizer, prompt, response, fallback_template: str = "") -> Texts:
+def example_texts(
+  tokenizer: Tokenizer, prompt: object, response: object, fallback_template: str = ""
+) -> Texts:
   """Prompt and response as texts.
 
   A response with more than content (tool calls, reasoning) is what the chat template writes of
@@ -136,7 +139,7 @@ def _said(text: str, prompt: str, eos: str) -> str:
 
 
 def encode_prompt(
-  tokenizer, prompt, chat_template: str = "", name: str = "The prompt"
+  tokenizer: Tokenizer, prompt: object, chat_template: str = "", name: str = "The prompt"
 ) -> list[int]:
   """A prompt's ids, as in training: the one path for training and sampling.
 
@@ -237,7 +240,7 @@ def _calls(message: dict) -> bool:
   return any(message.get(name) for name in ("tool_calls", "function_call"))
 
 
-def _without_nulls(value):
+def _without_nulls(value: Any) -> Any:
   """The value without the fields that are null, at any depth; templates test for presence."""
   if isinstance(value, dict):
     return {k: _without_nulls(v) for k, v in value.items() if v is not None}

@@ -6,17 +6,20 @@ decoded with them, and what the next tokens could still change waits.
 """
 
 import re
+from collections.abc import Sequence
+
+from refine_jax.text.tokenizer import Tokenizer
 
 _CONTEXT = 8  # tokens before the new ones
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-def decode(tokenizer, ids) -> str:
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
   """An answer's text: special tokens left out, every space as the model wrote it."""
   return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def special_ids(tokenizer) -> dict[str, int]:
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
   """The tokens that `decode` leaves out, by their text."""
   return {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
@@ -26,7 +29,7 @@ class GrowingText:
   settled: the beginning of the text that no further token can change.
   """
 
-  def __init__(self, tokenizer):
+  def __init__(self, tokenizer: Tokenizer) -> None:
     self._tokenizer = tokenizer
     self._window = []  # the last tokens: some that are settled, and all that are not
     self._known = 0  # leading characters of the window's text that `settled` ends with
@@ -37,7 +40,7 @@ class GrowingText:
     new._window, new._known, new.settled = list(self._window), self._known, self.settled
     return new
 
-  def add(self, tokens: list[int]):
+  def add(self, tokens: list[int]) -> None:
     self._window += tokens
     count = len(self._window)
     while count and self._waits(self._window[count - 1]):
@@ -52,7 +55,7 @@ class GrowingText:
         self._window = context + self._window[count:]
         self._known = len(shorter)
 
-  def finish(self):
+  def finish(self) -> None:
     """No token comes any more: all is settled."""
     self._settle(decode(self._tokenizer, self._window))
 
@@ -81,7 +84,7 @@ class GrowingAnswer:
     stopped: whether a stop string was found; further tokens then change nothing.
   """
 
-  def __init__(self, tokenizer, stops: tuple[str, ...]):
+  def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
     self._text = GrowingText(tokenizer)
     self._stops = stops
     self._longest = max(map(len, stops), default=0)
@@ -89,7 +92,7 @@ class GrowingAnswer:
     self.tokens = []
     self.stopped = False
 
-  def extend(self, tokens: list[int], finished: bool):
+  def extend(self, tokens: list[int], finished: bool) -> None:
     """Adds the tokens that came after `self.tokens`; `finished` if they are the last ones."""
     if self._finished:
       return
@@ -117,7 +120,7 @@ class GrowingAnswer:
     return settled[:size]
 
   def _stop_after(self, text, known) -> bool:
-    """Whether there is a stop string that ends behind the first `known` characters."""
+    """Whether there is a stop string that ends after the first `known` characters."""
     fresh = text.settled[max(known - self._longest + 1, 0) :] if self._stops else ""
     return any(stop in fresh for stop in self._stops)
 

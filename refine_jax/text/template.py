@@ -6,11 +6,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jinja2
 
 from refine_jax.errors import UserError
 from refine_jax.text.reason import reason
+from refine_jax.text.tokenizer import Tokenizer
 
 # Conversations of a thousand turns take milliseconds, and four million tokens fit no model.
 SECONDS = 10.0
@@ -20,7 +22,7 @@ LONGEST = 1 << 24
 class Refused(UserError):
   """What a template says of a conversation that it does not take."""
 
-  def __init__(self, why: str):
+  def __init__(self, why: str) -> None:
     super().__init__(f"refused by the chat template: {why}")
 
 
@@ -29,12 +31,12 @@ class _OutOfTime(BaseException):
 
 
 def render(
-  tokenizer,
+  tokenizer: Tokenizer,
   messages: list[dict],
   fallback_template: str = "",
   *,
   add_generation_prompt: bool = True,
-  **options,
+  **options: Any,
 ) -> str:
   """The conversation as the tokenizer's chat template writes it, sandboxed as in transformers.
 
@@ -69,7 +71,7 @@ def render(
   return text
 
 
-def check(tokenizer, fallback_template: str = ""):
+def check(tokenizer: Tokenizer, fallback_template: str = "") -> None:
   """Raises UserError where there is no template, or it cannot be used for any conversation."""
   if not tokenizer.chat_template and not fallback_template:
     raise UserError(
@@ -84,7 +86,7 @@ def check(tokenizer, fallback_template: str = ""):
       raise UserError(f"{whose(tokenizer)} cannot be used: {error}") from error
 
 
-def prints_the_date(template) -> bool:
+def prints_the_date(template: str | dict | None) -> bool:
   """Whether what a template gives may depend on the day.
 
   Args:
@@ -93,14 +95,14 @@ def prints_the_date(template) -> bool:
   return "strftime_now" in str(template)
 
 
-def whose(tokenizer) -> str:
+def whose(tokenizer: Tokenizer) -> str:
   """The template, as messages call it."""
   if tokenizer.chat_template:
     return f"The chat template of {name(tokenizer)}"
   return "config.data.chat_template"
 
 
-def name(tokenizer) -> str:
+def name(tokenizer: Tokenizer) -> str:
   """The tokenizer, as messages call it."""
   return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
 

@@ -5,9 +5,14 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from refine_jax.errors import UserError
 from refine_jax.text.reason import cut, reason
+
+# transformers' PreTrainedTokenizerBase, which takes seconds to import; its attributes are annotated
+# as unions of all that any tokenizer may have.
+Tokenizer = Any
 
 # What decides the ids of a text and the text of ids; special tokens are not among it, because
 # tokenizer_config.json may add some.
@@ -38,7 +43,7 @@ def library_errors(what: str) -> Iterator[None]:
     raise TokenizerError(f"{what}: {reason(error)}") from error
 
 
-def load_tokenizer(name, *, trust_remote_code: bool = False):
+def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
   """The tokenizer of a directory or hub name.
 
   It does what its tokenizer.json says, where it has one. transformers builds some classes of
@@ -81,11 +86,9 @@ def _differing_parts(tokenizer, name: str) -> list[str]:
   if backend is None or not type(tokenizer).__module__.startswith("transformers."):
     return []
   import tokenizers
-  import transformers
+  from transformers.utils.hub import cached_file
 
-  path = transformers.utils.cached_file(
-    name, "tokenizer.json", _raise_exceptions_for_missing_entries=False
-  )
+  path = cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
   if path is None:
     return []
   file = tokenizers.Tokenizer.from_file(path)
@@ -113,7 +116,9 @@ def _try(tokenizer):
   {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
 
-def encode(tokenizer, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
+def encode(
+  tokenizer: Tokenizer, texts: list[str], *, add_special_tokens: bool = False
+) -> list[list[int]]:
   """Ids of texts, in parallel where the tokenizer is a fast one.
 
   Args:

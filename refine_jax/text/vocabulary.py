@@ -1,11 +1,13 @@
 """Whether a model has an embedding for token ids."""
 
 import numbers
+from collections.abc import Sequence
 
 import numpy as np
 
 from refine_jax.errors import UserError
 from refine_jax.text.reason import cut
+from refine_jax.text.tokenizer import Tokenizer
 
 
 def first_outside(ids: np.ndarray, vocab_size: int) -> int | None:
@@ -16,7 +18,9 @@ def first_outside(ids: np.ndarray, vocab_size: int) -> int | None:
   return int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
 
 
-def check_ids(ids, vocab_size: int, what: str, tokenizer=None):
+def check_ids(
+  ids: Sequence[int] | np.ndarray, vocab_size: int, what: str, tokenizer: Tokenizer | None = None
+) -> None:
   """Refuses token ids without an embedding, whose lookup would give NaN.
 
   Args:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from refine_jax import sharding
 from refine_jax.attention import ranged
@@ -23,7 +25,9 @@ from refine_jax.training.source import Source
 from refine_jax.training.step_config import StepConfig
 
 
-def choose_compute(config: Config, shape: ModelConfig, mesh, plan: DataPlan):
+def choose_compute(
+  config: Config, shape: ModelConfig, mesh: Mesh, plan: DataPlan
+) -> compute_lib.ForwardConfig:
   """Resolves every "auto"."""
   source = config.model
   dtype = source.compute_dtype
@@ -66,7 +70,9 @@ def choose_compute(config: Config, shape: ModelConfig, mesh, plan: DataPlan):
   gradient = source.head_gradient
   if gradient == "auto":
     gradient = "forward" if mesh.size == mesh.shape["data"] else "recompute"
-  unroll = compute_lib.choose_unroll(source.scan_unroll, remat, shape.layers)
+  # Two streams unstacked are so many kernels that compiling takes minutes.
+  wanted = source.scan_unroll or int(config.adapter.kind == "gated")
+  unroll = compute_lib.choose_unroll(wanted, remat, shape.layers)
   return compute_lib.ForwardConfig(
     model=shape,
     dtype=dtype,
@@ -110,7 +116,7 @@ def draft_columns(config: Config) -> int:
   return length * noise.from_config(config.noise).columns_per_token
 
 
-def bytes_per_device(tree, places) -> int:
+def bytes_per_device(tree: Any, places: Any) -> int:
   """Bytes of a tree of arrays or shapes on each device, placed so."""
   sizes = jax.tree.map(
     lambda x, s: jnp.dtype(x.dtype).itemsize * math.prod(s.shard_shape(x.shape)), tree, places

@@ -64,9 +64,11 @@ class ForwardConfig:
     """What the model computes with: a working copy, or the frozen base with the adapter in it."""
     if self.adapter is None:
       return self.cast(params)
+    assert frozen is not None
     return adapters.attach(frozen, self._factors(params), self.model)
 
   def _factors(self, params: dict) -> dict:
+    assert self.adapter is not None
     factors = adapters.working_copy(params, self.adapter, jnp.dtype(self.dtype))
     return layout.unstack_layers(factors) if self.unroll >= self.model.layers else factors
 
@@ -86,14 +88,19 @@ class ForwardConfig:
       dtype=jnp.dtype(self.dtype),
       remat=self.remat,
       unroll=self.unroll,
-      # Over several devices, the sum of a layer's gradients has the time of the next one's pass.
+      # Several devices sum a layer's gradients while the next layer's backward pass runs.
       backward_slack=0 if self.mesh is None or self.mesh.size == 1 else 1,
       constrain=self._rows_stay_split,
       adapt_all=self.adapter is not None and self.adapter.kind == "lora",
     )
 
   def loss(
-    self, params: dict, batch: Batch, targets_BS, weights_BS, scored_BS=None
+    self,
+    params: dict,
+    batch: Batch,
+    targets_BS: jax.Array,
+    weights_BS: jax.Array,
+    scored_BS: jax.Array | None = None,
   ) -> tuple[jax.Array, head.HeadOutput]:
     """The sum of weight * cross-entropy, and what the head says: see head.cross_entropy."""
     x_BSD = self.hidden_states(params, batch)
@@ -116,7 +123,7 @@ class ForwardConfig:
     frozen: dict,
     batch: Batch,
     blocks: DraftBlocks,
-    weights_BQ,
+    weights_BQ: jax.Array,
     *,
     drafts: int,
     target: str,

@@ -2,11 +2,15 @@
 
 import dataclasses
 import zlib
+from collections.abc import Sequence
 
+import grain
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from refine_jax import data, sharding
+from refine_jax.batch import Batch
 from refine_jax.config import Config
 from refine_jax.config.checks import check_profile
 from refine_jax.errors import UserError
@@ -31,10 +35,10 @@ class DataPlan:
     """A checksum of the training examples: tokens, and where examples and responses begin."""
     examples, crc = self.train.examples, 0
     for array in (examples.tokens, examples.offsets, examples.prompt_lengths):
-      crc = zlib.crc32(np.ascontiguousarray(array), crc)
+      crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
     return f"{len(examples)} examples {crc:08x}"
 
-  def train_iterator(self):
+  def train_iterator(self) -> grain.DatasetIterator:
     """A grain iterator over batches of this process's rows, whose state can be saved."""
     return data.train_iterator(
       self.train,
@@ -44,7 +48,8 @@ class DataPlan:
       prefetch=self.config.data.prefetch,
     )
 
-  def eval_batches(self):
+  def eval_batches(self) -> Sequence[Batch]:
+    assert self.validation is not None
     return data.eval_batches(
       self.validation,
       process_index=jax.process_index(),
@@ -52,7 +57,7 @@ class DataPlan:
     )
 
 
-def plan_data(config: Config, source: Source, mesh) -> DataPlan:
+def plan_data(config: Config, source: Source, mesh: Mesh) -> DataPlan:
   """Tokenises (or reads the cache), packs, and says how many steps the run has."""
   optim_config = config.optim
   eval_size = config.eval.batch_size or optim_config.micro_batch

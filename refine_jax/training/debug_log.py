@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 
 from refine_jax.batch import Batch
+from refine_jax.text.tokenizer import Tokenizer
 
 # Around each token that differs from the clean one.
 _OPEN, _CLOSE = "⟦", "⟧"
 
 
-def format_example(tokenizer, step: int, row: Batch, rounds: dict) -> str:
+def format_example(tokenizer: Tokenizer, step: int, row: Batch, rounds: dict) -> str:
   """The first example of a packed row.
 
   Args:
@@ -35,7 +36,7 @@ def format_example(tokenizer, step: int, row: Batch, rounds: dict) -> str:
   return "\n".join(lines) + "\n\n"
 
 
-def append(workdir: Path, text: str):
+def append(workdir: Path, text: str) -> None:
   """Adds to WORKDIR/log/debug.log, in a workdir that is there.
 
   Raises:
@@ -48,7 +49,7 @@ def append(workdir: Path, text: str):
 
 
 def _marked(tokenizer, tokens, clean):
-  """Runs of equal and of differing tokens decoded apart, the latter between marks."""
+  """Decodes runs of equal and of differing tokens separately, the latter between marks."""
   changed = tokens != clean
   cuts = np.flatnonzero(np.diff(changed)) + 1
   pieces = []

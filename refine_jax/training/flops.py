@@ -16,7 +16,7 @@ def matmul_flops_per_token(config: ModelConfig) -> int:
 
 
 def attention_flops(config: ModelConfig, length: float) -> float:
-  """Of one token in a causal sequence of `length`, on average: scores and values, all layers."""
+  """FLOPs of one token's scores and values in a causal sequence of `length`: mean, all layers."""
   spans = [min(length, w or length) for w in config.windows]
   return sum(2 * 2 * config.heads * config.head_dim * span / 2 for span in spans)
 

@@ -14,6 +14,7 @@ from refine_jax.tree import leaf_name
 def load_frozen(source: Source, forward: ForwardConfig) -> tuple[dict, str]:
   """The working copy of the base, on its devices, and the fingerprint of its weights as stored."""
   shapes = transformer.param_shapes(source.model)
+  assert forward.mesh is not None  # None is for single functions; a run makes one
   places = sharding.shardings(shapes, forward.mesh)
   by_name = {leaf_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(places)}
 

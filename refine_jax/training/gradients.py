@@ -1,5 +1,7 @@
 """The gradient of a step: of rounds over noised rows, or of draft blocks next to clean rows."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -35,14 +37,12 @@ def of_rounds(
   batch, noised = jax.vmap(
     lambda micro: noise_lib.add_noise(key, micro, step_config.noise, step_config.noise_token)
   )(batch)
-  if forward.adapter is None:
-    loss, trained = forward.loss, forward.cast(params)
-  else:
-    trained = params
 
-    def loss(factors, *arguments):
-      return forward.loss(forward.working(factors, frozen), *arguments)
+  def adapted_loss(factors, *arguments):
+    return forward.loss(forward.working(factors, frozen), *arguments)
 
+  loss: Callable = forward.loss if forward.adapter is None else adapted_loss
+  trained = forward.cast(params) if forward.adapter is None else params
   gradients, sums = objective.refinement_gradients(loss, trained, batch, noised, step_config.plan)
   if forward.adapter is None:
     gradients = forward.canonical(gradients)
@@ -52,12 +52,13 @@ def of_rounds(
 def of_drafts(
   params: dict,
   batch: Batch,
-  frozen: dict,
+  frozen: dict | None,
   key: jax.Array,
   step_config: StepConfig,
   forward: ForwardConfig,
 ) -> tuple[dict, dict, jax.Array]:
   """The gradient of a gated adapter; arguments and results are those of `of_rounds`."""
+  assert frozen is not None
   noise = step_config.noise
   blocks = jax.vmap(
     lambda micro: draft_blocks.draw(

@@ -4,7 +4,9 @@ import contextlib
 import functools
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Self, SupportsFloat
 
 import jax
 from tqdm import tqdm
@@ -22,7 +24,7 @@ from refine_jax.training import sinks
 _CONSOLE = ("loss_total", "grad_norm", "lr", "noise_mean", "tokens_per_second", "mfu")
 
 
-def ratio(a, b) -> float:
+def ratio(a: SupportsFloat, b: SupportsFloat) -> float:
   """a / b as a float, 0 where there is nothing to divide by."""
   return float(a) / float(b) if float(b) else 0.0
 
@@ -76,11 +78,11 @@ def _by_bucket(terms, rounds, labels):
 class Timer:
   """Wall-clock seconds of a with block."""
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     self._start = time.perf_counter()
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     self.seconds = time.perf_counter() - self._start
 
 
@@ -95,16 +97,17 @@ class Throughput:
   looks late, the next step seems short.
   """
 
-  def __init__(self, flops_per_token: float, peak_flops: float | None, devices: int):
+  def __init__(self, flops_per_token: float, peak_flops: float | None, devices: int) -> None:
     self._flops_per_token, self._devices = flops_per_token, devices
     self._peak = peak_flops
     self.restart()
 
-  def restart(self):
+  def restart(self) -> None:
     """Forgets the clock: what happened since (validation, saving) was no training step."""
-    self._start, self._tokens, self._steps = None, 0.0, 0
+    self._start: float | None = None
+    self._tokens, self._steps = 0.0, 0
 
-  def add(self, tokens: float):
+  def add(self, tokens: float) -> None:
     """A step of `tokens` has just ended. The first after a restart only starts the clock."""
     self._now = time.perf_counter()
     if self._start is None:
@@ -114,7 +117,7 @@ class Throughput:
 
   def read(self) -> dict:
     """The means, empty where no step was timed; the next ones count from here."""
-    if not self._steps:
+    if self._start is None or not self._steps:
       return {}
     seconds = self._now - self._start
     rate = self._tokens / seconds
@@ -139,13 +142,16 @@ class Writers:
     UserError: something cannot be written at the start.
   """
 
-  def __init__(self, workdir: Path, config: LogConfig, run_config: dict, *, first: int, total: int):
+  def __init__(
+    self, workdir: Path, config: LogConfig, run_config: dict, *, first: int, total: int
+  ) -> None:
     self.failure: UserError | None = None
     self._active = jax.process_index() == 0
     self._console = self._active and "console" in config.logger
     self._mute = False
     self._total = total
-    self._bar, self._sinks = None, None
+    self._bar: tqdm | None = None
+    self._sinks: list[sinks.Sink] | None = None
     if not self._active:
       return
     self._open_sinks = functools.partial(self._open, workdir, config, run_config, first)
@@ -173,7 +179,7 @@ class Writers:
       self._sinks.append(sinks.Wandb(workdir, config, run_config))
 
   @contextlib.contextmanager
-  def keeping_failures(self, place: Path):
+  def keeping_failures(self, place: Path) -> Iterator[None]:
     """Keeps an error in writing `place`, or a UserError, as `failure`; the first one stays."""
     try:
       with files.write_errors(place):
@@ -181,7 +187,7 @@ class Writers:
     except UserError as error:
       self.failure = self.failure or error
 
-  def note(self, text: str):
+  def note(self, text: str) -> None:
     """A line on the console, whatever the loggers."""
     if not self._active or self._mute:
       return
@@ -193,26 +199,26 @@ class Writers:
       error = UserError(f"The output could not be written ({files.reason_of(error)}).")
       self.failure = self.failure or error
 
-  def write(self, step: int, metrics: dict, *, line: bool = True):
+  def write(self, step: int, metrics: dict, *, line: bool = True) -> None:
     """Numbers of the model after `step` steps."""
     if not self._active:
       return
     if self._sinks is None:
       self._open_sinks()
-    for sink in list(self._sinks):
+    for sink in list(self._sinks or ()):
       before = self.failure
       with self.keeping_failures(sink.place):
         sink.write(step, metrics)
-      if self.failure is not before:  # what it wrote last may be half a record
+      if self._sinks and self.failure is not before:  # what it wrote last may be half a record
         self._sinks.remove(sink)
     if self._console and line:
       self.note(format_line(step, self._total, metrics))
 
-  def advance(self):
+  def advance(self) -> None:
     if self._bar is not None:
       self._bar.update()
 
-  def close(self):
+  def close(self) -> None:
     """Ends them all. Raises nothing: it would hide the error that a run ends with."""
     if self._bar is not None:
       self._bar.close()

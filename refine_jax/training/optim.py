@@ -26,7 +26,7 @@ def warmup_steps(config: OptimConfig, total_steps: int) -> int:
   return int(total_steps * config.warmup_ratio)
 
 
-def decays(params):
+def decays(params: dict) -> dict:
   """Weight decay's mask: kernels, embedding and head, but no norm scale and no bias."""
   return jax.tree_util.tree_map_with_path(
     lambda path, _: path[-1].key not in ("scale", "bias"), params

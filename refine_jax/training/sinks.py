@@ -11,10 +11,21 @@ import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 from refine_jax import files, records
 from refine_jax.config import LogConfig
 from refine_jax.errors import UserError
+
+
+class Sink(Protocol):
+  """One place for numbers."""
+
+  place: Path
+
+  def write(self, step: int, metrics: dict) -> None: ...
+
+  def close(self) -> None: ...
 
 
 class MetricsFile:
@@ -25,18 +36,18 @@ class MetricsFile:
       were, which are in WORKDIR/log/metrics_replaced.jsonl now.
   """
 
-  def __init__(self, workdir: Path, *, first: int):
+  def __init__(self, workdir: Path, *, first: int) -> None:
     self.place = workdir / records.NAME
     self.replaced = workdir / "log" / "metrics_replaced.jsonl"
     with files.write_errors(self.place):
       self.moved = records.begin(self.place, first, self.replaced)
 
-  def write(self, step: int, metrics: dict):
+  def write(self, step: int, metrics: dict) -> None:
     # JSON has no NaN; null is what readers take it for.
     finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
     records.append(self.place, {"step": step} | finite)
 
-  def close(self):
+  def close(self) -> None:
     pass
 
 
@@ -51,7 +62,7 @@ class TensorBoard:
       files have.
   """
 
-  def __init__(self, workdir: Path, *, first: int):
+  def __init__(self, workdir: Path, *, first: int) -> None:
     from tensorboardX import record_writer, summary
     from tensorboardX.proto import event_pb2
 
@@ -63,14 +74,14 @@ class TensorBoard:
     with files.write_errors(self.place):
       self._append(b"")
 
-  def write(self, step: int, metrics: dict):
+  def write(self, step: int, metrics: dict) -> None:
     events = (
       self._event(step=step, summary=self._summary.scalar(name, value))
       for name, value in metrics.items()
     )
     self._append(b"".join(events))
 
-  def close(self):
+  def close(self) -> None:
     pass
 
   def _append(self, events: bytes):
@@ -96,9 +107,9 @@ class TensorBoard:
 class Wandb:
   """A run of wandb: the same one whenever the same workdir goes on."""
 
-  def __init__(self, workdir: Path, config: LogConfig, run_config: dict):
+  def __init__(self, workdir: Path, config: LogConfig, run_config: dict) -> None:
     check_wandb()
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]  an extra that tests need not
 
     self.place = workdir / "wandb"
     identifier = _run_id(workdir)
@@ -112,19 +123,19 @@ class Wandb:
         dir=str(workdir),
       )
 
-  def write(self, step: int, metrics: dict):
+  def write(self, step: int, metrics: dict) -> None:
     with _wandb_errors():
       self._run.log(metrics, step=step)
 
-  def close(self):
+  def close(self) -> None:
     with _wandb_errors():
       self._run.finish()
 
 
-def check_wandb():
+def check_wandb() -> None:
   """Raises UserError where wandb is not installed."""
   try:
-    import wandb  # noqa: F401
+    import wandb  # noqa: F401  # pyright: ignore[reportMissingImports]  likewise
   except ImportError:
     raise UserError(
       "config.log.logger names wandb, which is not installed: pip install -e '.[wandb]'."

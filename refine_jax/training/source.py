@@ -7,7 +7,7 @@ from refine_jax.config import Config
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights as hf_weights
 from refine_jax.model.transformer import ModelConfig
-from refine_jax.text.tokenizer import load_tokenizer
+from refine_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Source:
   directory: Path
   pretrained: bool
   model: ModelConfig
-  tokenizer: object
+  tokenizer: Tokenizer
 
 
 def read_source(config: Config) -> Source:

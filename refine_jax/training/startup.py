@@ -4,10 +4,14 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
+import grain
 import jax
+from jax.sharding import Mesh
 
 from refine_jax import sharding
+from refine_jax.checkpoint.checkpointer import Checkpointer
 from refine_jax.config import Config
 from refine_jax.config.key import nearest
 from refine_jax.errors import UserError
@@ -17,6 +21,7 @@ from refine_jax.model.transformer import ModelConfig
 from refine_jax.text.vocabulary import check_ids
 from refine_jax.training import optim, train_step
 from refine_jax.training.choices import bytes_per_device, make_adapter, new_params
+from refine_jax.training.compute import ForwardConfig
 from refine_jax.training.data_plan import DataPlan
 from refine_jax.training.metrics import gibibytes
 from refine_jax.training.source import Source
@@ -96,9 +101,9 @@ def run_record(config: Config, recipe: StepConfig, plan: DataPlan) -> dict:
 def start(
   config: Config,
   source: Source,
-  mesh,
-  checkpointer,
-  iterator,
+  mesh: Mesh,
+  checkpointer: Checkpointer,
+  iterator: grain.DatasetIterator,
   run: dict,
   ours: dict,
 ) -> tuple:
@@ -161,24 +166,34 @@ def _check_position(step: int, state, iterator):
     )
 
 
-def save_hf(workdir: Path, step: int, params, identity: dict) -> Path:
+def save_hf(workdir: Path, step: int, params: dict, identity: dict) -> Path | None:
   """This step's parameters as Hugging Face files; `identity` as its checkpoint has it."""
   from refine_jax.hf.export_step import export_step
 
   return export_step(workdir, step, params, identity=identity)
 
 
-def enable_compilation_cache():
+def enable_compilation_cache() -> None:
   """Keeps compiled steps between runs, where the user has not chosen a place for them."""
-  if not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
+  settings: Any = jax.config
+  if not settings.jax_compilation_cache_dir and jax.default_backend() != "cpu":
     home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     path = Path(home).expanduser() / "refine_jax" / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(path))
 
 
-def describe(config, source, plan, recipe, compute, state, origin) -> list:
+def describe(
+  config: Config,
+  source: Source,
+  plan: DataPlan,
+  recipe: StepConfig,
+  compute: ForwardConfig,
+  state: train_step.TrainState,
+  origin: str,
+) -> list:
   """Lines with every number that follows from the config, the data and the devices."""
   mesh, shape = compute.mesh, source.model
+  assert mesh is not None  # None is for single functions; a run makes one
   axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
   count = sum(x.size for x in jax.tree.leaves(state.params))
   params, everything = (

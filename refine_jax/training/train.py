@@ -30,11 +30,11 @@ def run(config: Config, workdir: str) -> int:
   Raises:
     UserError: what a user can mend.
   """
-  workdir = files.local_path(workdir, "--workdir").absolute()
+  place = files.local_path(workdir, "--workdir").absolute()
   noise.from_config(config.noise)  # refuses, before anything is done, what the kind cannot do
-  check_workdir(workdir, config)
-  with hold(workdir):
-    return _run(config, workdir)
+  check_workdir(place, config)
+  with hold(place):
+    return _run(config, place)
 
 
 def _run(config: Config, workdir: Path) -> int:
@@ -89,13 +89,13 @@ class _Loop:
     self.recipe, self.compute, self.mesh = recipe, compute, compute.mesh
     self.checkpointer, self.iterator = checkpointer, iterator
     self.record, self.identity = record
-    self.frozen = None
+    self.frozen: dict | None = None
     self.total = recipe.total_steps
     bound = {"step_config": recipe, "forward": compute}
     self.eval_step = jax.jit(functools.partial(train_step.eval_step, **bound))
     self.debug_rounds = jax.jit(functools.partial(train_step.debug_rounds, **bound))
     flops = flops_per_token(config, source, plan, recipe)
-    self.problems = None
+    self.problems: Problems | None = None
     if config.eval.generate_every:
       self.problems = Problems(config, source.model, workdir / "model", compute.dtype)
     self.throughput = metrics.Throughput(flops, peak_flops(), self.mesh.size)
@@ -266,8 +266,8 @@ class _Loop:
         writers.note(f"exported      {path}")
     if due.validate:
       self._evaluate(state, step, writers, requests)
-    if due.answer and not requests.pending:
-      writers.write(step, self.problems.answer(state.params))
+    if due.answer and self.problems and not requests.pending:
+      writers.write(step, self.problems.answer(state.params, self.frozen))
     return not (requests.pending and (due.validate or due.answer))
 
   def _evaluate(self, state, step, writers, requests):
@@ -282,7 +282,7 @@ class _Loop:
     writers.write(step, values)
 
   def _debug(self, state, host_batch, step, writers):
-    # One row, as many times as there are shards of rows, so that it fits the mesh.
+    # The mesh splits rows over its shards, so each shard gets a copy of the one row.
     row = host_batch.map(lambda x: x[0, :1])
     copies = sharding.batch_shards(self.mesh) // jax.process_count()
     tiled = row.map(lambda x: np.repeat(x, copies, axis=0))

@@ -1,6 +1,7 @@
 """The training and evaluation steps: pure functions of (state, batch)."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from refine_jax.batch import Batch
+from refine_jax.batch import Array, Batch
 from refine_jax.config import OptimConfig
 from refine_jax.objective import block_metrics
 from refine_jax.objective import noise as noise_lib
@@ -38,7 +39,7 @@ class TrainState:
   opt_state: Any
 
 
-def init_state(params, optim_config: OptimConfig) -> TrainState:
+def init_state(params: dict, optim_config: OptimConfig) -> TrainState:
   """Step 0 with these parameters."""
   # Three arrays, not one three times: the state is donated, and a buffer only once.
   return TrainState(
@@ -96,7 +97,7 @@ def train_step(
   return new_state, metrics
 
 
-def sum_over_batch(select, batch: Batch):
+def sum_over_batch(select: Callable, batch: Batch) -> jax.Array:
   """The float32 sum over all micro-batches of what `select` takes from one."""
   return jnp.sum(jax.vmap(select)(batch), dtype=jnp.float32)
 
@@ -198,7 +199,7 @@ def debug_rounds(
   *,
   step_config: StepConfig,
   forward: ForwardConfig,
-  step,
+  step: Array,
 ) -> dict:
   """Follows one row through the rounds, for log/debug.log: batch arrays are [1, T].
 
@@ -226,7 +227,9 @@ def debug_rounds(
   return objective.refine(predict, batch, noised, num_rounds=rounds, collect=collect)
 
 
-def jit_train_step(step_config: StepConfig, forward: ForwardConfig, state_shardings=None):
+def jit_train_step(
+  step_config: StepConfig, forward: ForwardConfig, state_shardings: Any = None
+) -> Callable:
   """The one place where the step is compiled: state donated, its shardings kept."""
   step = functools.partial(train_step, step_config=step_config, forward=forward)
   out = None if state_shardings is None else (state_shardings, None)

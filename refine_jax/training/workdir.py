@@ -24,7 +24,7 @@ _NEW = re.compile(r"\.lock|\..*\.\d+\.new|\.gitkeep|\.DS_Store|.*\.(log|out|err)
 _SECTIONS = {"data", "model", "objective", "noise", "optim"}
 
 
-def check_workdir(workdir: Path, config: Config):
+def check_workdir(workdir: Path, config: Config) -> None:
   """Refuses, before anything is read or made, what cannot be this run's workdir.
 
   Raises:

@@ -1,6 +1,6 @@
 """What a noise kind is, and what kinds share."""
 
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ class Noised(NamedTuple):
     is_noise: bool, which of these were replaced by the noise token.
     later: int32, what further rounds see at positions that are not refined.
     later_is_noise: bool, which of these are noise again.
-    refined: bool, tokens that a further round sees as the last one predicted them.
+    refined: bool, positions where a further round sees the prediction of the round before it.
     trained: bool, response tokens that the rounds are scored on.
     clean: bool, response tokens that the loss on the clean text is scored on.
     weights: float32, how much the prediction made at each position counts in a round.
@@ -50,9 +50,11 @@ class NoiseKind(Protocol):
       `Batch.block_starts` for attention. The loss on clean text then needs no pass of its own.
   """
 
-  config: NoiseConfig
-  columns_per_token: int
-  clean_text_inside: bool
+  columns_per_token: ClassVar[int]
+  clean_text_inside: ClassVar[bool]
+
+  @property
+  def config(self) -> NoiseConfig: ...
 
   def check(self) -> None:
     """Raises UserError where the config's values make no sense for this kind."""
