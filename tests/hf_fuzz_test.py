@@ -35,7 +35,7 @@ SHAPE = hf_config.from_hf(CONFIG)
 GENERATION = {
   "eos_token_id": [1, 2],
   "pad_token_id": 0,
-  "refinement": {"noise_token": 3, "block_size": 4},
+  "refinement": {"noise_token": 3, "block_size": 4, "random_noise": True, "adapter": "adapter"},
   "do_sample": True,
 }
 

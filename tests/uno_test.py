@@ -73,7 +73,7 @@ def test_peft_computes_what_noise_tokens_do_here(exported, family):
 @pytest.mark.parametrize(("family", "noise"), [("llama", NOISE), ("qwen3", None)])
 def test_two_passes_in_torch_alone_give_the_text_of_the_base(exported, family, noise):
   _, run, theirs = exported(family)
-  for prompt in unequal_prompts(3, 61):
+  for prompt in unequal_prompts(3, 61)[:2]:
     answer, counts = uno_decode.decode(
       theirs, prompt, vocab_size=61, block=BLOCK, new=NEW, eos=EOS, noise_token=noise
     )
