@@ -10,9 +10,12 @@ Three times tell the device's part of a pass from the host's:
            reads that flag before it launches the next pass. Decoding without stop strings.
   call_ms  a pass as a call of its own, the flag read in Python: streaming, one pass a piece.
 
+With --adapter_rank passes are timed without and with a gated adapter, and the modes run with it.
+
 host_share is 1 - pass_ms / loop_ms, stream_host_share 1 - pass_ms / call_ms.
 """
 
+import dataclasses
 import functools
 import statistics
 import tempfile
@@ -30,7 +33,8 @@ from benchmarks import timing
 from refine_jax.decoding import compile_cache, generation, loading, sampler
 from refine_jax.decoding import settings as sampler_settings
 from refine_jax.hf import export as hf_export
-from refine_jax.model import transformer
+from refine_jax.hf import peft
+from refine_jax.model import adapters, transformer
 from refine_jax.training import flops as flops_lib
 
 _PASSES = 32
@@ -46,6 +50,9 @@ def main(argv=None) -> dict:
   parser.add_argument(
     "--draft", default="tail", choices=("tail", "branches"), help="of the passes timed"
   )
+  parser.add_argument(
+    "--adapter_rank", type=int, help="also time the passes with a random gated adapter"
+  )
   parser.add_argument("--prompt", type=int, default=128, help="tokens")
   parser.add_argument("--new", type=int, help="tokens to decode; default: 256, tiny: 32")
   parser.add_argument("--peer", action="store_true", help="run PyTorch on the same weights")
@@ -59,10 +66,13 @@ def main(argv=None) -> dict:
     "bytes": timing.copy_bytes_per_second(arguments.shape, arguments.repeats),
     "flops": timing.ceiling(arguments.shape, arguments.repeats),
   }
+  if arguments.adapter_rank:
+    model = with_random_adapter(model, arguments.adapter_rank)
   passes = [
-    timing.told(_measure_passes(model, rows, block, arguments, ceilings))
+    timing.told(_measure_passes(model, rank, rows, block, arguments, ceilings))
     for rows in arguments.batches
     for block in arguments.blocks
+    for rank in ([0, arguments.adapter_rank] if arguments.adapter_rank else [0])
   ]
   prompts = {rows: _prompts(config, rows, arguments.prompt) for rows in arguments.batches}
   results = {
@@ -85,6 +95,9 @@ def main(argv=None) -> dict:
     "weight_bytes": weight_bytes(config, itemsize),
     "peak_gib": timing.peak_gibibytes(),
   }
+  if arguments.adapter_rank:
+    summary["adapter_rank"] = arguments.adapter_rank
+    summary["times_without_adapter"] = times_without_adapter(passes)
   return timing.report(rows, summary, arguments.json, passes=passes)
 
 
@@ -98,6 +111,24 @@ def _model(arguments, dtype) -> loading.Model:
     return jax.tree.map(lambda x: x.astype(dtype), transformer.init_params(config, key))
 
   return loading.Model(config, init(jax.random.key(0)), None, (), None, Path())
+
+
+def with_random_adapter(model: loading.Model, rank: int) -> loading.Model:
+  """The same model with an adapter of all projections, whose values change no time."""
+  shape = adapters.Adapter(rank=rank)
+  factors = adapters.init_params(model.config, shape, jax.random.key(1))
+  # B is zero in a new one.
+  factors = jax.tree.map(lambda x: x + 0.01, factors)
+  return dataclasses.replace(model, adapter=peft.LoadedAdapter(shape, factors))
+
+
+def times_without_adapter(passes: list[dict]) -> dict:
+  """ "ROWS x BLOCK" -> a pass with the adapter over one without."""
+  pairs: dict = {}
+  for row in passes:
+    key = f"{row['batch']} x {row['block']}"
+    pairs.setdefault(key, {})[row["adapter_rank"] > 0] = row["pass_ms"]
+  return {key: times[True] / times[False] for key, times in pairs.items()}
 
 
 def _prompts(config, rows, length) -> list[list[int]]:
@@ -141,8 +172,9 @@ def _settings(model, rows, block, draft) -> sampler_settings.Settings:
   )
 
 
-def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
-  config, params = model.config, model.decoding_params
+def _measure_passes(model, rank, rows, block, arguments, ceilings) -> dict:
+  """A row of the table; `rank` of the adapter, 0 for the base alone."""
+  config, params = model.config, model.decoding_params if rank else model.base_decoding_params
   settings = _settings(model, rows, block, arguments.draft)
   prefill = sampler.prefill_program(config)
   decode = sampler.programs(config, settings)[0]
@@ -201,6 +233,7 @@ def _measure_passes(model, rows, block, arguments, ceilings) -> dict:
     "batch": rows,
     "block": block,
     "draft": arguments.draft,
+    "adapter_rank": rank,
     "engine": settings.engine,
     "prefill_ms": prefill_seconds * 1e3,
     "pass_ms": times["pass"] * 1e3,

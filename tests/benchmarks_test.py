@@ -276,6 +276,15 @@ def test_sampler(run):
   check_modes(result["rows"])
 
 
+def test_an_adapters_cost_is_the_ratio_of_two_passes(run):
+  options = ("--batches=1", "--blocks=3", "--new=8", "--prompt=16", "--modes=", "--draft=branches")
+  result = run(sampler, *options, "--adapter_rank=2")
+  alone, adapted = result["passes"]
+  assert (alone["adapter_rank"], adapted["adapter_rank"]) == (0, 2)
+  ratio = adapted["pass_ms"] / alone["pass_ms"]
+  assert result["times_without_adapter"] == {"1 x 3": pytest.approx(ratio)}
+
+
 def check_modes(rows):
   ours, peers = rows[:6], {(row["mode"], row["batch"]): row for row in rows[6:]}
   assert [(r["mode"], r["batch"]) for r in ours] == [

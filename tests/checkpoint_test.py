@@ -63,7 +63,7 @@ def test_state_iterator_and_config_come_back(tmp_path):
   state, step = checkpointer.restore(None, abstract(new_state()), iterator, IDENTITY)
   assert step == 3 and next(iterator) == 3
   assert_same(state, new_state(3))
-  assert checkpoint.saved_config(tmp_path) == {"seed": 3}
+  assert checkpoint.saved_record(tmp_path)["config"] == {"seed": 3}
   checkpointer.close()
 
 
@@ -276,7 +276,7 @@ def test_other_names_of_a_workdir_are_saved_and_restored(tmp_path, name):
 def test_a_checkpoint_moved_under_brackets_can_be_sampled_from(tmp_path):
   save_numbers(tmp_path / "plain")
   (tmp_path / "plain").rename(tmp_path / "run[1]")
-  assert checkpoint.saved_config(tmp_path / "run[1]") == {"seed": 1}
+  assert checkpoint.saved_record(tmp_path / "run[1]")["config"] == {"seed": 1}
 
 
 @pytest.mark.parametrize("lost", ["state/manifest.ocdbt", "record/metadata"])

@@ -16,8 +16,9 @@ from refine_jax.checkpoint import checkpointer
 from refine_jax.checkpoint.checkpointer import Checkpointer
 from refine_jax.decoding import loading
 from refine_jax.errors import UserError
-from refine_jax.hf import export as hf_export
 from refine_jax.hf import model_files
+from refine_jax.hf.card import model_card
+from refine_jax.hf.export_step import export_step
 from tests.hf_fixtures import random_ids, tiny_hf_model, torch_logits
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "export_hf.py"
@@ -116,19 +117,19 @@ def test_a_checkpoint_that_is_not_finite_is_refused_by_its_leaf(run, monkeypatch
 
 def test_each_step_exports_beside_the_checkpoints(run):
   workdir, params, _ = run
-  output = hf_export.export_step(workdir, 7, params, dtype="float32")
+  output = export_step(workdir, 7, params, dtype="float32")
   assert output == workdir / "global_step_7" / "huggingface"
   jax.tree.map(np.testing.assert_array_equal, loading.load(output).params, params)
 
 
 def test_the_card_has_base_metrics_of_that_step_and_config(run):
-  card = hf_export.model_card(run[0], 7)
+  card = model_card(run[0], 7)
   front = card.split("---")[1]
   assert "base_model: somebody/tiny" in front and "- refine_jax" in front
   assert "| loss_total | 1.2500 |" in card and "| eval/loss_total | 1.5000 |" in card
   assert '"num_iterations": 2' in card and "AutoModelForCausalLM" in card
   (run[0] / "metrics.jsonl").unlink()
-  assert "## Metrics" not in hf_export.model_card(run[0], 7)
+  assert "## Metrics" not in model_card(run[0], 7)
 
 
 def test_model_files_already_there_are_kept(run, tmp_path):

@@ -261,10 +261,10 @@ def restore_params(workdir: str | Path, step: int | None = None) -> tuple[dict, 
   return restored.state["params"], step
 
 
-def saved_config(workdir: str | Path, step: int | None = None) -> dict:
-  """The run's config as it was when the checkpoint was written."""
+def saved_record(workdir: str | Path, step: int | None = None) -> dict:
+  """The JSON that a checkpoint was written with: "config", "identity" and more."""
   path = checkpoint_directory(workdir) / str(find_step(workdir, step))
-  return _read(path).record["config"]
+  return _read(path).record
 
 
 def _read(path, **items):

@@ -73,6 +73,7 @@ class Decoder:
       model.eos_token_ids if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
     )
     trained = model.refinement
+    random_noise = noise_token is None and trained is not None and trained.random_noise
     default_noise = trained.noise_token if trained else eos[0] if eos else 0
     noise_id = default_noise if noise_token is None else noise_token
     if block_size is None:
@@ -91,6 +92,7 @@ class Decoder:
       top_k=top_k,
       top_p=top_p,
       noise_token=int(noise_id),
+      random_noise=random_noise,
       eos_ids=(*map(int, eos), *stop_ids),
       engine=model.cache_engine,
       least_window=least_window(rows),
@@ -107,7 +109,8 @@ class Decoder:
     if stops or follow:
       self.answers = [detokenize.GrowingAnswer(model.tokenizer, stops) for _ in self.prompts]
     self.trace: list[list[Pass]] | None = [[] for _ in self.prompts] if trace else None
-    self.params = model.decoding_params
+    # One token a pass needs no drafts, and so no adapter.
+    self.params = model.base_decoding_params if mode == "ar" else model.decoding_params
     self.state: sampler.State | None = self._prefill(rows) if self.prompts else None
 
   def _prefill(self, rows: int) -> sampler.State:
@@ -136,6 +139,7 @@ class Decoder:
       size=compile_cache.bucket(needed, _SMALLEST_BUCKET),
       ahead=ahead,
       engine=self.settings.engine,
+      random_noise=self.settings.random_noise,
     )
     state, self.prefill_seconds = compile_cache.timed(run, *arguments)
     tokens, caches = state

@@ -68,7 +68,8 @@ def generate(
       "branches", else "tail".
     seed: a row's sample depends on it and on the row's place among the prompts alone.
     first_row: the place of the first prompt, where the prompts come in several calls.
-    noise_token: default: that of the training, or the first EOS id.
+    noise_token: default: that of the training, or the first EOS id. With a model that was trained
+      on noise of any id, an id given here stands for all of them.
     eos_token_id: any of these ends a row; default: the model's.
     stop: strings that end a row where they first appear in its text, which they stay out of;
       a special token ends it as EOS does. Looked for on the host: without a stream, after every

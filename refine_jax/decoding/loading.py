@@ -13,16 +13,15 @@ from jax.typing import DTypeLike
 from refine_jax import files
 from refine_jax.attention import cached, packed
 from refine_jax.batch import Array, Batch
+from refine_jax.decoding import sources
 from refine_jax.errors import UserError
-from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights as hf_weights
 from refine_jax.hf.generation_config import Refinement, read_generation_config
-from refine_jax.hf.shards import all_finite
-from refine_jax.model import layout, transformer
+from refine_jax.hf.peft import LoadedAdapter
+from refine_jax.model import adapters, layout, transformer
 from refine_jax.model.transformer import ModelConfig
 from refine_jax.text.tokenizer import Tokenizer, load_tokenizer
 from refine_jax.text.vocabulary import check_ids
-from refine_jax.tree import leaf_name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,6 +36,7 @@ class Model:
     pad_token_id: or None.
     refinement: what it was trained with; None where that is not known.
     directory: where it was loaded from.
+    adapter: a gated one, which acts on noise tokens while answers are generated; or None.
   """
 
   config: ModelConfig
@@ -46,9 +46,10 @@ class Model:
   pad_token_id: int | None
   directory: Path
   refinement: Refinement | None = None
+  adapter: LoadedAdapter | None = None
 
   def __call__(self, ids: Array, segment_ids: Array | None = None) -> jax.Array:
-    """Logits of whole sequences: float32 [B, T, V].
+    """Logits of whole sequences: float32 [B, T, V]. A gated adapter has no part in them.
 
     Args:
       ids: int [B, T].
@@ -62,16 +63,26 @@ class Model:
     return _logits(self.params, ids, segment_ids, self.config)
 
   @functools.cached_property
-  def decoding_params(self) -> dict:
+  def base_decoding_params(self) -> dict:
     """The parameters with layers apart and joined (layout.py), made when first needed."""
     return jax.jit(lambda params: layout.join_projections(layout.unstack_layers(params)))(
       self.params
     )
 
   @functools.cached_property
+  def decoding_params(self) -> dict:
+    """The same arrays, and next to them the adapter's factors in the layers' dtype."""
+    base = self.base_decoding_params
+    if self.adapter is None:
+      return base
+    dtype = jax.tree.leaves(base["layers"][0])[0].dtype
+    factors = adapters.working_copy(self.adapter.factors, self.adapter.shape, dtype)
+    return adapters.attach(base, layout.unstack_layers(factors), self.config)
+
+  @functools.cached_property
   def cache_engine(self) -> str:
     """The engine of cache_attention for these parameters; the kernel knows one device only."""
-    leaf = jax.tree.leaves(self.decoding_params["layers"][0])[0]
+    leaf = jax.tree.leaves(self.base_decoding_params["layers"][0])[0]
     one = len(leaf.sharding.device_set) == 1
     return cached.choose_engine(self.config, leaf.dtype) if one else "xla"
 
@@ -103,10 +114,13 @@ def _logits(params, ids_BT, segment_ids_BT, config):
 
 
 def load(name: str | Path, *, dtype: DTypeLike | None = None, step: int | None = None) -> Model:
-  """Loads a Hugging Face directory, a hub name, or the workdir of a run.
+  """Loads a Hugging Face directory, a hub name, a PEFT LoRA directory, or the workdir of a run.
+
+  A LoRA adapter is merged into its base; a gated one stays beside it (docs/adapters.md).
 
   Args:
-    dtype: of the parameters; default: what the files have (float32 in a workdir).
+    dtype: of the parameters; default: what the files have (float32 in a workdir whose run trained
+      all weights).
     step: of a workdir; default: its newest checkpoint.
 
   Raises:
@@ -120,33 +134,21 @@ def load(name: str | Path, *, dtype: DTypeLike | None = None, step: int | None =
     raise UserError(f"dtype={dtype!r} is none of float32, bfloat16 and float16.")
   place = files.local_path(str(name), "model")
   if (place / "checkpoints").is_dir() and (place / "model").is_dir():
-    # Orbax takes seconds to import, and only workdirs need it.
-    from refine_jax.checkpoint import checkpointer
-
-    params, found = checkpointer.restore_params(place, step)
-    _check_finite(params, f"step {found} of {place}")
-    directory = place / "model"
-    config = hf_config.read_model_config(directory)
+    found = sources.from_workdir(place, step)
+  elif step is not None:
+    raise UserError(f"step={step} goes with the workdir of a run, and {name} is none.")
   else:
-    if step is not None:
-      raise UserError(f"step={step} goes with the workdir of a run, and {name} is none.")
-    directory = hf_weights.find(str(name))
-    config = hf_config.read_model_config(directory)
-    params = hf_weights.load_params(directory, config)
-  params = jax.tree.map(lambda x: jnp.asarray(x, dtype or x.dtype), params)
-  return around(params, config, directory)
+    found = sources.from_directory(hf_weights.find(str(name)))
+  params = jax.tree.map(lambda x: jnp.asarray(x, dtype or x.dtype), found.params)
+  adapter = found.adapter
+  if adapter is not None and adapter.shape.kind == "lora":
+    params, adapter = adapters.merge(params, adapter.factors, adapter.shape), None
+  return around(params, found.config, found.directory, adapter)
 
 
-def _check_finite(params: dict, where: str) -> None:
-  for path, array in jax.tree_util.tree_leaves_with_path(params):
-    if not all_finite(array):
-      raise UserError(
-        f"{where}: {leaf_name(path)} holds values that are not finite, so every answer would be"
-        " wrong; choose an earlier step."
-      )
-
-
-def around(params: dict, config: ModelConfig, directory: Path) -> Model:
+def around(
+  params: dict, config: ModelConfig, directory: Path, adapter: LoadedAdapter | None = None
+) -> Model:
   """A Model of these parameters, with the tokenizer and the special ids of a directory."""
   tokenizer = _tokenizer(directory)
   generation = read_generation_config(directory, config)
@@ -162,6 +164,7 @@ def around(params: dict, config: ModelConfig, directory: Path) -> Model:
     generation.pad_token_id,
     directory,
     generation.refinement,
+    adapter,
   )
 
 

@@ -10,7 +10,10 @@ from noise tokens after it.
 A causal model's own greedy text is the only fixed point of this: a draft that equals the
 prediction made from the tokens before it, all of them committed or verified likewise, is right.
 So `exact` commits the longest verified run and one token more, and gives the text of
-autoregressive decoding, token for token, whatever the drafts are.
+autoregressive decoding, token for token, whatever the drafts are. Parameters may hold the factors
+of a gated adapter (model/adapters.py), which act on noise tokens alone: then this text is the
+base's, as no noise token is ever verified, and what a noise token leaves in the cache is
+overwritten before a committed token could see it.
 """
 
 import functools
@@ -26,11 +29,10 @@ from refine_jax.attention.cached import slice_rows, write_rows
 from refine_jax.batch import Array, Batch
 from refine_jax.decoding import compile_cache, drafts, sampling
 from refine_jax.decoding.settings import Settings
-from refine_jax.model import transformer
+from refine_jax.model import adapters, transformer
 from refine_jax.model.transformer import ModelConfig
 
-# Rows of a product from which on it is bound by arithmetic rather than by memory (H100).
-_MANY_ROWS = 256
+_MANY_ROWS = 256  # of a product: from here on it is bound by arithmetic, not by memory (H100)
 
 
 class State(NamedTuple):
@@ -95,12 +97,14 @@ def prefill(
   size: int,
   ahead: int = 0,
   engine: str = "xla",
+  random_noise: bool = False,
 ) -> tuple:
   """The prompts, int32 [B, P] padded on the right, in buffers of `size`: (tokens, caches).
 
   Args:
     ahead: this many greedy drafts after each prompt, made from noise tokens there; 0: none, noise
       tokens are left in their place.
+    random_noise: as in Settings.
   """
   rows, width = prompts_BP.shape
   dtype = jax.tree.leaves(params["layers"][0])[0].dtype
@@ -112,6 +116,8 @@ def prefill(
   count = width + max(ahead - 1, 0)
   positions, reach = cached.following(start_B, count)
   window = Batch(tokens[:, :count], positions, is_noise=positions >= lengths[:, None])
+  if random_noise:
+    window = sampling.with_random_noise(window, config.vocab_size)
   x, caches = _run(params, config, window, start_B, reach, caches, engine)
   if ahead:
     drafted = jnp.argmax(transformer.logits(params, slice_rows(x, lengths - 1, ahead)), axis=-1)
@@ -220,6 +226,8 @@ def _predict(params, state, start, config, settings):
   ids = slice_rows(state.tokens, start, settings.window)
   window = Batch(ids, positions, is_noise=positions >= state.drafted[:, None])
   window, reach = kind.extend(window, reach, base, block, settings.noise_token)
+  if settings.random_noise:
+    window = sampling.with_random_noise(window, config.vocab_size)
   x, caches = _run(params, config, window, start, reach, state.caches, settings.engine)
 
   def choose(x_BND, first_B):
@@ -230,7 +238,12 @@ def _predict(params, state, start, config, settings):
   # Only the rows that predict the block meet the head.
   own = choose(slice_rows(x, base, block), state.length)
   drafted = slice_rows(state.tokens, state.length, block)
-  verified = _leading(own.tokens[:, :-1] == drafted[:, :-1])
+  right = own.tokens[:, :-1] == drafted[:, :-1]
+  if settings.random_noise or adapters.is_attached(params):
+    # One that happens to be right was computed with the adapter, or from another id: no text yet.
+    noise_from = state.drafted - state.length
+    right &= jnp.arange(block - 1)[None, :] < noise_from[:, None]
+  verified = _leading(right)
   return kind.predict(own, verified, state.length, x, choose), verified, caches
 
 
@@ -283,7 +296,8 @@ def _programs(config, settings):
 def prefill_program(config: ModelConfig) -> Callable:
   """The jitted `prefill`, whose options are static."""
   return jax.jit(
-    functools.partial(prefill, config=config), static_argnames=("size", "ahead", "engine")
+    functools.partial(prefill, config=config),
+    static_argnames=("size", "ahead", "engine", "random_noise"),
   )
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from refine_jax.batch import Batch
 from refine_jax.decoding.compile_cache import bucket
 from refine_jax.decoding.settings import Settings
 
@@ -68,3 +69,14 @@ def _filter(logits, state, settings):
     kept = jnp.where(before < state.top_p[:, None, None], ordered, jnp.inf)
     logits = jnp.where(logits < jnp.min(kept, axis=-1, keepdims=True), -jnp.inf, logits)
   return logits
+
+
+def with_random_noise(window: Batch, vocab_size: int) -> Batch:
+  """The window with noise tokens of any id, each a function of its position alone."""
+  key = jax.random.key(0)
+
+  def draw(position):
+    return jax.random.randint(jax.random.fold_in(key, position), (), 0, vocab_size)
+
+  drawn = jax.vmap(jax.vmap(draw))(window.positions)
+  return window._replace(ids=jnp.where(window.is_noise, drawn, window.ids))

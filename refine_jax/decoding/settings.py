@@ -34,6 +34,7 @@ class Settings:
       noise that depends on (seed, row, position) alone: a sample of the model's distribution that
       is a function of the tokens before it, so "exact" stays exact and equal to "ar".
     top_k, top_p: 0 and 1: off.
+    random_noise: noise tokens are drawn from the vocabulary; noise_token only marks their places.
     engine: of cache_attention.
     least_window: see `least_window`.
   """
@@ -47,6 +48,7 @@ class Settings:
   top_k: int = 0
   top_p: float = 1.0
   noise_token: int = 0
+  random_noise: bool = False
   eos_ids: tuple[int, ...] = ()
   engine: str = "xla"
   least_window: int = 1

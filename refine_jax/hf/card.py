@@ -7,6 +7,7 @@ from pathlib import Path
 from refine_jax import records
 from refine_jax.errors import UserError
 from refine_jax.hf import config as hf_config
+from refine_jax.hf.card_adapter import adapter_body
 from refine_jax.objective import noise as noise_kinds
 
 
@@ -17,6 +18,12 @@ def describe_training(config: dict) -> str:
     config: the run's config.json.
   """
   objective, noise = config["objective"], config["noise"]
+  adapter = config.get("adapter", {"kind": "none"})
+  if adapter["kind"] == "gated":
+    return _describe_gated(adapter, objective, noise)
+  if adapter["kind"] == "lora":
+    lora = f"A LoRA adapter ({_describe_adapter(adapter)}) on a frozen base. "
+    return lora + describe_training(config | {"adapter": {"kind": "none"}})
   rounds, clean = objective["num_iterations"], objective.get("clean_weight", 0)
   kind = noise.get("kind", "uniform")
   if kind == "uniform" and rounds == 1 and noise["noise_max"] == 0:
@@ -34,8 +41,44 @@ def describe_training(config: dict) -> str:
   return " ".join(parts)
 
 
-def model_card(workdir: str | Path, step: int) -> str:
+def _describe_adapter(adapter: dict) -> str:
+  return (
+    f"rank {adapter['rank']}, alpha {adapter['alpha']:g}, on {', '.join(adapter['projections'])}"
+  )
+
+
+_TARGETS = {
+  "data": "the text's next token",
+  "greedy": "the base's most likely next token",
+  "kl": "the base's distribution, by its divergence",
+  "tv": "the base's distribution, by total variation",
+}
+
+
+def _describe_gated(adapter: dict, objective: dict, noise: dict) -> str:
+  size = noise["block_size"]
+  anchors = noise.get("anchors", 0)
+  shown = f"{anchors} blocks a row, drawn anew in each step" if anchors else "all of a response"
+  return (
+    f"A gated adapter ({_describe_adapter(adapter)}) on a frozen base: it acts on noise tokens"
+    f" alone. Blocks of {size} tokens ({shown}) hold {size - 1} drafts each, which learn"
+    f" {_TARGETS[objective['draft_target']]}. {describe_noise(noise)}"
+  )
+
+
+def describe_noise(noise: dict) -> str:
+  """Says what a noise token of a gated adapter's training is: a fixed id, or any."""
+  if noise.get("random"):
+    return "A noise token is drawn uniformly from the whole vocabulary."
+  token = noise.get("token", -1)
+  return f"Every noise token is {'the EOS' if token == -1 else f'token {token}'}."
+
+
+def model_card(workdir: str | Path, step: int, *, base: str | None = None) -> str:
   """The text of README.md for a step of a run.
+
+  Args:
+    base: of a run with an adapter: how its base is written, "copy", "reference" or "merge".
 
   Raises:
     UserError: the workdir's config.json is not that of a run.
@@ -43,7 +86,10 @@ def model_card(workdir: str | Path, step: int) -> str:
   workdir = Path(workdir)
   config = hf_config.read_json(workdir)
   try:
-    lines = [*_front_matter(config), *_body(config, workdir.name, step)]
+    body = _body(config, workdir.name, step)
+    if base in ("copy", "reference"):
+      body = adapter_body(config, workdir.name, step, base, describe_training(config))
+    lines = [*_front_matter(config), *body]
   except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
     raise UserError(
       f"{workdir / 'config.json'} is not the config of a run ({type(error).__name__}: {error});"

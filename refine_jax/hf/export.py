@@ -12,7 +12,6 @@ from refine_jax import files
 from refine_jax.errors import UserError
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights as hf_weights
-from refine_jax.hf.card import model_card
 from refine_jax.hf.families import family_of
 from refine_jax.hf.model_files import TEMPLATE_FOLDER
 from refine_jax.hf.rope import both_spellings
@@ -55,11 +54,7 @@ def export(
   family = family_of(config)
   try:
     with files.new_directory(output) as temporary:
-      for path in model_files.iterdir():
-        if path.is_file() and not _is_weights(path.name):
-          shutil.copyfile(path, temporary / path.name)
-      if (model_files / TEMPLATE_FOLDER).is_dir():
-        shutil.copytree(model_files / TEMPLATE_FOLDER, temporary / TEMPLATE_FOLDER)
+      copy_model_files(model_files, temporary)
       written = both_spellings(config, family) | {"dtype": dtype, "torch_dtype": dtype}
       files.write_json(temporary / "config.json", written)
       tensors = hf_weights.tensors(params, shape, family, DTYPES[dtype])
@@ -72,6 +67,15 @@ def export(
   return output
 
 
+def copy_model_files(model_files: Path, output: Path) -> None:
+  """Copies what a model needs beside weights into a directory that is there."""
+  for path in model_files.iterdir():
+    if path.is_file() and not _is_weights(path.name):
+      shutil.copyfile(path, output / path.name)
+  if (model_files / TEMPLATE_FOLDER).is_dir():
+    shutil.copytree(model_files / TEMPLATE_FOLDER, output / TEMPLATE_FOLDER)
+
+
 def check_dtype(dtype: str) -> None:
   """Raises UserError for a dtype that weights are not written in."""
   if dtype not in DTYPES:
@@ -81,27 +85,6 @@ def check_dtype(dtype: str) -> None:
 def _is_weights(name: str) -> bool:
   """Whether a file holds weights or lists files that do: an export has its own."""
   return name.endswith((".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf"))
-
-
-def export_step(
-  workdir: str | Path, step: int, params: dict, *, dtype: str = "bfloat16"
-) -> Path | None:
-  """WORKDIR/global_step_N/huggingface, where users of the PyTorch original look for it.
-
-  Returns:
-    the directory; None in processes other than the first, which take part in gathering only.
-  """
-  import jax
-  from jax.experimental import multihost_utils
-
-  if jax.process_count() > 1:
-    params = multihost_utils.process_allgather(params, tiled=True)
-  output = Path(workdir) / f"global_step_{step}" / "huggingface"
-  if jax.process_index() != 0 or output.exists():
-    return output
-  return export(
-    params, Path(workdir) / "model", output, dtype=dtype, card=model_card(workdir, step)
-  )
 
 
 def _write_weights(directory: Path, tensors: Iterator, shard_bytes: int):

@@ -18,10 +18,18 @@ class Refinement:
   Attributes:
     noise_token: what the rounds saw instead of tokens to be drafted.
     block_size: of noise.kind "block"; None: it was trained without blocks.
+    random_noise: noise tokens were drawn uniformly from the vocabulary.
+    adapter: the folder with a gated adapter, beside generation_config.json; None: there is none.
+    base: the model that the adapter belongs to, a path or a hub name; None: this directory.
+    base_fingerprint: of the weights of `base` (checkpoint/checksums.py); None: not known.
   """
 
   noise_token: int
   block_size: int | None
+  random_noise: bool = False
+  adapter: str | None = None
+  base: str | None = None
+  base_fingerprint: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +102,20 @@ def _read_refinement(values: object, config: ModelConfig, where: str) -> Refinem
       f"{where}.block_size={block!r} must be null or a number of 1 to {config.max_length}; export"
       " the run again."
     )
-  return Refinement(noise, block)
+  random_noise = values.get("random_noise", False)
+  if type(random_noise) is not bool:
+    raise UserError(
+      f"{where}.random_noise={random_noise!r} must be true or false; export the run again."
+    )
+  texts = {key: values.get(key) for key in ("adapter", "base", "base_fingerprint")}
+  for key, text in texts.items():
+    if text is not None and (not isinstance(text, str) or not text):
+      raise UserError(f"{where}.{key}={text!r} must be text; export the run again.")
+  adapter = texts["adapter"]
+  # Any folder above would let the file point out of its directory.
+  if adapter is not None and (Path(adapter).name != adapter or adapter == ".."):
+    raise UserError(f"{where}.adapter={adapter!r} must name a folder beside {NAME}.")
+  return Refinement(noise, block, random_noise, **texts)
 
 
 def describe_generation(directory: Path, eos: int | None, refinement: dict | None) -> dict:

@@ -15,8 +15,8 @@ import safetensors
 from refine_jax.errors import UserError
 from refine_jax.hf.config import read_json
 
-_ONE_FILE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+ONE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 # safetensors' names of what a weight can be. F64 becomes F32: JAX computes in no more.
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _CHUNK = 1 << 16  # values that stay in a core's cache
@@ -30,8 +30,11 @@ class TensorFiles:
     shapes: name -> shape.
   """
 
-  def __init__(self, directory: Path) -> None:
+  def __init__(self, directory: Path, paths: Sequence[Path] | None = None) -> None:
     """Opens the files; no tensor is read.
+
+    Args:
+      paths: of the files; default: those of `weight_files`.
 
     Raises:
       UserError: no weights, a damaged file, a tensor in two files, or one that is no float.
@@ -40,7 +43,7 @@ class TensorFiles:
     self.shapes: dict[str, tuple[int, ...]] = {}
     self._files: dict[str, Any] = {}
     self._paths: dict[str, Path] = {}
-    for path in weight_files(directory):
+    for path in weight_files(directory) if paths is None else paths:
       for name, file, shape in _open(path):
         if name in self._paths:
           raise UserError(
@@ -79,9 +82,9 @@ def weight_files(directory: Path) -> Sequence[Path]:
   Raises:
     UserError: there is none, or the index names what is not there or not in the directory.
   """
-  if os.path.isfile(directory / _ONE_FILE):
-    return [directory / _ONE_FILE]
-  if (directory / _INDEX).exists():
+  if os.path.isfile(directory / ONE_FILE):
+    return [directory / ONE_FILE]
+  if (directory / INDEX).exists():
     return _indexed(directory)
   # Mistral's releases carry the weights once more, under names of its own library.
   paths = sorted(
@@ -98,8 +101,8 @@ def weight_files(directory: Path) -> Sequence[Path]:
 
 def _indexed(directory: Path) -> list[Path]:
   """The files that the index names, each a regular file of this directory or a link to one."""
-  index = directory / _INDEX
-  weight_map = read_json(directory, _INDEX).get("weight_map")
+  index = directory / INDEX
+  weight_map = read_json(directory, INDEX).get("weight_map")
   if not isinstance(weight_map, dict) or not weight_map:
     raise UserError(f"{index} has no weight_map; fetch or write it again.")
   for tensor, name in weight_map.items():

@@ -106,17 +106,31 @@ def _check_tensors(
           f"{files.directory}: config.json ties the head to the embedding, but lm_head.weight"
           " differs from it; set tie_word_embeddings to false."
         )
-  missing, unknown = sorted(wanted.keys() - there), sorted(there - wanted.keys())
+  shapes = {name: files.shapes[name] for name in there}
+  refuse_misfits(files.directory, "config.json", shapes, {n: w[2] for n, w in wanted.items()})
+
+
+def refuse_misfits(directory: Path, config: str, there: dict, wanted: dict) -> None:
+  """Compares the tensors of a directory with those that its configuration asks for.
+
+  Args:
+    config: the file's name, for the message.
+    there, wanted: name -> shape.
+
+  Raises:
+    UserError: some are missing, unknown or misshapen: the first of each kind and how many more.
+  """
+  missing, unknown = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys())
   shapes = [
-    f"{n} has shape {list(files.shapes[n])}, not {list(wanted[n][2])}"
-    for n in sorted(wanted.keys() & there)
-    if tuple(files.shapes[n]) != tuple(wanted[n][2])
+    f"{n} has shape {list(there[n])}, not {list(wanted[n])}"
+    for n in sorted(wanted.keys() & there.keys())
+    if tuple(there[n]) != tuple(wanted[n])
   ]
   count = len(missing) + len(unknown) + len(shapes)
   if count:
     parts = [_named("missing", missing), _named("unknown", unknown), some(shapes)]
     raise UserError(
-      f"{files.directory}: the weights do not fit config.json, {count} problems:"
+      f"{directory}: the weights do not fit {config}, {count} problems:"
       f" {'; '.join(filter(None, parts))}.{_renaming(missing, unknown)}"
     )
 

@@ -50,6 +50,13 @@ class Adapter:
     return self.alpha / self.rank
 
 
+def from_json(values: dict | None) -> Adapter | None:
+  """An Adapter from its fields as JSON holds them, such as a checkpoint's; None from none."""
+  if values is None:
+    return None
+  return Adapter(**values | {"projections": tuple(values["projections"])})
+
+
 def init_params(config: ModelConfig, adapter: Adapter, key: jax.Array) -> dict:
   """A new adapter, float32, that changes nothing yet.
 
@@ -111,6 +118,12 @@ def attach_layer(layer: dict, factors: dict, config: ModelConfig) -> dict:
       name: layer[module][name] | change for name, change in changes.items()
     }
   return result
+
+
+def is_attached(params: dict) -> bool:
+  """Whether the decoder's parameters hold the factors of an adapter."""
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params["layers"])]
+  return any(path[-1].key == "a" for path in paths)
 
 
 def _joined(changes: dict, joined: str, parts: tuple, config: ModelConfig) -> dict:

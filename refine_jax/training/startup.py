@@ -166,11 +166,11 @@ def _check_position(step: int, state, iterator):
     )
 
 
-def save_hf(workdir: Path, step: int, params: dict) -> Path | None:
-  """This step's parameters as Hugging Face files."""
-  from refine_jax.hf import export as hf_export
+def save_hf(workdir: Path, step: int, params: dict, identity: dict) -> Path | None:
+  """This step's parameters as Hugging Face files; `identity` as its checkpoint has it."""
+  from refine_jax.hf.export_step import export_step
 
-  return hf_export.export_step(workdir, step, params)
+  return export_step(workdir, step, params, identity=identity)
 
 
 def enable_compilation_cache() -> None:

@@ -262,7 +262,7 @@ class _Loop:
     """
     if due.export:
       with writers.keeping_failures(self.workdir / f"global_step_{step}"):
-        path = startup.save_hf(self.workdir, step, state.params)
+        path = startup.save_hf(self.workdir, step, state.params, self.identity)
         writers.note(f"exported      {path}")
     if due.validate:
       self._evaluate(state, step, writers, requests)

@@ -96,7 +96,8 @@ class BlockNoise:
     )
 
   def refinement(self, noise_token: int) -> dict:
-    return {"noise_token": noise_token, "block_size": self.config.block_size}
+    random = {"random_noise": True} if self.config.random else {}
+    return {"noise_token": noise_token, "block_size": self.config.block_size} | random
 
   def buckets(self) -> tuple[str, ...]:
     return ()
