@@ -186,7 +186,7 @@ def _measure_passes(model, rank, rows, block, arguments, ceilings) -> dict:
   run_prefill, prefill_compile = compile_cache.compiled(
     prefill,
     inputs,
-    sampler.compiler_options(ids.size + rows * settings.drafts_of_prompt),
+    compile_cache.compiler_options(ids.size + rows * settings.drafts_of_prompt),
     size=size,
     ahead=settings.drafts_of_prompt,
     engine=settings.engine,
@@ -201,7 +201,7 @@ def _measure_passes(model, rank, rows, block, arguments, ceilings) -> dict:
     return jax.block_until_ready(jax.tree.map(jnp.array, state))
 
   state = fresh()
-  options = sampler.compiler_options(rows * settings.tokens)
+  options = compile_cache.compiler_options(rows * settings.tokens)
   inputs_of_one = (params, state, np.int32(1))
   run_decode, decode_compile = compile_cache.compiled(decode, inputs_of_one, options)
 

@@ -9,6 +9,8 @@ import jax
 
 # Each keeps memory maps, of which a process may have 65,530; a program has about 160.
 MOST_PROGRAMS = 64
+# Rows of a product from which on arithmetic takes the time, not memory (H100).
+_MANY_ROWS = 256
 _PROGRAMS: collections.OrderedDict = collections.OrderedDict()  # the one used last at the end
 
 
@@ -53,3 +55,13 @@ def timed(function: Callable, *arguments: Any) -> tuple[Any, float]:
 def bucket(size: int, smallest: int) -> int:
   """The next power of two: few programs serve all sizes."""
   return max(smallest, 1 << (size - 1).bit_length())
+
+
+def compiler_options(tokens: int) -> dict:
+  """Options of XLA for a program whose products have so many rows.
+
+  Where arithmetic is what takes the time, cuBLAS is faster than XLA's own kernels, and adds biases
+  and the residual stream on the way; where memory is, it is slower.
+  """
+  own = jax.default_backend() != "gpu" or tokens < _MANY_ROWS
+  return {} if own else {"xla_gpu_enable_triton_gemm": False}

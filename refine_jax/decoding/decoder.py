@@ -135,7 +135,7 @@ class Decoder:
     run, self.compile_seconds = compile_cache.compiled(
       prefill,
       arguments,
-      sampler.compiler_options(rows * (width + ahead)),
+      compile_cache.compiler_options(rows * (width + ahead)),
       size=compile_cache.bucket(needed, _SMALLEST_BUCKET),
       ahead=ahead,
       engine=self.settings.engine,
@@ -181,7 +181,7 @@ class Decoder:
     # Shapes stay as they are, and looking up those of all parameters takes as long as a pass.
     if function not in self._programs:
       tokens = len(self._rows.done) * self.settings.tokens
-      options = sampler.compiler_options(tokens)
+      options = compile_cache.compiler_options(tokens)
       self._programs[function], seconds = compile_cache.compiled(function, arguments, options)
       self.compile_seconds += seconds
     start = time.perf_counter()

@@ -32,8 +32,6 @@ from refine_jax.decoding.settings import Settings
 from refine_jax.model import adapters, transformer
 from refine_jax.model.transformer import ModelConfig
 
-_MANY_ROWS = 256  # of a product: from here on it is bound by arithmetic, not by memory (H100)
-
 
 class State(NamedTuple):
   """One entry a row.
@@ -299,13 +297,3 @@ def prefill_program(config: ModelConfig) -> Callable:
     functools.partial(prefill, config=config),
     static_argnames=("size", "ahead", "engine", "random_noise"),
   )
-
-
-def compiler_options(tokens: int) -> dict:
-  """XLA's, for a program whose products have so many rows.
-
-  Where arithmetic is what takes the time, cuBLAS is faster than XLA's own kernels, and adds biases
-  and the residual stream on the way; where memory is, it is slower.
-  """
-  own = jax.default_backend() != "gpu" or tokens < _MANY_ROWS
-  return {} if own else {"xla_gpu_enable_triton_gemm": False}

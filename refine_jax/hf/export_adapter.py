@@ -42,7 +42,7 @@ def check_base(kind: str, how: str | None) -> str:
 def export_adapter(
   adapter: peft.LoadedAdapter,
   model_files: Path,
-  output,
+  output: str | Path,
   *,
   base: str,
   how: str,

@@ -10,7 +10,12 @@ from refine_jax.model import adapters
 
 
 def export_step(
-  workdir, step: int, params, *, dtype: str | None = None, identity: dict | None = None
+  workdir: str | Path,
+  step: int,
+  params: dict,
+  *,
+  dtype: str | None = None,
+  identity: dict | None = None,
 ) -> Path | None:
   """WORKDIR/global_step_N/huggingface, where users of the PyTorch original look for it.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.typing import DTypeLike
 
 from refine_jax import files
 from refine_jax.errors import UserError
@@ -64,7 +65,7 @@ def write(
   family: Family,
   *,
   base: str,
-  dtype=np.float32,
+  dtype: DTypeLike = np.float32,
 ) -> None:
   """Writes both files into a directory that is there.
 

@@ -7,6 +7,7 @@ part of a text, and no clean token sees one.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,8 @@ def from_json(values: dict | None) -> Adapter | None:
   """An Adapter from its fields as JSON holds them, such as a checkpoint's; None from none."""
   if values is None:
     return None
-  return Adapter(**values | {"projections": tuple(values["projections"])})
+  fields: dict[str, Any] = values | {"projections": tuple(values["projections"])}
+  return Adapter(**fields)
 
 
 def init_params(config: ModelConfig, adapter: Adapter, key: jax.Array) -> dict:
