@@ -11,6 +11,9 @@ import time
 
 import jax
 
+if not __package__:  # Python has put benchmarks/ on its path, not the folder around it
+  raise SystemExit("error: run it from the repository's root as python -m benchmarks.gated")
+
 from benchmarks import timing
 from benchmarks.step import mfu, random_batch
 from refine_jax.attention import ranged

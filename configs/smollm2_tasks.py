@@ -27,7 +27,11 @@ def get_config(recipe: str = "uniform"):
   c.checkpoint.save_every = 500
   c.eval.eval_every = 200
   c.log.every = 20
-  if recipe == "blocks":
+  if recipe == "gated":
+    # The export of a run of ar_sft (scripts/export_hf.py --dtype=float32).
+    c.model.pretrained = "models/smollm2-135m-tasks"
+    c.optim.lr = 5e-4
+  if recipe in ("blocks", "gated"):
     # <reponame>, which no text here has: EOS would have to mean noise and the end at once.
     c.noise.token = 4
   return c

@@ -21,4 +21,9 @@ def get_config(recipe: str = "uniform"):
   c.checkpoint.save_every = 150
   c.eval.eval_every = 150
   c.log.every = 25
+  if recipe == "gated":
+    # The export of a run of ar_sft.
+    c.model.config, c.model.pretrained = "", "models/tiny"
+    c.adapter.rank, c.adapter.alpha = 32, 128.0
+    c.optim.lr = 3e-3
   return c

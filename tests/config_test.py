@@ -1,6 +1,5 @@
 """The declared keys, and what is made of them: defaults, checks, --help, docs, flags."""
 
-import dataclasses
 import re
 import subprocess
 import sys
@@ -249,9 +248,8 @@ def test_old_names_are_taken_with_one_line_on_stderr(capsys):
 
 def test_every_recipe_has_a_meaning_and_makes_a_config_that_is_right():
   configs = [parse(config=f"{ROOT}/configs/tiny.py:{recipe}") for recipe in MEANINGS]
-  assert (
-    len({dataclasses.astuple(c.noise) + dataclasses.astuple(c.objective) for c in configs}) == 3
-  )
+  sections = {(c.noise, c.objective, c.adapter) for c in configs}
+  assert len(sections) == len(MEANINGS)
 
 
 BASE = "from configs import base\n"
@@ -295,7 +293,7 @@ def test_a_recipe_for_a_file_that_takes_none_is_refused(tmp_path):
 
 
 def test_an_error_of_the_config_itself_is_told_as_it_is():
-  assert "one of uniform, blocks, ar_sft" in refusal(config=f"{ROOT}/configs/tiny.py:block")
+  assert "one of uniform, blocks, gated, ar_sft" in refusal(config=f"{ROOT}/configs/tiny.py:block")
   assert "Did you mean 'blocks'?" in refusal(config=f"{ROOT}/configs/tiny.py:block")
 
 

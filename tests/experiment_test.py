@@ -94,5 +94,5 @@ def test_the_script_trains_evaluates_and_goes_on(tmp_path):
   assert timed["speedup"] == ar / exact > 0
   assert "done: step" not in again.stdout and "| best | exact:branches | 4 |" in again.stdout
   bad = script(*command, "--recipes=best")
-  assert bad.returncode == 1 and "uniform, blocks, ar_sft" in bad.stderr
+  assert bad.returncode == 1 and "uniform, blocks, gated, ar_sft" in bad.stderr
   assert "Traceback" not in bad.stderr

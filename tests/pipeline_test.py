@@ -209,7 +209,7 @@ def test_the_package_imports_only_config_text_and_errors_and_no_jax():
       if isinstance(node, ast.Import):
         names = [alias.name for alias in node.names]
       elif isinstance(node, ast.ImportFrom):
-        names = [node.module]
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
       else:
         continue
       for name in names:

@@ -284,7 +284,10 @@ BAD = {
   "problems": (["--config.eval.generate_every=2"], "generate_file go together"),
   "mistyped section": (["--config.optm.lr=1.0"], "did you mean 'optim'?"),
   "no config file": (["--config=nowhere.py"], "nowhere.py"),
-  "no recipe": ([f"--config={ROOT}/configs/tiny.py:block"], "one of uniform, blocks, ar_sft"),
+  "no recipe": (
+    [f"--config={ROOT}/configs/tiny.py:block"],
+    "one of uniform, blocks, gated, ar_sft",
+  ),
   "no model": (["--config.model.config=nowhere/at/all/"], "nowhere"),
 }
 

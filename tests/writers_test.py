@@ -324,7 +324,7 @@ def quick_steps(monkeypatch):
     step = train.train_step.jit_train_step(loop.recipe, loop.compute, None)
     _, shapes = jax.eval_shape(step, state, batch)
     values = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    return lambda state, batch: (state.replace(step=state.step + 1), values)
+    return lambda state, batch, frozen: (state.replace(step=state.step + 1), values)
 
   monkeypatch.setattr(train._Loop, "_compile", compiled)
   monkeypatch.setattr(train._Loop, "_debug", lambda *_: None)

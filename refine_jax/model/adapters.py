@@ -7,7 +7,6 @@ part of a text, and no clean token sees one.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +54,10 @@ def from_json(values: dict | None) -> Adapter | None:
   """An Adapter from its fields as JSON holds them, such as a checkpoint's; None from none."""
   if values is None:
     return None
-  fields: dict[str, Any] = values | {"projections": tuple(values["projections"])}
-  return Adapter(**fields)
+  projections = tuple(values["projections"])
+  return Adapter(
+    kind=values["kind"], rank=values["rank"], alpha=values["alpha"], projections=projections
+  )
 
 
 def init_params(config: ModelConfig, adapter: Adapter, key: jax.Array) -> dict:

@@ -70,7 +70,9 @@ def choose_compute(
   gradient = source.head_gradient
   if gradient == "auto":
     gradient = "forward" if mesh.size == mesh.shape["data"] else "recompute"
-  unroll = compute_lib.choose_unroll(source.scan_unroll, remat, shape.layers)
+  # Two streams unstacked are so many kernels that compiling takes minutes.
+  wanted = source.scan_unroll or int(config.adapter.kind == "gated")
+  unroll = compute_lib.choose_unroll(wanted, remat, shape.layers)
   return compute_lib.ForwardConfig(
     model=shape,
     dtype=dtype,

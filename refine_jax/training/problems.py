@@ -9,7 +9,10 @@ from refine_jax.config import Config
 from refine_jax.decoding import loading
 from refine_jax.errors import UserError
 from refine_jax.evaluation import evaluate, reading, scoring
+from refine_jax.hf.peft import LoadedAdapter
+from refine_jax.model import adapters, layout
 from refine_jax.model.transformer import ModelConfig
+from refine_jax.training.choices import make_adapter
 
 
 class Problems:
@@ -23,6 +26,7 @@ class Problems:
     if jax.process_count() > 1:
       raise UserError("config.eval.generate_every works on one host; set it to 0.")
     self._prompt_key = config.data.prompt_key
+    self._adapter = make_adapter(config)
     problems = reading.read(
       config.eval.generate_file,
       config.eval.generate_rows,
@@ -42,12 +46,26 @@ class Problems:
       "noise_token": config.noise.token_id,
     }
 
-  def answer(self, params: dict) -> dict:
-    """Metrics eval/solved, eval/tokens_per_pass and eval/not_stopped of these parameters."""
+  def answer(self, params: dict, frozen: dict | None = None) -> dict:
+    """Metrics eval/solved, eval/tokens_per_pass and eval/not_stopped of these parameters.
+
+    Args:
+      params: all weights, or the factors of an adapter.
+      frozen: the base of that adapter, in a form of layout.py.
+    """
     device = jax.local_devices()[0]
     params = jax.tree.map(lambda x: jax.device_put(x, device).astype(self._dtype), params)
+    model = dataclasses.replace(self._model, params=params)
+    if self._adapter is not None:
+      assert frozen is not None
+      base = layout.canonical(jax.device_put(frozen, device), self._model.config)
+      if self._adapter.kind == "lora":
+        model = dataclasses.replace(model, params=adapters.merge(base, params, self._adapter))
+      else:
+        adapter = LoadedAdapter(self._adapter, params)
+        model = dataclasses.replace(model, params=base, adapter=adapter)
     numbers, _ = evaluate.evaluate(
-      dataclasses.replace(self._model, params=params),
+      model,
       self._rows,
       self._score,
       batch_size=len(self._rows),

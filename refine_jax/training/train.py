@@ -267,7 +267,7 @@ class _Loop:
     if due.validate:
       self._evaluate(state, step, writers, requests)
     if due.answer and self.problems and not requests.pending:
-      writers.write(step, self.problems.answer(state.params))
+      writers.write(step, self.problems.answer(state.params, self.frozen))
     return not (requests.pending and (due.validate or due.answer))
 
   def _evaluate(self, state, step, writers, requests):
