@@ -6,7 +6,6 @@ what a killed run left of one has another name, and is deleted when the next run
 """
 
 import json
-import logging
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,19 @@ from grain import DatasetIterator
 from jax.experimental import multihost_utils
 
 from refine_jax.checkpoint import checksums, compare
-from refine_jax.checkpoint import directory as places
+from refine_jax.checkpoint.directory import (
+  Disk,
+  check_writable_name,
+  checkpoint_directory,
+  delete_all_but,
+  find_step,
+  quiet_threads,
+  read_newest,
+  refuse_taken,
+  resolve_resume_path,
+  set_aside,
+  steps,
+)
 from refine_jax.errors import UserError
 from refine_jax.files import reason_of
 from refine_jax.tree import leaf_name
@@ -34,14 +45,14 @@ class Checkpointer:
   """
 
   def __init__(self, workdir: str | Path, *, max_to_keep: int) -> None:
-    self.directory = places.checkpoint_directory(workdir)
-    places.check_writable_name(self.directory)
-    self._max_to_keep, self._disk = max_to_keep, places.Disk(self.directory)
+    self.directory = checkpoint_directory(workdir)
+    check_writable_name(self.directory)
+    self._max_to_keep, self._disk = max_to_keep, Disk(self.directory)
     self._manager: ocp.CheckpointManager | None = None
     self._saving: int | None = None  # the step
 
   def latest_step(self) -> int | None:
-    return max(places.steps(self.directory), default=None)
+    return max(steps(self.directory), default=None)
 
   def save(
     self,
@@ -67,9 +78,9 @@ class Checkpointer:
       UserError: this save, or the one before, could not be written.
     """
     self.wait()
-    if step in places.steps(self.directory):
+    if step in steps(self.directory):
       return
-    places.refuse_taken(self.directory / str(step))
+    refuse_taken(self.directory / str(step))
     record = {
       "config": config,
       "identity": identity,
@@ -92,7 +103,7 @@ class Checkpointer:
   def _open(self) -> ocp.CheckpointManager:
     # Made when first needed: it creates the directory, which a run that fails early must not.
     if self._manager is None:
-      places.quiet_threads()
+      quiet_threads()
       # Old ones are deleted here (_finish), when the new one can be read.
       options = ocp.CheckpointManagerOptions(max_to_keep=None, cleanup_tmp_directories=True)
       self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -132,10 +143,10 @@ class Checkpointer:
     def read(path):
       return _restore(path, abstract_state, iterator, identity, run=run, allow=allow, check=check)
 
-    state, found, damaged = _restore_first(self.directory, step, read)
+    state, found, damaged = read_newest(self.directory, step, read)
     for path in damaged:
       if jax.process_index() == 0:
-        places.set_aside(path)
+        set_aside(path)
       if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"set aside {path}")
     return state, found
@@ -151,13 +162,13 @@ class Checkpointer:
     Returns:
       (state, the checkpoint's path)
     """
-    workdir, step = places.resolve_resume_path(path)
-    directory = places.checkpoint_directory(workdir)
+    workdir, step = resolve_resume_path(path)
+    directory = checkpoint_directory(workdir)
 
     def read(path):
       return _restore(path, abstract_state, iterator, identity, **compared)
 
-    state, found, _ = _restore_first(directory, step, read)
+    state, found, _ = read_newest(directory, step, read)
     return state, directory / str(found)
 
   def check(self) -> None:
@@ -183,7 +194,7 @@ class Checkpointer:
     _open_again(path)
     if jax.process_index() == 0:
       with self._disk.errors():
-        places.delete_all_but(self.directory, self._max_to_keep)
+        delete_all_but(self.directory, self._max_to_keep)
 
   def close(self) -> None:
     """Waits as `wait` does, and gives back threads."""
@@ -212,25 +223,6 @@ def _open_again(path):
     ) from error
 
 
-def _restore_first(directory, step, read):
-  """The newest that can be read, or `step`: (state, step, paths of newer ones that cannot)."""
-  damaged, reason = [], "none"
-  for candidate in places.steps(directory)[::-1] if step is None else [step]:
-    path = directory / str(candidate)
-    try:
-      return read(path), candidate, damaged
-    except UserError:
-      raise
-    except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
-      reason = f"{path} cannot be read: {reason_of(error)}"
-      logging.warning("checkpoint %s", reason)
-      damaged.append(path)
-  raise UserError(
-    f"No checkpoint in {directory} can be read ({reason}). Nothing was changed; mend it, or"
-    " choose another --workdir to start anew."
-  )
-
-
 def _restore(path, abstract_state, iterator, identity, *, run=None, allow=(), check=None):
   record = _read(path).record
   leaves = {leaf_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(abstract_state)}
@@ -255,8 +247,8 @@ def restore_params(workdir: str | Path, step: int | None = None) -> tuple[dict, 
   Raises:
     UserError: no such checkpoint, or it cannot be read.
   """
-  step = places.find_step(workdir, step)
-  path = places.checkpoint_directory(workdir) / str(step)
+  step = find_step(workdir, step)
+  path = checkpoint_directory(workdir) / str(step)
   try:
     tree = _metadata(path)["params"]
     item = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)}
@@ -271,7 +263,7 @@ def restore_params(workdir: str | Path, step: int | None = None) -> tuple[dict, 
 
 def saved_record(workdir: str | Path, step: int | None = None) -> dict:
   """The JSON that a checkpoint was written with: "config", "identity" and more."""
-  path = places.checkpoint_directory(workdir) / str(places.find_step(workdir, step))
+  path = checkpoint_directory(workdir) / str(find_step(workdir, step))
   return _read(path).record
 
 

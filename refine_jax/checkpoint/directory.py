@@ -5,8 +5,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from refine_jax import files
 from refine_jax.errors import UserError
@@ -81,6 +82,34 @@ def find_step(workdir: str | Path, step: int | None) -> int:
   if step not in there:
     raise UserError(f"{directory} has no step {step}; it has {', '.join(map(str, there))}.")
   return step
+
+
+def read_newest(
+  directory: Path, step: int | None, read: Callable[[Path], Any]
+) -> tuple[Any, int, list[Path]]:
+  """Reads the newest checkpoint that can be read, or that of `step`.
+
+  Returns:
+    what `read` gives of its path; its step; the paths of newer ones that cannot be read.
+
+  Raises:
+    UserError: none can be read; or what `read` raises so.
+  """
+  damaged, reason = [], "none"
+  for candidate in steps(directory)[::-1] if step is None else [step]:
+    path = directory / str(candidate)
+    try:
+      return read(path), candidate, damaged
+    except UserError:
+      raise
+    except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
+      reason = f"{path} cannot be read: {files.reason_of(error)}"
+      logging.warning("checkpoint %s", reason)
+      damaged.append(path)
+  raise UserError(
+    f"No checkpoint in {directory} can be read ({reason}). Nothing was changed; mend it, or"
+    " choose another --workdir to start anew."
+  )
 
 
 def refuse_taken(path: Path) -> None:

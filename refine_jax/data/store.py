@@ -1,6 +1,6 @@
 """Tokenised examples as flat arrays on disk.
 
-An entry is a directory of four arrays and stats.json. It is written beside its final place and
+An entry is a directory of four arrays and stats.json. It is written next to its final place and
 renamed, so that a reader sees all of it or nothing; checksums tell a damaged one.
 """
 

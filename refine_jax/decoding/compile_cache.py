@@ -9,7 +9,7 @@ import jax
 
 # Each keeps memory maps, of which a process may have 65,530; a program has about 160.
 MOST_PROGRAMS = 64
-# Rows of a product from which on it is bound by arithmetic rather than by memory (H100).
+# Rows of a product from which on arithmetic takes the time, not memory (H100).
 _MANY_ROWS = 256
 _PROGRAMS: collections.OrderedDict = collections.OrderedDict()  # the one used last at the end
 
@@ -58,7 +58,7 @@ def bucket(size: int, smallest: int) -> int:
 
 
 def compiler_options(tokens: int) -> dict:
-  """XLA's, for a program whose products have so many rows.
+  """Options of XLA for a program whose products have so many rows.
 
   Where arithmetic is what takes the time, cuBLAS is faster than XLA's own kernels, and adds biases
   and the residual stream on the way; where memory is, it is slower.

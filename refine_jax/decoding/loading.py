@@ -64,14 +64,14 @@ class Model:
 
   @functools.cached_property
   def base_decoding_params(self) -> dict:
-    """The parameters with layers apart and joined (layout.py), made when first needed."""
+    """The parameters, unstacked and joined (layout.py), made when first needed."""
     return jax.jit(lambda params: layout.join_projections(layout.unstack_layers(params)))(
       self.params
     )
 
   @functools.cached_property
   def decoding_params(self) -> dict:
-    """The same arrays, and next to them the adapter's factors in the layers' dtype."""
+    """The parameters, and next to them the adapter's factors in the layers' dtype."""
     base = self.base_decoding_params
     if self.adapter is None:
       return base
@@ -102,7 +102,7 @@ class Model:
 def hidden_states(
   params: dict, config: ModelConfig, ids_BT: jax.Array, segment_ids_BT: jax.Array
 ) -> jax.Array:
-  """Of whole sequences, segments as in Model.__call__: [B, T, D] in the layers' dtype."""
+  """Last hidden states of whole sequences: [B, T, D] in the layers' dtype; see Model.__call__."""
   batch = Batch(ids_BT, packed.segment_positions(segment_ids_BT), segment_ids_BT)
   dtype = jax.tree.leaves(params["layers"])[0].dtype
   return transformer.hidden_states(params, config, batch, packed.for_batch(batch), dtype=dtype)
@@ -116,7 +116,7 @@ def _logits(params, ids_BT, segment_ids_BT, config):
 def load(name: str | Path, *, dtype: DTypeLike | None = None, step: int | None = None) -> Model:
   """Loads a Hugging Face directory, a hub name, a PEFT LoRA directory, or the workdir of a run.
 
-  A LoRA adapter is merged into its base; a gated one stays beside it (docs/adapters.md).
+  A LoRA adapter is merged into its base; a gated one stays next to it (docs/adapters.md).
 
   Args:
     dtype: of the parameters; default: what the files have (float32 in a workdir whose run trained

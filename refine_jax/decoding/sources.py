@@ -37,7 +37,7 @@ class Source:
 
 
 def from_directory(directory: Path) -> Source:
-  """A model; a base with a gated adapter beside it or a reference to a base; or a PEFT LoRA.
+  """A model; a base with a gated adapter next to it or a reference to a base; or a PEFT LoRA.
 
   Raises:
     UserError: a part is missing, or does not fit the others.

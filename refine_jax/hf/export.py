@@ -68,7 +68,7 @@ def export(
 
 
 def copy_model_files(model_files: Path, output: Path) -> None:
-  """Copies what a model needs beside weights into a directory that is there."""
+  """Copies what a model needs besides weights into a directory that is there."""
   for path in model_files.iterdir():
     if path.is_file() and not _is_weights(path.name):
       shutil.copyfile(path, output / path.name)

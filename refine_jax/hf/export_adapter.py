@@ -1,4 +1,4 @@
-"""A release of an adapter, beside its base or a reference to it.
+"""A release of an adapter, next to its base or a reference to it.
 
 A gated one, with the base at the root or, by reference, without its weights:
 

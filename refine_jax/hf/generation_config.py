@@ -19,7 +19,7 @@ class Refinement:
     noise_token: what the rounds saw instead of tokens to be drafted.
     block_size: of noise.kind "block"; None: it was trained without blocks.
     random_noise: noise tokens were drawn uniformly from the vocabulary.
-    adapter: the folder with a gated adapter, beside generation_config.json; None: there is none.
+    adapter: the folder with a gated adapter, next to generation_config.json; None: there is none.
     base: the model that the adapter belongs to, a path or a hub name; None: this directory.
     base_fingerprint: of the weights of `base` (checkpoint/checksums.py); None: not known.
   """

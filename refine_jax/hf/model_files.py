@@ -1,4 +1,4 @@
-"""What an export needs beside weights: config.json, generation_config.json, the tokenizer's files.
+"""What an export needs besides weights: config.json, generation_config.json, the tokenizer's files.
 
 The tokenizer's files are those of its source, byte for byte, where the run changed nothing: what
 transformers 5 writes of a tokenizer, transformers 4 and readers built on it do not understand.
@@ -40,7 +40,7 @@ def save_model_files(
   chat_template: str = "",
   refinement: dict | None = None,
 ) -> None:
-  """Writes what an export needs beside weights; an `output` that is there already stays as it is.
+  """Writes what an export needs besides weights; an `output` that is there already stays as it is.
 
   Args:
     directory: of the model.

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import safetensors
 import safetensors.numpy
-from numpy.typing import DTypeLike
+from jax.typing import DTypeLike
 
 from refine_jax import files
 from refine_jax.errors import UserError

@@ -70,7 +70,7 @@ def identity(
 
 
 def run_record(config: Config, recipe: StepConfig, plan: DataPlan) -> dict:
-  """What makes a run beside its model: name -> JSON; a checkpoint keeps it, a resume compares it.
+  """What makes a run, besides its model: name -> JSON; a checkpoint keeps it, a resume compares it.
 
   "data" is the tokenised training examples; the others are keys of the config, resolved.
   """
