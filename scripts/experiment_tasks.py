@@ -26,10 +26,13 @@ _MODES = {
   "ar_sft": ("ar,exact:ngram", None),
   "uniform": ("ar,exact,fixed:2", 1),
   "blocks": ("ar,exact:branches,exact:tail,threshold:0.99:branches", None),
+  # On the base that ar_sft of the same seed gives; `ar` is that base's own text.
+  "gated": ("ar,exact:branches", None),
 }
 # What tells from the others where results are read.
 _RESULT_NAMES = {"blocks": "best"}
 _NUMBERS = ("solved", "tokens_per_pass", "seconds_per_problem", "not_stopped")
+_SAME = "same_text_as_base"
 
 
 def run_all(arguments, extra: list[str]) -> dict:
@@ -46,6 +49,7 @@ def run_all(arguments, extra: list[str]) -> dict:
           f"--config={arguments.config}:{recipe}",
           f"--workdir={workdir}",
           f"--config.seed={seed}",
+          *(_on_base(arguments, seed) if recipe == "gated" else ()),
           *extra,
         )
         _evaluate(
@@ -57,8 +61,46 @@ def run_all(arguments, extra: list[str]) -> dict:
           arguments.dtype,
           f"--batch_size={arguments.batch_size}",
         )
-      results.setdefault(recipe, {})[seed] = json.loads((evaluation / "results.json").read_text())
+      settings = json.loads((evaluation / "results.json").read_text())
+      if recipe == "gated":
+        _compare_texts(evaluation, settings)
+      results.setdefault(recipe, {})[seed] = settings
   return results
+
+
+def _on_base(arguments, seed: str) -> list[str]:
+  """Exports the base of a gated adapter, where it is not yet, and names it to the training.
+
+  Raises:
+    UserError: there is no ar_sft run of that seed.
+  """
+  workdir = Path(arguments.runs) / f"ar_sft-{seed}"
+  if not (workdir / "checkpoints").is_dir():
+    raise UserError(
+      f"The recipe gated trains on what ar_sft of seed {seed} gave, and {workdir} is not there;"
+      " give --recipes=ar_sft,gated."
+    )
+  base = workdir / "base"
+  if not base.exists():
+    script = Path(__file__).with_name("export_hf.py")
+    command = [sys.executable, script, f"--workdir={workdir}", f"--output={base}"]
+    if subprocess.run([*command, "--dtype=float32"]).returncode:
+      raise UserError(f"{workdir} could not be exported; what the script said is above.")
+  return ["--config.model.config=", f"--config.model.pretrained={base}"]
+
+
+def _compare_texts(evaluation: Path, settings: list[dict]):
+  """Adds to each setting the share of answers whose text is that of the first one, `ar`."""
+
+  def texts(setting):
+    name = f"answers-{setting['mode'].replace(':', '-')}-{setting['block_size']}.jsonl"
+    with open(evaluation / name, encoding="utf-8") as file:
+      return [json.loads(line)["text"] for line in file]
+
+  base = texts(settings[0])
+  for setting in settings:
+    same = [a == b for a, b in zip(texts(setting), base, strict=True)]
+    setting[_SAME] = sum(same) / len(same)
 
 
 def wall_clock(arguments) -> dict:
@@ -116,7 +158,7 @@ def summarise(results: dict, block_size: int) -> dict:
       if others or name in entries:
         name = mode.replace(":", "_") + (f"@{block}" if others else "")
       entry = {"setting": mode, "block_size": block, "problems": setting["problems"]}
-      for number in _NUMBERS:
+      for number in (*_NUMBERS, *([_SAME] if _SAME in setting else [])):
         values = [seed_results[i][number] for seed_results in by_seed.values()]
         entry[number] = statistics.mean(values)
         entry.setdefault("seeds", {})[number] = dict(zip(by_seed, values, strict=True))
