@@ -31,8 +31,10 @@ _MODES = {
 }
 # What tells from the others where results are read.
 _RESULT_NAMES = {"blocks": "best"}
-_NUMBERS = ("solved", "tokens_per_pass", "seconds_per_problem", "not_stopped")
-_SAME = "same_text_as_base"
+# What is averaged over the seeds -> its name in an evaluation.
+_NUMBERS = {
+  name: name for name in ("solved", "tokens_per_pass", "seconds_per_problem", "not_stopped")
+} | {"same_text_as_base": "same_text_as_ar"}
 
 
 def run_all(arguments, extra: list[str]) -> dict:
@@ -61,10 +63,7 @@ def run_all(arguments, extra: list[str]) -> dict:
           arguments.dtype,
           f"--batch_size={arguments.batch_size}",
         )
-      settings = json.loads((evaluation / "results.json").read_text())
-      if recipe == "gated":
-        _compare_texts(evaluation, settings)
-      results.setdefault(recipe, {})[seed] = settings
+      results.setdefault(recipe, {})[seed] = json.loads((evaluation / "results.json").read_text())
   return results
 
 
@@ -87,20 +86,6 @@ def _on_base(arguments, seed: str) -> list[str]:
     if subprocess.run([*command, "--dtype=float32"]).returncode:
       raise UserError(f"{workdir} could not be exported; what the script said is above.")
   return ["--config.model.config=", f"--config.model.pretrained={base}"]
-
-
-def _compare_texts(evaluation: Path, settings: list[dict]):
-  """Adds to each setting the share of answers whose text is that of the first one, `ar`."""
-
-  def texts(setting):
-    name = f"answers-{setting['mode'].replace(':', '-')}-{setting['block_size']}.jsonl"
-    with open(evaluation / name, encoding="utf-8") as file:
-      return [json.loads(line)["text"] for line in file]
-
-  base = texts(settings[0])
-  for setting in settings:
-    same = [a == b for a, b in zip(texts(setting), base, strict=True)]
-    setting[_SAME] = sum(same) / len(same)
 
 
 def wall_clock(arguments) -> dict:
@@ -158,8 +143,10 @@ def summarise(results: dict, block_size: int) -> dict:
       if others or name in entries:
         name = mode.replace(":", "_") + (f"@{block}" if others else "")
       entry = {"setting": mode, "block_size": block, "problems": setting["problems"]}
-      for number in (*_NUMBERS, *([_SAME] if _SAME in setting else [])):
-        values = [seed_results[i][number] for seed_results in by_seed.values()]
+      for number, name_there in _NUMBERS.items():
+        if name_there not in setting:
+          continue
+        values = [seed_results[i][name_there] for seed_results in by_seed.values()]
         entry[number] = statistics.mean(values)
         entry.setdefault("seeds", {})[number] = dict(zip(by_seed, values, strict=True))
       entries[name] = entry

@@ -8,8 +8,13 @@ setup_env ""
 export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 run=runs/quickstart-$(date +%Y%m%d-%H%M%S)
 python scripts/make_tiny_data.py data/tiny
-python -m refine_jax.main --config=configs/tiny.py --workdir="$run"
-python scripts/export_hf.py --workdir="$run" --output="$run/huggingface" --dtype=float32
-python scripts/sample.py --model="$run/huggingface" --prompt="reverse hadj" --block_size=8
+# A model that can do the task, one token a pass.
+python -m refine_jax.main --config=configs/tiny.py:ar_sft --workdir="$run/base"
+python scripts/export_hf.py --workdir="$run/base" --output="$run/model" --dtype=float32
+# The same model, frozen, with an adapter that drafts.
+python -m refine_jax.main --config=configs/tiny.py:gated --workdir="$run/adapter" \
+  --config.model.pretrained="$run/model"
+python scripts/export_hf.py --workdir="$run/adapter" --output="$run/huggingface"
+python scripts/sample.py --model="$run/huggingface" --prompt="reverse hadj"
 python -m refine_jax.evaluate --model="$run/huggingface" --data=data/tiny/test.parquet \
-  --modes=exact --block_sizes=8 --output="$run/evaluation"
+  --modes=ar,exact --block_sizes=16 --output="$run/evaluation"

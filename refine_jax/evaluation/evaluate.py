@@ -12,6 +12,7 @@ and counted as not_answered.
 
 import argparse
 import collections
+import operator
 import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -252,7 +253,7 @@ def _run(
   model = loading.load(arguments.model, dtype=arguments.dtype)
   model.require_tokenizer()
   refused = unanswerable(model, problems, arguments.prompt_key)
-  results = []
+  results, base = [], None  # the texts of "ar", where it comes first
   for name, options in chosen:
     numbers, answers = evaluate(
       model,
@@ -264,6 +265,11 @@ def _run(
       refused=refused,
       **options,
     )
+    texts = [answer.get("text") for answer in answers]
+    if not results and name == "ar":
+      base = texts
+    elif base is not None:
+      numbers["same_text_as_ar"] = sum(map(operator.eq, texts, base))
     results.append({"mode": name, "block_size": options["block_size"]} | numbers)
     print(report.line(results[-1]), flush=True)
     if output:

@@ -120,6 +120,7 @@ def line(result: dict) -> str:
     f" [{result['solved_low']:.1%}, {result['solved_high']:.1%}]"
     f"  tokens/pass {result['tokens_per_pass']:.2f}  not stopped {result['not_stopped']}"
     + (f"  not answered {unanswered}" if unanswered else "")
+    + (f"  same text as ar {result['same_text_as_ar']}" if "same_text_as_ar" in result else "")
     + f"  {result['seconds_per_problem'] * 1e3:.1f} ms a problem"
   )
 
