@@ -52,7 +52,9 @@ def test_packed_rows_give_the_gradient_of_unpacked_ones(head_gradient, kind):
 
 
 def test_micro_batches_give_the_step_of_one_batch():
-  batch, recipe, compute = tiny.packed_batch(24), tiny.recipe(), tiny.compute()
+  # Adam's first step divides a gradient by its own size. Where the gradient is rounding alone, so is
+  # the quotient; a larger eps keeps it as exact as the gradient.
+  batch, recipe, compute = tiny.packed_batch(24), tiny.recipe(eps=1e-3), tiny.compute()
   one, (one_metrics,) = run(tiny.split(batch, 1), recipe, compute)
   four, (four_metrics,) = run(tiny.split(batch, 4), recipe, compute)
   assert_close(one_metrics, four_metrics)
