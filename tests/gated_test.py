@@ -88,15 +88,16 @@ def dense_loss(factors, params, config, batch, blocks, target):
 
 
 @pytest.mark.parametrize(
-  ("target", "anchors", "unroll", "remat", "windows"),
+  ("target", "anchors", "unroll", "remat", "changes"),
   [
-    ("kl", 0, 1, "none", (None, None)),
-    ("tv", 3, 2, "save_attention", (None, None)),
-    ("data", 0, 1, "full", (5, None)),
+    ("kl", 0, 1, "none", {}),
+    ("tv", 3, 2, "save_attention", {}),
+    ("data", 0, 1, "full", {"windows": (5, None)}),
+    ("kl", 3, 1, "none", tiny.GEMMA3),
   ],
 )
-def test_two_streams_give_the_gradient_of_one_dense_pass(target, anchors, unroll, remat, windows):
-  config = tiny.tiny_config(windows=windows, qk_norm=True)
+def test_two_streams_give_the_gradient_of_one_dense_pass(target, anchors, unroll, remat, changes):
+  config = tiny.tiny_config(**{"qk_norm": True} | changes)
   params, factors, batch, blocks = problem(config, anchors)
   forward = tiny.compute(
     config, adapter=ADAPTER, unroll=unroll, remat=remat, join=("attention",) * (unroll > 1)
