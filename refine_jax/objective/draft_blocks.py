@@ -90,10 +90,11 @@ def draw(
   after = jnp.minimum(columns + 1, length - 1)
   same = at(batch.segment_ids, after) == at(batch.segment_ids, starts)
   inside = (starts + step + 1 < length) & same & exists
+  start_positions = at(batch.positions, starts)
   ids = jnp.full(columns.shape, noise_token, jnp.int32)
   if random_below:
-    ids = jax.random.randint(jax.random.fold_in(key, 2), columns.shape, 0, random_below)
-  start_positions = at(batch.positions, starts)
+    salts = (at(batch.example_ids, starts), start_positions, jnp.broadcast_to(step, columns.shape))
+    ids = random_ids(jax.random.fold_in(key, 2), *salts, below=random_below)
   return DraftBlocks(
     tokens=Batch(ids, start_positions + step, is_noise=jnp.ones(columns.shape, bool)),
     columns=columns,
@@ -102,6 +103,18 @@ def draw(
     targets=at(batch.ids, after),
     weights=inside * jnp.float32(decay) ** step,
   )
+
+
+def random_ids(key: jax.Array, *salts_BN: jax.Array, below: int) -> jax.Array:
+  """Draws ids uniformly below a number, each a function of the key and its salts: int32 [B, N]."""
+
+  def one(*values):
+    own_key = key
+    for value in values:
+      own_key = jax.random.fold_in(own_key, value)
+    return jax.random.randint(own_key, (), 0, below)
+
+  return jax.vmap(jax.vmap(one))(*salts_BN)
 
 
 def _uniform(key, batch, *, per_example=False):
