@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from refine_jax.batch import Batch
-from refine_jax.objective.noise.kind import response_lengths, response_offsets
+from refine_jax.objective.noise.kind import random_ids, response_lengths, response_offsets
 
 
 class DraftBlocks(NamedTuple):
@@ -103,18 +103,6 @@ def draw(
     targets=at(batch.ids, after),
     weights=inside * jnp.float32(decay) ** step,
   )
-
-
-def random_ids(key: jax.Array, *salts_BN: jax.Array, below: int) -> jax.Array:
-  """Draws ids uniformly below a number, each a function of the key and its salts: int32 [B, N]."""
-
-  def one(*values):
-    own_key = key
-    for value in values:
-      own_key = jax.random.fold_in(own_key, value)
-    return jax.random.randint(own_key, (), 0, below)
-
-  return jax.vmap(jax.vmap(one))(*salts_BN)
 
 
 def _uniform(key, batch, *, per_example=False):
