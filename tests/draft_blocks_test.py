@@ -45,16 +45,18 @@ def test_tiles_cover_every_token_that_a_response_has_after_its_first():
     assert predicted == set(np.flatnonzero(response & ~first & ~same))
 
 
-def test_blocks_do_not_depend_on_how_examples_are_packed():
+@pytest.mark.parametrize("random_below", [0, 37])
+def test_blocks_do_not_depend_on_how_examples_are_packed(random_below):
   packed, rows = tiny.packed_batch(), tiny.unpacked_batch()
 
   def by_example(batch):
-    blocks = draw(batch)
+    blocks = draw(batch, random_below=random_below)
     return {
       (
         int(batch.example_ids[b, blocks.columns[b, q]]),
         int(blocks.tokens.positions[b, q]),
         q % DRAFTS,
+        int(blocks.tokens.ids[b, q]),
       )
       for b, q in zip(*np.nonzero(blocks.weights), strict=True)
     }

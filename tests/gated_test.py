@@ -1,6 +1,7 @@
 """A gated adapter: two streams against one dense pass, and a base that stays as it is."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import train_fixtures as tiny
 from refine_jax.model import adapters, layout, transformer
 from refine_jax.objective import draft_blocks
 from refine_jax.objective.draft_gradients import DRAFT, draft_gradients
+from refine_jax.training import train_step
 
 DRAFTS = 4
 ADAPTER = adapters.Adapter(kind="gated", rank=3, alpha=6.0)
@@ -88,15 +90,16 @@ def dense_loss(factors, params, config, batch, blocks, target):
 
 
 @pytest.mark.parametrize(
-  ("target", "anchors", "unroll", "remat", "windows"),
+  ("target", "anchors", "unroll", "remat", "changes"),
   [
-    ("kl", 0, 1, "none", (None, None)),
-    ("tv", 3, 2, "save_attention", (None, None)),
-    ("data", 0, 1, "full", (5, None)),
+    ("kl", 0, 1, "none", {}),
+    ("tv", 3, 2, "save_attention", {}),
+    ("data", 0, 1, "full", {"windows": (5, None)}),
+    ("kl", 3, 1, "none", tiny.GEMMA3),
   ],
 )
-def test_two_streams_give_the_gradient_of_one_dense_pass(target, anchors, unroll, remat, windows):
-  config = tiny.tiny_config(windows=windows, qk_norm=True)
+def test_two_streams_give_the_gradient_of_one_dense_pass(target, anchors, unroll, remat, changes):
+  config = tiny.tiny_config(**{"qk_norm": True} | changes)
   params, factors, batch, blocks = problem(config, anchors)
   forward = tiny.compute(
     config, adapter=ADAPTER, unroll=unroll, remat=remat, join=("attention",) * (unroll > 1)
@@ -155,6 +158,28 @@ def test_joined_projections_and_layers_in_a_list_compute_the_same(projections):
   np.testing.assert_allclose(
     states(params, factors), states(joined, layout.unstack_layers(factors)), atol=2e-5
   )
+
+
+def test_validation_and_the_debug_log_show_the_noise_that_training_draws():
+  config, batch = tiny.tiny_config(), tiny.unpacked_batch(8)
+  forward = tiny.compute(config, adapter=ADAPTER)
+  base, factors = forward.freeze(tiny.tiny_params(config)), random_factors(config)
+
+  def inputs(random):
+    recipe = tiny.recipe(num_iterations=1, kind="block")
+    noise = dataclasses.replace(recipe.noise, random=random)
+    bound = {"step_config": dataclasses.replace(recipe, noise=noise, gated=True)}
+    bound["forward"] = forward
+    sums = jax.jit(functools.partial(train_step.eval_step, **bound))(factors, batch, base)
+    one = batch.map(lambda x: x[:1])
+    rounds = jax.jit(functools.partial(train_step.debug_rounds, **bound, step=0))
+    return sums, rounds(factors, one, base)["inputs"][0][batch.response_mask[0]]
+
+  (plain, noise), (drawn, random_noise) = inputs(False), inputs(True)
+  assert set(noise.tolist()) == {tiny.NOISE_TOKEN} and len(set(random_noise.tolist())) > 1
+  assert plain["terms"]["s0"]["loss"][0] != drawn["terms"]["s0"]["loss"][0]
+  assert np.any(plain["block"]["right"] != drawn["block"]["right"])
+  jax.tree.map(np.testing.assert_array_equal, plain["terms"]["clean"], drawn["terms"]["clean"])
 
 
 def test_a_lora_adapter_merged_into_its_base_computes_the_same():

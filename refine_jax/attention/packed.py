@@ -11,6 +11,7 @@ a segment of its own, so that every output is finite.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,26 +56,31 @@ def attend_with(
   def with_window(window):
     def attend(q, k, v, cache, scale=None):
       local = functools.partial(engine, window=window, scale=scale)
-      return _on_mesh(local, mesh, segment_ids_BT.ndim)(q, k, v, segment_ids_BT), cache
+      return on_mesh(local, mesh, segment_ids_BT.ndim)(q, k, v, segment_ids_BT), cache
 
     return attend
 
   return with_window
 
 
-def _on_mesh(engine, mesh, rank: int):
-  """(q, k, v, rows of this rank) -> out, where kernels know nothing of meshes.
+def on_mesh(
+  engine: Callable, mesh: Mesh | None, rank: int, *, heads: int = 3, rows: int = 1
+) -> Callable:
+  """Gives each device its rows and heads, where kernels know nothing of meshes.
 
-  Each device gets its rows and heads. check_vma is off because custom kernels do not say over which
-  axes their outputs vary.
+  check_vma is off because custom kernels do not say over which axes their outputs vary.
+
+  Args:
+    engine: (q, k, v and others [B, T, H, h], arrays of this rank that lead with B) -> [B, T, H, h].
+    mesh: None: one device.
+    heads, rows: how many arguments there are of the one and the other sort.
   """
   if mesh is None or mesh.size == 1:
     return engine
-  heads = PartitionSpec(BATCH_AXES, None, "tensor", None)
-  rows = PartitionSpec(BATCH_AXES, *(None,) * (rank - 1))
-  return jax.shard_map(
-    engine, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
-  )
+  by_head = PartitionSpec(BATCH_AXES, None, "tensor", None)
+  by_row = PartitionSpec(BATCH_AXES, *(None,) * (rank - 1))
+  in_specs = (by_head,) * heads + (by_row,) * rows
+  return jax.shard_map(engine, mesh=mesh, in_specs=in_specs, out_specs=by_head, check_vma=False)
 
 
 def for_batch(batch: Batch, **options: Any) -> AttendWith:
@@ -123,7 +129,7 @@ def beside(
 
       first = (x[:, :length] for x in (q, k, v))
       clean, cache = clean_engine(window)(*first, cache, scale)
-      copied = _on_mesh(copy, mesh, mask.ndim)(q[:, length:], k, v, mask)
+      copied = on_mesh(copy, mesh, mask.ndim)(q[:, length:], k, v, mask)
       return jnp.concatenate([clean, copied], axis=1), cache
 
     return attend

@@ -16,8 +16,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from refine_jax.attention import probe, ranged_triton
+from refine_jax.attention import packed, probe, ranged_triton
 from refine_jax.attention.ranged_triton import LOWEST
 
 
@@ -67,6 +68,7 @@ def attend_with(
   *,
   block: int,
   implementation: str = "xla",
+  mesh: Mesh | None = None,
 ) -> Callable:
   """The attention of draft blocks over frozen clean text, as two_streams.hidden_states wants it.
 
@@ -75,6 +77,7 @@ def attend_with(
     columns_BQ: int32, the column at whose place each draft stands; windows count by these.
     block: drafts of a block.
     implementation: "xla" or "kernel".
+    mesh: splits rows over data and fsdp, heads over tensor; None: one device.
 
   Returns:
     window -> (q, k, v, (clean keys, clean values), scale) -> (out [B, Q, H, h], None)
@@ -84,20 +87,23 @@ def attend_with(
     first = first_BQ if window is None else jnp.maximum(first_BQ, columns_BQ - window + 1)
 
     def attend(q, k, v, clean, scale=None):
-      out = attend_blocks(
-        q,
-        k,
-        v,
-        clean,
-        first,
-        end_BQ,
-        block=block,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        window=window,
-        implementation=implementation,
-        frozen=True,
-      )
-      return out, None
+      def local(q, k, v, clean_k, clean_v, first, end):
+        return attend_blocks(
+          q,
+          k,
+          v,
+          (clean_k, clean_v),
+          first,
+          end,
+          block=block,
+          scale=q.shape[-1] ** -0.5 if scale is None else scale,
+          window=window,
+          implementation=implementation,
+          frozen=True,
+        )
+
+      local = packed.on_mesh(local, mesh, first.ndim, heads=5, rows=2)
+      return local(q, k, v, *clean, first, end_BQ), None
 
     return attend
 

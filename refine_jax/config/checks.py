@@ -83,6 +83,29 @@ def _check_adapter(c):
     f" {c.noise.kind!r}) and objective.clean_weight=0 (it is {c.objective.clean_weight}).",
   )
   _require(
+    kind != "gated" or (c.objective.num_iterations == 1 and c.objective.loss_weights == (1.0,)),
+    "config.adapter.kind='gated' has one loss, of its drafts: set objective.num_iterations=1 (it is"
+    f" {c.objective.num_iterations}) and objective.loss_weights=(1.0,) (it is"
+    f" {c.objective.loss_weights}).",
+  )
+  _require(
+    kind != "gated" or c.model.head_gradient != "recompute",
+    "config.model.head_gradient='recompute' saves nothing with adapter.kind='gated', whose head has"
+    " no gradient; leave it at 'auto'.",
+  )
+  if kind != "gated":
+    for name, section, key in (
+      ("objective.draft_target", c.objective, "draft_target"),
+      ("noise.random", c.noise, "random"),
+      ("noise.anchors", c.noise, "anchors"),
+    ):
+      value, default = getattr(section, key), getattr(type(section)(), key)
+      _require(
+        value == default,
+        f"config.{name}={value!r} is for adapter.kind='gated' alone (it is {kind!r}); leave it at"
+        f" {default!r}.",
+      )
+  _require(
     kind == "none" or bool(c.model.pretrained),
     f"config.adapter.kind={kind!r} needs a base with weights; set config.model.pretrained.",
   )

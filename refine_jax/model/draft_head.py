@@ -11,8 +11,10 @@ from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from refine_jax.model.head import reduce_logits, scored_first
+from refine_jax.sharding import AXES, BATCH_AXES
 
 # data: cross-entropy to the text's own next token. greedy: to the base's most likely one. kl:
 # KL(base || draft). tv: total variation, one minus the chance that speculative sampling accepts
@@ -45,6 +47,7 @@ def draft_loss(
   *,
   target: str = "kl",
   chunk: int = 2048,
+  mesh: Mesh | None = None,
 ) -> tuple[jax.Array, DraftOutput]:
   """The weighted distance of drafts to what they should predict.
 
@@ -56,6 +59,7 @@ def draft_loss(
     weights: float32 [..]; where one is 0 the token is skipped.
     target: one of TARGETS.
     chunk: tokens at a time.
+    mesh: splits tokens over all its axes ([B, Q, D] only); None: one device.
 
   Returns:
     the sum of weight * distance, float32; a DraftOutput. Gradients flow to x, through the sum only.
@@ -65,12 +69,35 @@ def draft_loss(
   """
   if target not in TARGETS:
     raise ValueError(f"target {target!r} is none of {', '.join(TARGETS)}")
+  local = functools.partial(_local, target=target, chunk=chunk)
+  if mesh is None or mesh.size == 1:
+    total, output = local(x, clean_x, head_VD, targets, weights)
+    return total[0], output
+  # Each device takes its own tokens against the whole head, as head.cross_entropy has it.
+  count = targets.shape[1]
+
+  def filled_up(y):
+    missing = -count % mesh.shape["tensor"]
+    return jnp.pad(y, [(0, 0), (0, missing), *[(0, 0)] * (y.ndim - 2)])
+
+  states, tokens = (PartitionSpec(BATCH_AXES, "tensor", *d) for d in ((None,), ()))
+  total, output = jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(states, states, PartitionSpec(), tokens, tokens),
+    out_specs=(PartitionSpec(AXES), tokens),
+    check_vma=False,
+  )(filled_up(x), filled_up(clean_x), head_VD, filled_up(targets), filled_up(weights))
+  return jnp.sum(total), jax.tree.map(lambda y: y[:, :count], output)
+
+
+def _local(x, clean_x, head_VD, targets, weights, *, target, chunk):
   flat = (y.reshape(-1, y.shape[-1]) for y in (x, clean_x))
   chunk = min(chunk, targets.size)
   total, output = cast(
     tuple, _chunked(*flat, head_VD, targets.reshape(-1), weights.reshape(-1), target, chunk)
   )
-  return total, jax.tree.map(lambda y: y.reshape(targets.shape), output)
+  return total[None], jax.tree.map(lambda y: y.reshape(targets.shape), output)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from refine_jax.batch import Batch
-from refine_jax.objective.noise.kind import response_lengths, response_offsets
+from refine_jax.objective.noise.kind import random_ids, response_lengths, response_offsets
 
 
 class DraftBlocks(NamedTuple):
@@ -90,10 +90,11 @@ def draw(
   after = jnp.minimum(columns + 1, length - 1)
   same = at(batch.segment_ids, after) == at(batch.segment_ids, starts)
   inside = (starts + step + 1 < length) & same & exists
+  start_positions = at(batch.positions, starts)
   ids = jnp.full(columns.shape, noise_token, jnp.int32)
   if random_below:
-    ids = jax.random.randint(jax.random.fold_in(key, 2), columns.shape, 0, random_below)
-  start_positions = at(batch.positions, starts)
+    salts = (at(batch.example_ids, starts), start_positions, jnp.broadcast_to(step, columns.shape))
+    ids = random_ids(jax.random.fold_in(key, 2), *salts, below=random_below)
   return DraftBlocks(
     tokens=Batch(ids, start_positions + step, is_noise=jnp.ones(columns.shape, bool)),
     columns=columns,

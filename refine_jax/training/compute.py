@@ -150,6 +150,7 @@ class ForwardConfig:
         blocks.columns,
         block=drafts,
         implementation=self.draft_attention,
+        mesh=self.mesh,
       ),
       dtype=jnp.dtype(self.dtype),
       remat=self.remat,
@@ -166,6 +167,7 @@ class ForwardConfig:
         weights_BQ,
         target=target,
         chunk=self.head_chunk,
+        mesh=self.mesh,
       )
 
   def _rows_stay_split(self, x_BTD):

@@ -151,6 +151,7 @@ def eval_step(
   key = jax.random.key(step_config.seed)
   kind = noise_lib.from_config(step_config.noise)
   round_batch, noised = kind.corrupt(key, batch, step_config.noise_token)
+  noised = _as_trained(key, round_batch, noised, step_config, forward)
   in_bucket = jax.nn.one_hot(kind.bucket(noised), noise_lib.NOISE_BUCKETS)
   working = forward.working(params, frozen)
 
@@ -167,6 +168,7 @@ def eval_step(
   rounds = plan_lib.rounds(plan_lib.plan(step_config.objective, step_config.noise))
   block_size = step_config.noise.block_size
   blocks = noise_lib.block_noise(key, batch, block_size, step_config.noise_token)
+  blocks = _as_trained(key, batch, blocks, step_config, forward)
   targets, scored = objective.next_token_targets(batch)
   clean = objective.round_sums(
     batch, batch.ids, targets, scored.astype(jnp.float32), predict(batch)
@@ -192,6 +194,13 @@ def eval_step(
   }
 
 
+def _as_trained(key, batch, noised, step_config, forward):
+  """Noise with the ids that training draws (config.noise.random)."""
+  if not step_config.noise.random:
+    return noised
+  return noise_lib.with_random_ids(key, batch, noised, forward.model.vocab_size)
+
+
 def debug_rounds(
   params: dict,
   batch: Batch,
@@ -210,6 +219,7 @@ def debug_rounds(
   key = jax.random.fold_in(jax.random.key(step_config.seed), step)
   length = batch.ids.shape[1]
   batch, noised = noise_lib.add_noise(key, batch, step_config.noise, step_config.noise_token)
+  noised = _as_trained(key, batch, noised, step_config, forward)
   targets, scored = objective.next_token_targets(batch)
   working = forward.working(params, frozen)
 

@@ -15,6 +15,7 @@ from refine_jax.objective.noise.kind import (
   NoiseKind,
   response_lengths,
   response_offsets,
+  with_random_ids,
 )
 from refine_jax.objective.noise.uniform import UniformNoise
 
@@ -35,6 +36,7 @@ __all__ = [
   "from_config",
   "response_lengths",
   "response_offsets",
+  "with_random_ids",
 ]
 
 

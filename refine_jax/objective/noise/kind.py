@@ -95,6 +95,27 @@ class NoiseKind(Protocol):
     ...
 
 
+def random_ids(key: jax.Array, *salts_BN: jax.Array, below: int) -> jax.Array:
+  """Draws ids uniformly below a number, each a function of the key and its salts: int32 [B, N]."""
+
+  def one(*values):
+    own_key = key
+    for value in values:
+      own_key = jax.random.fold_in(own_key, value)
+    return jax.random.randint(own_key, (), 0, below)
+
+  return jax.vmap(jax.vmap(one))(*salts_BN)
+
+
+def with_random_ids(key: jax.Array, batch: Batch, noised: Noised, below: int) -> Noised:
+  """The same noise with ids drawn uniformly below a number in place of the noise token."""
+  ids = random_ids(key, batch.example_ids, batch.positions, below=below)
+  return noised._replace(
+    ids=jnp.where(noised.is_noise, ids, noised.ids),
+    later=jnp.where(noised.later_is_noise, ids, noised.later),
+  )
+
+
 def response_lengths(batch: Batch) -> jax.Array:
   """Counts the response tokens in each token's example: int32 [B, T]."""
   return _count_by_segment(batch, batch.response_mask)
