@@ -91,7 +91,7 @@ def test_gradients_of_every_tensor_are_those_of_transformers(models):
 def test_embeddings_are_scaled_and_rounded_as_transformers_does_it(tmp_path):
   directory, theirs = tiny_hf_model("gemma3_text", tmp_path, dtype=torch.bfloat16)
   ours, ids = refine_jax.load(directory), random_ids((2, 30))
-  got = transformer._embed(ours.params, ours.config, ids, jnp.bfloat16)
+  got = transformer.embed(ours.params, ours.config, ids, jnp.bfloat16)
   want = theirs.model.embed_tokens(torch.from_numpy(ids).long()).detach().float().numpy()
   np.testing.assert_array_equal(np.asarray(got, np.float32), want)
 

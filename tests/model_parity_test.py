@@ -141,7 +141,7 @@ def test_norm(blocks):
 def test_mlp(blocks):
   torch_model, ours, layer, x = blocks
   theirs = torch_model.model.layers[1].mlp(torch.from_numpy(x)).detach()
-  np.testing.assert_allclose(_run(transformer.MLP(ours.config), layer["mlp"], x), theirs, atol=1e-5)
+  np.testing.assert_allclose(_run(layer_lib.MLP(ours.config), layer["mlp"], x), theirs, atol=1e-5)
 
 
 def test_attention(blocks):
@@ -156,7 +156,7 @@ def test_attention(blocks):
     .detach()
   )
   rotation, attend = _context(ours, x)
-  got, _ = _run(transformer.Attention(ours.config), layer["attention"], x, rotation, attend)
+  got, _ = _run(layer_lib.Attention(ours.config), layer["attention"], x, rotation, attend)
   np.testing.assert_allclose(got, theirs, atol=1e-5)
 
 

@@ -52,7 +52,7 @@ def test_packed_rows_give_the_gradient_of_unpacked_ones(head_gradient, kind):
 
 
 def test_micro_batches_give_the_step_of_one_batch():
-  # Adam's first step divides a gradient by its own size. Where the gradient is rounding alone, so is
+  # Adam divides a gradient by its own size. Where the gradient is rounding alone, so is
   # the quotient; a larger eps keeps it as exact as the gradient.
   batch, recipe, compute = tiny.packed_batch(24), tiny.recipe(eps=1e-3), tiny.compute()
   one, (one_metrics,) = run(tiny.split(batch, 1), recipe, compute)
