@@ -102,8 +102,8 @@ def attend_with(
           frozen=True,
         )
 
-      local = packed.on_mesh(local, mesh, first.ndim, heads=5, rows=2)
-      return local(q, k, v, *clean, first, end_BQ), None
+      split = packed.on_mesh(local, mesh, first.ndim, heads=5, rows=2)
+      return split(q, k, v, clean[0], clean[1], first, end_BQ), None
 
     return attend
 
