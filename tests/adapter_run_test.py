@@ -44,8 +44,11 @@ def run(place, **changes):
   return workdir, model, theirs
 
 
-def test_a_gated_run_gives_models_with_the_text_of_its_base(tmp_path, monkeypatch):
+def test_a_gated_run_gives_models_with_the_text_of_its_base(tmp_path, monkeypatch, capsys):
   workdir, directory, theirs = run(tmp_path, **{"noise.random": True})
+  said = capsys.readouterr().out
+  for words in ("GiB of the base", "rank 3", "random noise tokens, all blocks of 3 a row"):
+    assert words in said
   output = tmp_path / "out"
   assert not _script(monkeypatch, f"--workdir={workdir}", f"--output={output}")
   want, factors = greedy(theirs, PROMPT, 12), []
