@@ -1,5 +1,7 @@
 """From a run that trains an adapter to models that decode with it."""
 
+import json
+
 import hf_fixtures
 import jax
 import numpy as np
@@ -49,6 +51,10 @@ def test_a_gated_run_gives_models_with_the_text_of_its_base(tmp_path, monkeypatc
   said = capsys.readouterr().out
   for words in ("GiB of the base", "rank 3", "random noise tokens, all blocks of 3 a row"):
     assert words in said
+  records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert {"loss_draft", "accuracy_draft", "drafts_per_token"} <= records[0].keys()
+  assert records[0]["drafts_per_token"] > 0
+  assert not any("clean" in name or "corrupted" in name for name in records[0])
   output = tmp_path / "out"
   assert not _script(monkeypatch, f"--workdir={workdir}", f"--output={output}")
   want, factors = greedy(theirs, PROMPT, 12), []

@@ -57,7 +57,10 @@ def of_drafts(
   step_config: StepConfig,
   forward: ForwardConfig,
 ) -> tuple[dict, dict, jax.Array]:
-  """The gradient of a gated adapter; arguments and results are those of `of_rounds`."""
+  """The gradient of a gated adapter.
+
+  Arguments and results are those of `of_rounds`; the last one is how many drafts are scored.
+  """
   assert frozen is not None
   noise = step_config.noise
   blocks = jax.vmap(

@@ -67,9 +67,10 @@ def train_step(
     frozen: with an adapter, the base's parameters (forward.freeze).
 
   Returns:
-    the new state; a dict of float32 metrics: scalars loss_total, grad_norm, lr, noise_mean,
-    tokens, response_tokens, skipped, skipped_in_row; and "terms", for the name of each term of the
-    plan objective.ROUND_SUMS, scalars.
+    the new state; a dict of float32 metrics: scalars loss_total, grad_norm, lr, noise_mean (for a
+    gated adapter drafts_per_token: scored drafts for each response token), tokens,
+    response_tokens, skipped, skipped_in_row; and "terms", for the name of each term of the plan
+    objective.ROUND_SUMS, scalars.
   """
   key = jax.random.fold_in(jax.random.key(step_config.seed), state.step)
   response_tokens = sum_over_batch(lambda b: b.response_mask, batch)
@@ -83,12 +84,13 @@ def train_step(
   weights = jnp.asarray([term.weight for term in plan])
   loss_total = jnp.sum(loss / jnp.maximum(count, 1) * weights)
   new_state, norm, rate = _update(state, gradient, loss_total, step_config)
+  noised = noised_tokens / jnp.maximum(response_tokens, 1)
   metrics = {
     "terms": sums,
     "loss_total": loss_total,
     "grad_norm": norm,
     "lr": rate,
-    "noise_mean": noised_tokens / jnp.maximum(response_tokens, 1),
+    "drafts_per_token" if step_config.gated else "noise_mean": noised,
     "tokens": tokens,
     "response_tokens": response_tokens,
     "skipped": new_state.skipped.astype(jnp.float32),
