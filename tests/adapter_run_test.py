@@ -5,6 +5,8 @@ import json
 import hf_fixtures
 import jax
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from data_fixtures import write_parquet
 from hf_export_test import _script
@@ -13,7 +15,7 @@ from sampler_fixtures import EOS, greedy
 import refine_jax
 from configs import base
 from refine_jax import config as config_lib
-from refine_jax.training import train
+from refine_jax.training import problems, train
 
 PROMPT = [5, 9, 30]
 
@@ -47,7 +49,19 @@ def run(place, **changes):
 
 
 def test_a_gated_run_gives_models_with_the_text_of_its_base(tmp_path, monkeypatch, capsys):
-  workdir, directory, theirs = run(tmp_path, **{"noise.random": True})
+  shown = []
+
+  def evaluate(model, rows, score, *, noise_token=None, **options):
+    shown.append((model.refinement.random_noise, model.refinement.noise_token, noise_token))
+    return dict.fromkeys(("solved", "tokens_per_pass", "not_stopped"), 0), []
+
+  monkeypatch.setattr(problems.evaluate, "evaluate", evaluate)
+  table = pyarrow.table({"prompt": ["w3 w4"], "answer": ["7"]})
+  pyarrow.parquet.write_table(table, tmp_path / "problems.parquet")
+  changes = {"eval.generate_file": str(tmp_path / "problems.parquet"), "eval.generate_every": 2}
+  workdir, directory, theirs = run(tmp_path, **changes, **{"noise.random": True, "noise.token": 4})
+  # A noise token given to the sampler would stand in every place.
+  assert shown == [(True, 4, None)]
   said = capsys.readouterr().out
   for words in ("GiB of the base", "rank 3", "random noise tokens, all blocks of 3 a row"):
     assert words in said
