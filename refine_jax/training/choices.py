@@ -56,7 +56,10 @@ def choose_compute(
   rows_on_device = config.optim.micro_batch // sharding.batch_shards(mesh)
   room = memory.device_memory()
   if adapter and room:  # the frozen base is held once, in the computing dtype
-    room -= base_on_device * jnp.dtype(dtype).itemsize
+    itemsize = jnp.dtype(dtype).itemsize
+    room -= base_on_device * itemsize
+    if adapter.kind == "gated":
+      room -= memory.kept_keys_values(shape, rows_on_device * config.data.max_length, itemsize)
   remat = memory.choose_remat(
     source.remat,
     shape,
