@@ -64,6 +64,8 @@ def train_metrics(step_metrics: dict, plan: Plan) -> dict:
 def eval_metrics(sums: dict, objective: ObjectiveConfig, noise: NoiseConfig) -> dict:
   """Validation: sums of train_step.eval_step -> means over all tokens, by bucket, by offset."""
   plan, terms = plan_lib.plan(objective, noise), sums["terms"]
+  if DRAFT in terms:
+    plan = (plan_lib.LossTerm(DRAFT, 1.0, True),)
   rounds, result = plan_lib.rounds(plan), {}
   for term in rounds:
     part = {name: x.sum() for name, x in terms[term.name].items()}
@@ -73,7 +75,8 @@ def eval_metrics(sums: dict, objective: ObjectiveConfig, noise: NoiseConfig) -> 
   by_weight = [(t.weight, result[f"loss_{t.name}"]) for t in rounds + plan_lib.others(plan)]
   result["loss_total"] = sum(weight * loss for weight, loss in by_weight)
   result |= block_metrics.named(sums["block"])
-  result |= _by_bucket(terms, rounds, noise_lib.from_config(noise).buckets())
+  if DRAFT not in terms:
+    result |= _by_bucket(terms, rounds, noise_lib.from_config(noise).buckets())
   return {f"eval/{name}": value for name, value in result.items()}
 
 
