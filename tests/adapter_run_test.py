@@ -1,8 +1,12 @@
 """From a run that trains an adapter to models that decode with it."""
 
+import json
+
 import hf_fixtures
 import jax
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from data_fixtures import write_parquet
 from hf_export_test import _script
@@ -11,7 +15,7 @@ from sampler_fixtures import EOS, greedy
 import refine_jax
 from configs import base
 from refine_jax import config as config_lib
-from refine_jax.training import train
+from refine_jax.training import problems, train
 
 PROMPT = [5, 9, 30]
 
@@ -44,8 +48,27 @@ def run(place, **changes):
   return workdir, model, theirs
 
 
-def test_a_gated_run_gives_models_with_the_text_of_its_base(tmp_path, monkeypatch):
-  workdir, directory, theirs = run(tmp_path, **{"noise.random": True})
+def test_a_gated_run_gives_models_with_the_text_of_its_base(tmp_path, monkeypatch, capsys):
+  shown = []
+
+  def evaluate(model, rows, score, *, noise_token=None, **options):
+    shown.append((model.refinement.random_noise, model.refinement.noise_token, noise_token))
+    return dict.fromkeys(("solved", "tokens_per_pass", "not_stopped"), 0), []
+
+  monkeypatch.setattr(problems.evaluate, "evaluate", evaluate)
+  table = pyarrow.table({"prompt": ["w3 w4"], "answer": ["7"]})
+  pyarrow.parquet.write_table(table, tmp_path / "problems.parquet")
+  changes = {"eval.generate_file": str(tmp_path / "problems.parquet"), "eval.generate_every": 2}
+  workdir, directory, theirs = run(tmp_path, **changes, **{"noise.random": True, "noise.token": 4})
+  # A noise token given to the sampler would stand in every place.
+  assert shown == [(True, 4, None)]
+  said = capsys.readouterr().out
+  for words in ("GiB of the base", "rank 3", "random noise tokens, all blocks of 3 a row"):
+    assert words in said
+  records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert {"loss_draft", "accuracy_draft", "drafts_per_token"} <= records[0].keys()
+  assert records[0]["drafts_per_token"] > 0
+  assert not any("clean" in name or "corrupted" in name for name in records[0])
   output = tmp_path / "out"
   assert not _script(monkeypatch, f"--workdir={workdir}", f"--output={output}")
   want, factors = greedy(theirs, PROMPT, 12), []

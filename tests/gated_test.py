@@ -12,7 +12,7 @@ import train_fixtures as tiny
 from refine_jax.model import adapters, layout, transformer
 from refine_jax.objective import draft_blocks
 from refine_jax.objective.draft_gradients import DRAFT, draft_gradients
-from refine_jax.training import train_step
+from refine_jax.training import gradients, metrics, train_step
 
 DRAFTS = 4
 ADAPTER = adapters.Adapter(kind="gated", rank=3, alpha=6.0)
@@ -160,15 +160,16 @@ def test_joined_projections_and_layers_in_a_list_compute_the_same(projections):
   )
 
 
-def test_validation_and_the_debug_log_show_the_noise_that_training_draws():
+def test_validation_has_the_loss_and_the_noise_of_training():
   config, batch = tiny.tiny_config(), tiny.unpacked_batch(8)
   forward = tiny.compute(config, adapter=ADAPTER)
   base, factors = forward.freeze(tiny.tiny_params(config)), random_factors(config)
 
+  recipe = dataclasses.replace(tiny.recipe(num_iterations=1, kind="block"), gated=True)
+
   def inputs(random):
-    recipe = tiny.recipe(num_iterations=1, kind="block")
     noise = dataclasses.replace(recipe.noise, random=random)
-    bound = {"step_config": dataclasses.replace(recipe, noise=noise, gated=True)}
+    bound = {"step_config": dataclasses.replace(recipe, noise=noise)}
     bound["forward"] = forward
     sums = jax.jit(functools.partial(train_step.eval_step, **bound))(factors, batch, base)
     one = batch.map(lambda x: x[:1])
@@ -177,8 +178,15 @@ def test_validation_and_the_debug_log_show_the_noise_that_training_draws():
 
   (plain, noise), (drawn, random_noise) = inputs(False), inputs(True)
   assert set(noise.tolist()) == {tiny.NOISE_TOKEN} and len(set(random_noise.tolist())) > 1
-  assert plain["terms"]["s0"]["loss"][0] != drawn["terms"]["s0"]["loss"][0]
+  assert plain["terms"]["draft"]["loss"] != drawn["terms"]["draft"]["loss"]
   assert np.any(plain["block"]["right"] != drawn["block"]["right"])
+  values = metrics.eval_metrics(jax.device_get(plain), recipe.objective, recipe.noise)
+  assert values["eval/loss_total"] == values["eval/loss_draft"] > 0
+  assert 0 <= values["eval/accuracy_draft"] <= 1
+  key, one = jax.random.key(recipe.seed), batch.map(lambda x: x[None])
+  _, trained, _ = gradients.of_drafts(factors, one, base, key, recipe, forward)
+  got = plain["terms"]["draft"]
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), got, trained["draft"])
   jax.tree.map(np.testing.assert_array_equal, plain["terms"]["clean"], drawn["terms"]["clean"])
 
 

@@ -90,7 +90,9 @@ class ModelSource:
     "Layers in each turn of the scan over layers; all of them: no scan.",
     least=1,
     most=2**16,
-    special={0: "no scan on an accelerator, where that saves copies, but for remat full"},
+    special={
+      0: "no scan on an accelerator, where that saves copies, but for remat full and gated adapters"
+    },
   )
   head_chunk: int = key(
     2048, "Tokens that the output head works on at a time.", least=1, most=MOST_TOKENS

@@ -38,19 +38,27 @@ def draft_gradients(
 
     step_gradients, output = jax.grad(loss, has_aux=True)(factors)
     gradients = jax.tree.map(lambda a, g: a + g.astype(a.dtype), gradients, step_gradients)
-    scored = drafts.weights > 0
-    right = scored & (output.predictions == output.references)
-    sums = {
-      "loss": jnp.sum(output.losses * drafts.weights),
-      "count": jnp.sum(drafts.weights),
-      "corrupted": jnp.sum(scored, dtype=jnp.float32),
-      "corrupted_right": jnp.sum(right, dtype=jnp.float32),
-      # Every draft token is noise.
-      "clean": jnp.zeros(()),
-      "clean_right": jnp.zeros(()),
-    }
-    return gradients, sums
+    return gradients, draft_sums(drafts, output)
 
   zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), factors)
   gradients, sums = jax.lax.scan(body, zeros, (batch, blocks))
   return gradients, {DRAFT: {name: jnp.sum(x) for name, x in sums.items()}}
+
+
+def draft_sums(drafts: DraftBlocks, output: Any) -> dict:
+  """rounds.ROUND_SUMS of the drafts of one batch [B, Q], float32 scalars.
+
+  Args:
+    output: draft_head.DraftOutput of these drafts.
+  """
+  scored = drafts.weights > 0
+  right = scored & (output.predictions == output.references)
+  return {
+    "loss": jnp.sum(output.losses * drafts.weights),
+    "count": jnp.sum(drafts.weights),
+    "corrupted": jnp.sum(scored, dtype=jnp.float32),
+    "corrupted_right": jnp.sum(right, dtype=jnp.float32),
+    # Every draft token is noise.
+    "clean": jnp.zeros(()),
+    "clean_right": jnp.zeros(()),
+  }

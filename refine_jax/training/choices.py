@@ -56,7 +56,10 @@ def choose_compute(
   rows_on_device = config.optim.micro_batch // sharding.batch_shards(mesh)
   room = memory.device_memory()
   if adapter and room:  # the frozen base is held once, in the computing dtype
-    room -= base_on_device * jnp.dtype(dtype).itemsize
+    itemsize = jnp.dtype(dtype).itemsize
+    room -= base_on_device * itemsize
+    if adapter.kind == "gated":
+      room -= memory.kept_keys_values(shape, rows_on_device * config.data.max_length, itemsize)
   remat = memory.choose_remat(
     source.remat,
     shape,
@@ -69,7 +72,9 @@ def choose_compute(
   )
   gradient = source.head_gradient
   if gradient == "auto":
-    gradient = "forward" if mesh.size == mesh.shape["data"] else "recompute"
+    # A frozen head has no gradient [V, D] that recomputing would save.
+    cheap = adapter is not None or mesh.size == mesh.shape["data"]
+    gradient = "forward" if cheap else "recompute"
   # Two streams unstacked are so many kernels that compiling takes minutes.
   wanted = source.scan_unroll or int(config.adapter.kind == "gated")
   unroll = compute_lib.choose_unroll(wanted, remat, shape.layers)
@@ -85,8 +90,15 @@ def choose_compute(
     mesh=mesh,
     join=compute_lib.choose_join(mesh),
     adapter=adapter,
-    draft_attention=ranged.choose(shape.heads, shape.kv_heads, shape.head_dim, dtype),
+    draft_attention=_draft_attention(source.attention, shape, dtype, adapter),
   )
+
+
+def _draft_attention(wanted, shape, dtype, adapter) -> str:
+  """Of a gated adapter's drafts: "xla" where it is asked for or nothing reads it, else the best."""
+  if wanted == "xla" or adapter is None or adapter.kind != "gated":
+    return "xla"
+  return ranged.choose(shape.heads, shape.kv_heads, shape.head_dim, dtype)
 
 
 def make_adapter(config: Config) -> adapters.Adapter | None:

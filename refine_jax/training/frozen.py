@@ -1,5 +1,7 @@
 """The base of a run that trains an adapter: loaded once, in the computing dtype, never changed."""
 
+import warnings
+
 import jax
 
 from refine_jax import sharding
@@ -23,4 +25,7 @@ def load_frozen(source: Source, forward: ForwardConfig) -> tuple[dict, str]:
 
   params = hf_weights.load_params(source.directory, source.model, place=place)
   fingerprint = checksums.fingerprint(params)
-  return jax.jit(forward.freeze)(params), fingerprint
+  with warnings.catch_warnings():
+    # Joined and cast arrays need memory of their own; all others stay where they are.
+    warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+    return jax.jit(forward.freeze, donate_argnums=0)(params), fingerprint

@@ -9,7 +9,7 @@ from refine_jax.batch import Batch
 from refine_jax.objective import draft_blocks
 from refine_jax.objective import noise as noise_lib
 from refine_jax.objective import rounds as objective
-from refine_jax.objective.draft_gradients import DRAFT, draft_gradients
+from refine_jax.objective.draft_gradients import DRAFT, draft_gradients, draft_sums
 from refine_jax.training.compute import ForwardConfig
 from refine_jax.training.step_config import StepConfig
 
@@ -57,26 +57,49 @@ def of_drafts(
   step_config: StepConfig,
   forward: ForwardConfig,
 ) -> tuple[dict, dict, jax.Array]:
-  """The gradient of a gated adapter; arguments and results are those of `of_rounds`."""
-  assert frozen is not None
-  noise = step_config.noise
-  blocks = jax.vmap(
-    lambda micro: draft_blocks.draw(
-      key,
-      micro,
-      anchors=noise.anchors,
-      drafts=noise.block_size - 1,
-      noise_token=step_config.noise_token,
-      random_below=forward.model.vocab_size if noise.random else 0,
-      decay=noise.offset_decay,
-    )
-  )(batch)
+  """The gradient of a gated adapter.
 
-  def loss(factors, rows, drafts, weights):
-    target = step_config.objective.draft_target
-    return forward.draft_loss(
-      factors, frozen, rows, drafts, weights, drafts=noise.block_size - 1, target=target
-    )
-
+  Arguments and results are those of `of_rounds`; the last one is how many drafts are scored.
+  """
+  blocks = jax.vmap(lambda micro: _draw(key, micro, step_config, forward))(batch)
+  loss = _draft_loss(frozen, step_config, forward)
   gradients, sums = draft_gradients(loss, params, batch, blocks)
   return gradients, sums, sums[DRAFT]["corrupted"]
+
+
+def sums_of_drafts(
+  params: dict,
+  batch: Batch,
+  frozen: dict | None,
+  key: jax.Array,
+  step_config: StepConfig,
+  forward: ForwardConfig,
+) -> dict:
+  """What `of_drafts` says of the loss of one batch [B, T], without a gradient."""
+  blocks = _draw(key, batch, step_config, forward)
+  loss = _draft_loss(frozen, step_config, forward)
+  _, output = loss(params, batch, blocks, blocks.weights)
+  return {DRAFT: draft_sums(blocks, output)}
+
+
+def _draw(key, batch, step_config, forward):
+  noise = step_config.noise
+  return draft_blocks.draw(
+    key,
+    batch,
+    anchors=noise.anchors,
+    drafts=noise.block_size - 1,
+    noise_token=step_config.noise_token,
+    random_below=forward.model.vocab_size if noise.random else 0,
+    decay=noise.offset_decay,
+  )
+
+
+def _draft_loss(frozen, step_config, forward) -> Callable:
+  assert frozen is not None
+  size, target = step_config.noise.block_size - 1, step_config.objective.draft_target
+
+  def loss(factors, rows, drafts, weights):
+    return forward.draft_loss(factors, frozen, rows, drafts, weights, drafts=size, target=target)
+
+  return loss

@@ -21,6 +21,11 @@ def saved_bytes_per_token(config: ModelConfig, remat: str, itemsize: int) -> int
   return kept * itemsize * config.layers
 
 
+def kept_keys_values(config: ModelConfig, tokens: int, itemsize: int) -> int:
+  """Bytes of the keys and values of all layers: what the clean stream hands to the drafts."""
+  return tokens * 2 * config.kv_heads * config.head_dim * itemsize * config.layers
+
+
 def choose_remat(
   wanted: str,
   config: ModelConfig,

@@ -17,11 +17,21 @@ from refine_jax.errors import UserError
 from refine_jax.objective import block_metrics
 from refine_jax.objective import noise as noise_lib
 from refine_jax.objective import plan as plan_lib
+from refine_jax.objective.draft_gradients import DRAFT
 from refine_jax.objective.plan import CLEAN, Plan
 from refine_jax.training import sinks
 
 # On the console, in this order; the rest goes to the files.
-_CONSOLE = ("loss_total", "grad_norm", "lr", "noise_mean", "tokens_per_second", "mfu")
+_CONSOLE = (
+  "loss_total",
+  "accuracy_draft",
+  "grad_norm",
+  "lr",
+  "noise_mean",
+  "drafts_per_token",
+  "tokens_per_second",
+  "mfu",
+)
 
 
 def ratio(a: SupportsFloat, b: SupportsFloat) -> float:
@@ -34,6 +44,8 @@ def term_metrics(name: str, sums: dict) -> dict:
   result = {f"loss_{name}": ratio(sums["loss"], sums["count"])}
   if name == CLEAN:
     return result | {f"accuracy_{name}": ratio(sums["clean_right"], sums["count"])}
+  if name == DRAFT:  # every draft is noise
+    return result | {f"accuracy_{name}": ratio(sums["corrupted_right"], sums["corrupted"])}
   for kind in ("corrupted", "clean"):
     result[f"accuracy_{name}_{kind}"] = ratio(sums[f"{kind}_right"], sums[kind])
   right = sums["corrupted_right"] + sums["clean_right"]
@@ -52,6 +64,8 @@ def train_metrics(step_metrics: dict, plan: Plan) -> dict:
 def eval_metrics(sums: dict, objective: ObjectiveConfig, noise: NoiseConfig) -> dict:
   """Validation: sums of train_step.eval_step -> means over all tokens, by bucket, by offset."""
   plan, terms = plan_lib.plan(objective, noise), sums["terms"]
+  if DRAFT in terms:
+    plan = (plan_lib.LossTerm(DRAFT, 1.0, True),)
   rounds, result = plan_lib.rounds(plan), {}
   for term in rounds:
     part = {name: x.sum() for name, x in terms[term.name].items()}
@@ -61,7 +75,8 @@ def eval_metrics(sums: dict, objective: ObjectiveConfig, noise: NoiseConfig) -> 
   by_weight = [(t.weight, result[f"loss_{t.name}"]) for t in rounds + plan_lib.others(plan)]
   result["loss_total"] = sum(weight * loss for weight, loss in by_weight)
   result |= block_metrics.named(sums["block"])
-  result |= _by_bucket(terms, rounds, noise_lib.from_config(noise).buckets())
+  if DRAFT not in terms:
+    result |= _by_bucket(terms, rounds, noise_lib.from_config(noise).buckets())
   return {f"eval/{name}": value for name, value in result.items()}
 
 

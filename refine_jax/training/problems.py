@@ -43,7 +43,6 @@ class Problems:
       "block_size": config.noise.block_size,
       "max_new_tokens": config.eval.generate_tokens,
       "chat_template": config.data.chat_template,
-      "noise_token": config.noise.token_id,
     }
 
   def answer(self, params: dict, frozen: dict | None = None) -> dict:

@@ -190,32 +190,46 @@ def describe(
   compute: ForwardConfig,
   state: train_step.TrainState,
   origin: str,
+  frozen: dict | None = None,
 ) -> list:
-  """Lines with every number that follows from the config, the data and the devices."""
+  """Lines with every number that follows from the config, the data and the devices.
+
+  Args:
+    frozen: the base of an adapter, in a form of layout.py.
+  """
   mesh, shape = compute.mesh, source.model
   assert mesh is not None  # None is for single functions; a run makes one
   axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
-  count = sum(x.size for x in jax.tree.leaves(state.params))
-  params, everything = (
+  count = sum(x.size for x in jax.tree.leaves(state.params if frozen is None else frozen))
+  base, params, everything = (
     gibibytes(bytes_per_device(tree, jax.tree.map(lambda x: x.sharding, tree)))
-    for tree in (state.params, state)
+    for tree in (frozen or {}, state.params, state)
   )
+  params = f"{params} of parameters" if frozen is None else f"{base} of the base, {params} trained"
   batch, length = config.optim.batch_size, config.data.max_length
   micro = config.optim.micro_batch
   rows = plan.train
-  if compute.adapter is None:
-    trained = f"{config.objective.num_iterations}, weights {config.objective.loss_weights}"
-    trained = f"rounds        {trained}, noise token {recipe.noise_token}"
-  else:
-    trained = (
+  noise = "random noise tokens" if config.noise.random else f"noise token {recipe.noise_token}"
+  trained = []
+  if compute.adapter is not None:
+    factors = sum(x.size for x in jax.tree.leaves(state.params))
+    trained = [
       f"adapter       {compute.adapter.kind}, rank {compute.adapter.rank}, alpha"
-      f" {compute.adapter.alpha:g}, target {config.objective.draft_target}, noise token"
-      f" {recipe.noise_token}, draft attention {compute.draft_attention}"
-    )
+      f" {compute.adapter.alpha:g}, {factors / 1e6:.1f} M parameters"
+    ]
+  if recipe.gated:
+    blocks = config.noise.anchors or "all"
+    trained += [
+      f"drafts        target {config.objective.draft_target}, {noise}, {blocks} blocks of"
+      f" {config.noise.block_size - 1} a row, attention {compute.draft_attention}"
+    ]
+  else:
+    rounds = f"{config.objective.num_iterations}, weights {config.objective.loss_weights}"
+    trained += [f"rounds        {rounds}, {noise}"]
   return [
     f"devices       {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {axes}",
     f"model         {count / 1e6:.1f} M parameters, {shape.layers} layers, width {shape.width}",
-    f"memory        {params} of parameters, {everything} of state a device",
+    f"memory        {params}, {everything} of state a device",
     f"compute       {compute.dtype}, attention {compute.attention}, remat {compute.remat},"
     f" head gradient {compute.head_gradient}",
     f"batch         {batch} rows of {length}: {config.optim.accumulation} micro-batches of"
@@ -223,6 +237,6 @@ def describe(
     f" {rows.packing_efficiency:.1%} filled (at most {plan.max_segments} examples a row)",
     f"steps         {recipe.total_steps} ({rows.batches_per_epoch:.1f} an epoch),"
     f" warm-up {optim.warmup_steps(config.optim, recipe.total_steps)}",
-    trained,
+    *trained,
     f"start         {origin}",
   ]

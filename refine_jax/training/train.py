@@ -62,7 +62,7 @@ def _run(config: Config, workdir: Path) -> int:
       return 0
     # After the start: a workdir of another model has been refused by now, and is left as it was.
     changed = prepare_workdir(workdir, config, source, recipe.noise_token, step=int(state.step))
-    lines = startup.describe(config, source, plan, recipe, compute, state, origin)
+    lines = startup.describe(config, source, plan, recipe, compute, state, origin, frozen)
     for line in lines + changed:
       print(line)
     loop = _Loop(

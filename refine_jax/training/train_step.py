@@ -67,9 +67,10 @@ def train_step(
     frozen: with an adapter, the base's parameters (forward.freeze).
 
   Returns:
-    the new state; a dict of float32 metrics: scalars loss_total, grad_norm, lr, noise_mean,
-    tokens, response_tokens, skipped, skipped_in_row; and "terms", for the name of each term of the
-    plan objective.ROUND_SUMS, scalars.
+    the new state; a dict of float32 metrics: scalars loss_total, grad_norm, lr, noise_mean (for a
+    gated adapter drafts_per_token: scored drafts for each response token), tokens,
+    response_tokens, skipped, skipped_in_row; and "terms", for the name of each term of the plan
+    objective.ROUND_SUMS, scalars.
   """
   key = jax.random.fold_in(jax.random.key(step_config.seed), state.step)
   response_tokens = sum_over_batch(lambda b: b.response_mask, batch)
@@ -83,12 +84,13 @@ def train_step(
   weights = jnp.asarray([term.weight for term in plan])
   loss_total = jnp.sum(loss / jnp.maximum(count, 1) * weights)
   new_state, norm, rate = _update(state, gradient, loss_total, step_config)
+  noised = noised_tokens / jnp.maximum(response_tokens, 1)
   metrics = {
     "terms": sums,
     "loss_total": loss_total,
     "grad_norm": norm,
     "lr": rate,
-    "noise_mean": noised_tokens / jnp.maximum(response_tokens, 1),
+    "drafts_per_token" if step_config.gated else "noise_mean": noised,
     "tokens": tokens,
     "response_tokens": response_tokens,
     "skipped": new_state.skipped.astype(jnp.float32),
@@ -144,20 +146,46 @@ def eval_step(
 
   Returns:
     "terms": for the name of each round objective.ROUND_SUMS, float32 [buckets], by the buckets of
-    the noise kind; for "clean", whether or not the plan has it, the same of one pass over the
-    clean text, float32 scalars. "block": block_metrics.block_sums, of one pass more than there are
-    rounds.
+    the noise kind, or, for a gated adapter, those of "draft", float32 scalars; for "clean", whether
+    or not the plan has it, the same of one pass over the clean text, float32 scalars. "block":
+    block_metrics.block_sums, of one pass more than there are rounds.
   """
   key = jax.random.key(step_config.seed)
-  kind = noise_lib.from_config(step_config.noise)
-  round_batch, noised = kind.corrupt(key, batch, step_config.noise_token)
-  noised = _as_trained(key, round_batch, noised, step_config, forward)
-  in_bucket = jax.nn.one_hot(kind.bucket(noised), noise_lib.NOISE_BUCKETS)
   working = forward.working(params, frozen)
 
   def predict(tokens, clean=batch, trained=None):
     targets, scored = objective.next_token_targets(clean, trained)
     return forward.loss(working, tokens, targets, scored.astype(jnp.float32))[1]
+
+  block_size = step_config.noise.block_size
+  blocks = noise_lib.block_noise(key, batch, block_size, step_config.noise_token)
+  blocks = _as_trained(key, batch, blocks, step_config, forward)
+  targets, scored = objective.next_token_targets(batch)
+  clean = objective.round_sums(
+    batch, batch.ids, targets, scored.astype(jnp.float32), predict(batch)
+  )
+  if step_config.gated:
+    terms = gradients.sums_of_drafts(params, batch, frozen, key, step_config, forward)
+  else:
+    terms = _round_terms(predict, key, batch, step_config)
+  return {
+    "terms": terms | {plan_lib.CLEAN: jax.tree.map(jnp.sum, clean)},
+    "block": block_metrics.block_sums(
+      predict,
+      batch,
+      blocks,
+      block_size=block_size,
+      passes=step_config.objective.num_iterations + 1,
+      eos=step_config.eos_token,
+    ),
+  }
+
+
+def _round_terms(predict, key, batch, step_config) -> dict:
+  """For the name of each round objective.ROUND_SUMS, by the buckets of the noise kind."""
+  kind = noise_lib.from_config(step_config.noise)
+  round_batch, noised = kind.corrupt(key, batch, step_config.noise_token)
+  in_bucket = jax.nn.one_hot(kind.bucket(noised), noise_lib.NOISE_BUCKETS)
 
   def collect(_, output):
     targets, scored = objective.next_token_targets(round_batch, noised.trained)
@@ -166,13 +194,6 @@ def eval_step(
     return {name: jnp.einsum("bt,btk->k", x, in_bucket) for name, x in sums.items()}
 
   rounds = plan_lib.rounds(plan_lib.plan(step_config.objective, step_config.noise))
-  block_size = step_config.noise.block_size
-  blocks = noise_lib.block_noise(key, batch, block_size, step_config.noise_token)
-  blocks = _as_trained(key, batch, blocks, step_config, forward)
-  targets, scored = objective.next_token_targets(batch)
-  clean = objective.round_sums(
-    batch, batch.ids, targets, scored.astype(jnp.float32), predict(batch)
-  )
   by_round = objective.refine(
     lambda tokens: predict(tokens, round_batch, noised.trained),
     round_batch,
@@ -180,18 +201,7 @@ def eval_step(
     num_rounds=len(rounds),
     collect=collect,
   )
-  terms = {t.name: {k: x[i] for k, x in by_round.items()} for i, t in enumerate(rounds)}
-  return {
-    "terms": terms | {plan_lib.CLEAN: jax.tree.map(jnp.sum, clean)},
-    "block": block_metrics.block_sums(
-      predict,
-      batch,
-      blocks,
-      block_size=block_size,
-      passes=len(rounds) + 1,
-      eos=step_config.eos_token,
-    ),
-  }
+  return {t.name: {k: x[i] for k, x in by_round.items()} for i, t in enumerate(rounds)}
 
 
 def _as_trained(key, batch, noised, step_config, forward):

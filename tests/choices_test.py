@@ -1,0 +1,57 @@
+"""What a run of an adapter chooses where its config leaves it open."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import pytest
+import train_fixtures as tiny
+
+from refine_jax import sharding
+from refine_jax.attention import ranged
+from refine_jax.config import Config, MeshConfig, NoiseConfig
+from refine_jax.config.schema import AdapterConfig, DataConfig, ModelSource
+from refine_jax.training import choices, memory
+
+CONFIG = Config(
+  adapter=AdapterConfig(kind="gated", rank=2),
+  noise=NoiseConfig(kind="block"),
+  data=DataConfig(max_length=64),
+  model=ModelSource(pretrained="model", compute_dtype="float32", attention="xla"),
+)
+MESH = MeshConfig(data=1, fsdp=2, tensor=1)
+
+
+def choose(config=CONFIG, shape=None):
+  mesh = sharding.make_mesh(MESH, jax.devices()[:2])
+  plan = SimpleNamespace(max_segments=2)
+  return choices.choose_compute(config, shape or tiny.tiny_config(), mesh, plan)
+
+
+def test_attention_by_xla_is_that_of_drafts_too(monkeypatch):
+  monkeypatch.setattr(ranged, "choose", lambda *_: "kernel")
+  assert choose().draft_attention == "xla"
+  auto = dataclasses.replace(CONFIG.model, attention="auto")
+  assert choose(dataclasses.replace(CONFIG, model=auto)).draft_attention == "kernel"
+
+
+@pytest.mark.parametrize("kind", ["gated", "lora"])
+def test_a_frozen_head_recomputes_nothing(kind):
+  adapter = dataclasses.replace(CONFIG.adapter, kind=kind)
+  assert choose(dataclasses.replace(CONFIG, adapter=adapter)).head_gradient == "forward"
+
+
+def test_the_base_and_the_clean_keys_and_values_take_their_room(monkeypatch):
+  rooms = []
+
+  def remat(wanted, shape, **options):
+    rooms.append(options["memory"])
+    return "full"
+
+  monkeypatch.setattr(memory, "choose_remat", remat)
+  monkeypatch.setattr(memory, "device_memory", lambda: 10**9)
+  choose()
+  choose(dataclasses.replace(CONFIG, adapter=dataclasses.replace(CONFIG.adapter, kind="lora")))
+  shape = tiny.tiny_config()
+  rows = CONFIG.optim.micro_batch // 2
+  assert rooms[1] - rooms[0] == memory.kept_keys_values(shape, rows * 64, 4) > 0
