@@ -1,7 +1,10 @@
 """SIGTERM and SIGINT as a request to save and leave after the current step."""
 
+import contextlib
 import os
 import signal
+import threading
+from collections.abc import Iterator
 from typing import Any, Self
 
 import jax
@@ -73,3 +76,24 @@ class Interrupt:
     for s, handler in self._previous.items():
       signal.signal(s, handler)
     self._previous = {}
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+  """Puts an interrupt (SIGINT) off to the end of the block.
+
+  Other threads than the main one get none anyway.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  asked = []
+  before = signal.signal(signal.SIGINT, lambda *arguments: asked.append(arguments))
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+    if asked and callable(before):
+      before(*asked[0])
+    elif asked and before is signal.SIG_DFL:
+      signal.raise_signal(signal.SIGINT)

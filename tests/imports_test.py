@@ -29,7 +29,7 @@ MAY_IMPORT = {
   "objective": {"batch", "config", "errors"},
   "data": _LEAVES | {"batch", "config", "text"},
   "hf": _LEAVES | {"model", "objective", "text"},
-  "decoding": _LEAVES | {"attention", "batch", "checkpoint", "hf", "model", "text"},
+  "decoding": _LEAVES | {"attention", "batch", "checkpoint", "hf", "interrupt", "model", "text"},
   "evaluation": _LEAVES | {"cli", "data", "decoding", "hf", "model", "text"},
   "training": _LEAVES
   | {

@@ -116,3 +116,12 @@ def test_the_script_checks(directory, model, monkeypatch, capsys):
   assert (answer["differs_from_ar_at"], answer["margin"]) == (want.offset, want.margin)
   code, (_, errors) = script(monkeypatch, capsys, f"--model={directory}", "--chat", "--check")
   assert code == 1 and errors.startswith("error: --check")
+
+
+def test_a_mode_that_verifies_nothing_is_not_told_to_use_float32(model):
+  options = {"mode": "fixed", "block_size": 6, "refine_iter": 1, "max_new_tokens": 12}
+  with pytest.raises(
+    refine_jax.UserError, match="mode='fixed' commits what nothing has verified"
+  ) as error:
+    refine_jax.compare_with_ar(model, PROMPTS, strict=True, **options)
+  assert "float32" not in str(error.value)

@@ -15,6 +15,7 @@ from refine_jax.decoding.prompts import prompt_ids
 from refine_jax.decoding.result import Generation, Pass, Trace, token_texts
 from refine_jax.decoding.settings import Settings, least_window
 from refine_jax.errors import UserError
+from refine_jax.interrupt import held_back
 from refine_jax.text import detokenize
 from refine_jax.text.vocabulary import check_ids
 
@@ -185,9 +186,10 @@ class Decoder:
       self._programs[function], seconds = compile_cache.compiled(function, arguments, options)
       self.compile_seconds += seconds
     start = time.perf_counter()
-    result = self._programs[function](*arguments)
-    # Before the wait, which an interrupt may end: the old state's memory is given away by now.
-    self.state = result if isinstance(result, sampler.State) else result[0]
+    # The old state's memory is given away by the call, so no interrupt may come between the two.
+    with held_back():
+      result = self._programs[function](*arguments)
+      self.state = result if isinstance(result, sampler.State) else result[0]
     jax.block_until_ready(result)
     self.decode_seconds += time.perf_counter() - start
     return result
