@@ -22,3 +22,10 @@ jax.config.update("jax_threefry_partitionable", True)
 def _own_cache(tmp_path_factory, monkeypatch):
   """Tokenised data of a test never meets that of a user or of another test."""
   monkeypatch.setenv("REFINE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs():
+  """A process may have 65,530 memory maps, and a compiled program takes about 160 of them."""
+  yield
+  jax.clear_caches()
