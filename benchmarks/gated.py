@@ -1,15 +1,19 @@
 """The training step of a gated adapter on a frozen base: tokens a second, memory, MFU.
 
     python -m benchmarks.gated --shape=1.5b --accumulation=2
-    python -m benchmarks.gated --shape=1.5b --length=16384 --rows=1 --anchors=256
+    python -m benchmarks.gated --shape=1.5b --length=16384 --rows=1 --segments=1 --anchors=256
+    python -m benchmarks.gated --shape=8b --accumulation=4
 
 Tokens are those of the clean rows. FLOPs per token are a forward pass of the clean text, and a
 forward pass and one backward pass for activations of each draft: recomputation is not counted.
 """
 
 import time
+import zlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 if not __package__:  # Python has put benchmarks/ on its path, not the folder around it
   raise SystemExit("error: run it from the repository's root as python -m benchmarks.gated")
@@ -50,6 +54,9 @@ def measure(shape: timing.Shape, arguments) -> dict:
     draft_attention=arguments.draft_attention
     or ranged.choose(model.heads, model.kv_heads, model.head_dim, dtype),
   )
+  batch = random_batch(shape, packed=True, prompt=min(128, shape.length // 16))
+  drafts = arguments.block_size - 1
+  most = most_tiles(batch, drafts)
   noise = NoiseConfig(kind="block", block_size=arguments.block_size, anchors=arguments.anchors)
   config = StepConfig(
     objective=ObjectiveConfig(num_iterations=1, loss_weights=(1.0,), draft_target=arguments.target),
@@ -60,17 +67,14 @@ def measure(shape: timing.Shape, arguments) -> dict:
     total_steps=1000,
     seed=0,
     gated=True,
+    most_tiles=most,
   )
-  # Two programs: in one, XLA draws the numbers anew for each slice of them.
-  params = jax.jit(lambda key: transformer.init_params(model, key))(jax.random.key(0))
-  frozen = jax.jit(forward.freeze, donate_argnums=0)(params)
-  del params
+  frozen = random_base(forward)
   state = jax.jit(
     lambda key: train_step.init_state(
       adapters.init_params(model, forward.adapter, key), config.optim
     )
   )(jax.random.key(1))
-  batch = random_batch(shape, packed=True, prompt=min(128, shape.length // 16))
   batch = jax.device_put(batch.map(lambda x: x.reshape(arguments.accumulation, -1, x.shape[-1])))
   start = time.perf_counter()
   step = train_step.jit_train_step(config, forward).lower(state, batch, frozen).compile()
@@ -83,8 +87,7 @@ def measure(shape: timing.Shape, arguments) -> dict:
 
   seconds = timing.median_seconds(run, arguments.repeats)
   rate = shape.rows * shape.length / seconds
-  drafts = arguments.block_size - 1
-  blocks = draft_blocks.count_blocks(shape.length, arguments.anchors, drafts)
+  blocks = draft_blocks.count_blocks(shape.length, arguments.anchors, drafts, most)
   share = blocks * drafts / shape.length
   flops_per_token = flops.gated_flops_per_token(model, shape.length / shape.segments, share)
   return {
@@ -105,6 +108,36 @@ def measure(shape: timing.Shape, arguments) -> dict:
   }
 
 
+def random_base(forward: compute.ForwardConfig) -> dict:
+  """A frozen base of random numbers, made in its own dtype: in float32 8 B parameters are 32 GB."""
+  model = forward.model
+  shapes = jax.eval_shape(forward.freeze, transformer.param_shapes(model))
+
+  def draw(key, shape, dtype):
+    return jax.random.normal(key, shape, dtype) * model.initializer_range
+
+  def leaf(path, x):
+    if path[-1].key == "scale":
+      return jnp.ones(x.shape, x.dtype)
+    key = jax.random.fold_in(jax.random.key(0), zlib.crc32(jax.tree_util.keystr(path).encode()))
+    # Slice by slice: the random bits of a whole stack would be twice as large as it.
+    keys = jax.random.split(key, x.shape[0] if x.ndim == 3 else 1)
+    shape = x.shape[1:] if x.ndim == 3 else x.shape
+    draws = jax.jit(lambda keys: jax.lax.map(lambda key: draw(key, shape, x.dtype), keys))(keys)
+    return draws if x.ndim == 3 else draws[0]
+
+  return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def most_tiles(batch, drafts: int) -> int:
+  """The most blocks that tile the responses of any row, as a run counts them."""
+  rows = zip(batch.example_ids[0], batch.response_mask[0], strict=True)
+  return max(
+    int(np.sum(draft_blocks.most_tiles(np.unique(ids[mask], return_counts=True)[1], drafts)))
+    for ids, mask in rows
+  )
+
+
 def main(argv=None) -> dict:
   parser = timing.parser(__doc__)
   parser.add_argument("--rows", type=int, help="rows of the batch; default: the shape's")
@@ -115,10 +148,10 @@ def main(argv=None) -> dict:
   parser.add_argument("--block_size", type=int, default=16)
   parser.add_argument("--rank", type=int, default=128)
   parser.add_argument("--target", choices=("data", "greedy", "kl", "tv"), default="kl")
-  parser.add_argument("--remat", choices=remat_lib.POLICIES, default=remat_lib.POLICIES[-1])
+  parser.add_argument("--remat", choices=remat_lib.POLICIES, default="save_attention_mlp")
   parser.add_argument("--attention", default="auto")
   parser.add_argument("--draft_attention", help="xla or kernel; default: what works here")
-  parser.add_argument("--unroll", type=int, default=0, help="layers a step of the scan; 0: all")
+  parser.add_argument("--unroll", type=int, default=1, help="layers a step of the scan; 0: all")
   parser.add_argument("--head_chunk", type=int, default=2048)
   arguments = parser.parse_args(argv)
   shape = timing.SHAPES[arguments.shape]

@@ -48,7 +48,7 @@ def _model(**changes) -> ModelConfig:
   return ModelConfig(windows=(None,) * base["layers"], **base)
 
 
-# DeepSeek-R1-Distill-Qwen-1.5B and SmolLM2-135M by their config.json.
+# SmolLM2-135M, DeepSeek-R1-Distill-Qwen-1.5B and Llama-3-8B by their config.json.
 SHAPES = {
   "tiny": Shape(_model(), rows=2, length=128, segments=4),
   "135m": Shape(
@@ -79,6 +79,21 @@ SHAPES = {
     ),
     rows=8,
     length=2048,
+    segments=4,
+  ),
+  "8b": Shape(
+    _model(
+      vocab_size=128256,
+      width=4096,
+      feed_forward=14336,
+      layers=32,
+      heads=32,
+      kv_heads=8,
+      head_dim=128,
+      qkv_bias=False,
+    ),
+    rows=4,
+    length=4096,
     segments=4,
   ),
 }

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import train_fixtures as tiny
 
+from refine_jax.batch import Batch
 from refine_jax.objective import draft_blocks
 
 DRAFTS = 4
@@ -43,6 +44,25 @@ def test_tiles_cover_every_token_that_a_response_has_after_its_first():
     first = response & (np.roll(response, 1) == 0)
     same = np.roll(batch.segment_ids[b], 1) != batch.segment_ids[b]
     assert predicted == set(np.flatnonzero(response & ~first & ~same))
+
+
+def test_the_most_tiles_of_a_response_are_room_enough_and_sometimes_needed():
+  lengths, row = np.arange(1, 31), np.arange(48)[None]
+  inside = row < 3 + lengths[:, None]
+  batch = Batch(
+    ids=np.zeros(inside.shape, np.int32),
+    segment_ids=inside.astype(np.int32),
+    positions=np.where(inside, row, 0).astype(np.int32),
+    response_mask=inside & (row >= 3),
+    example_ids=np.where(inside, lengths[:, None], -1).astype(np.int32),
+  )
+  most, counts = draft_blocks.most_tiles(lengths, DRAFTS), []
+  for seed in range(12):
+    roomy, tight = (draw(batch, seed=seed, most=n).weights for n in (None, int(most.max())))
+    assert tight.shape[1] < roomy.shape[1]
+    np.testing.assert_array_equal(tight.sum(axis=1), roomy.sum(axis=1))
+    counts.append(np.sum(tight[:, ::DRAFTS] > 0, axis=1))
+  assert np.all(np.max(counts, axis=0) == most)
 
 
 @pytest.mark.parametrize("random_below", [0, 37])

@@ -61,6 +61,16 @@ class Rows:
     lengths = self.examples.lengths.astype(np.float64)
     return float(np.sum(lengths**2) / np.sum(lengths))
 
+  def most_in_a_row(self, per_example: np.ndarray) -> int:
+    """The most that these numbers of examples may sum to in a row, whatever an epoch draws."""
+    lengths = self.examples.lengths
+    # Examples of one length change places, so each counts as the greatest of them.
+    greatest = np.zeros(int(lengths.max(initial=0)) + 1, np.int64)
+    np.maximum.at(greatest, lengths, per_example)
+    by_rank = greatest[np.sort(lengths)[::-1]]
+    sums = np.add.reduceat(by_rank[self.packing.ranks], self.packing.starts[:-1])
+    return int(sums.max(initial=0))
+
   @functools.cached_property
   def _epoch(self) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
     # Batches around the end of an epoch need two epochs' permutations.

@@ -61,6 +61,10 @@ class Examples:
   def lengths(self) -> np.ndarray:
     return np.diff(self.offsets)
 
+  @property
+  def response_lengths(self) -> np.ndarray:
+    return self.lengths - self.prompt_lengths
+
   def example(self, index: int) -> np.ndarray:
     """int32 ids, prompt first."""
     return self.tokens[self.offsets[index] : self.offsets[index + 1]]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from refine_jax.batch import Batch
 from refine_jax.objective.noise.kind import random_ids, response_lengths, response_offsets
@@ -34,9 +35,23 @@ class DraftBlocks(NamedTuple):
   weights: jax.Array
 
 
-def count_blocks(length: int, anchors: int, drafts: int) -> int:
-  """Blocks that stand next to a row: `anchors`, or for 0 as many as tile it."""
-  return min(anchors, length) if anchors else -(-length // drafts)
+def count_blocks(length: int, anchors: int, drafts: int, most: int | None = None) -> int:
+  """Blocks that stand next to a row: `anchors`, or for 0 as many as tile it.
+
+  Args:
+    most: tiles of the row with the most of them, where it is known: no row has room for more.
+  """
+  if anchors:
+    return min(anchors, length)
+  tiles = -(-length // drafts)
+  return tiles if most is None else max(min(tiles, most), 1)
+
+
+def most_tiles(response_lengths: np.ndarray, drafts: int) -> np.ndarray:
+  """The most blocks that tile responses of these lengths, whatever their phases, int64 likewise."""
+  # One starts with the response, the others anywhere after it; the last token has no successor.
+  tiles = 1 + -(-(response_lengths - 2) // drafts)
+  return np.where(response_lengths < 2, 0, tiles).astype(np.int64)
 
 
 def draw(
@@ -48,6 +63,7 @@ def draw(
   noise_token: int,
   random_below: int = 0,
   decay: float = 1.0,
+  most: int | None = None,
 ) -> DraftBlocks:
   """Draws blocks for the responses of a batch [B, T].
 
@@ -63,12 +79,13 @@ def draw(
     random_below: where positive, ids are drawn uniformly below it instead (the noise of SGLang's
       and vLLM's UNO decoders).
     decay: how much a draft counts of the one before it in its block.
+    most: see count_blocks.
 
   Returns:
     blocks in the order of the row, [B, count_blocks * drafts].
   """
   length = batch.ids.shape[1]
-  blocks = count_blocks(length, anchors, drafts)
+  blocks = count_blocks(length, anchors, drafts, most)
   uniform = _uniform(key, batch)
   offsets, lengths = response_offsets(batch), response_lengths(batch)
   # The response's last token has no successor to predict.

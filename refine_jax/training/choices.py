@@ -64,7 +64,7 @@ def choose_compute(
     source.remat,
     shape,
     dtype=dtype,
-    tokens=rows_on_device * draft_columns(config),
+    tokens=rows_on_device * trained_columns(config, plan),
     parameters=on_device,
     head_chunk=source.head_chunk,
     memory=room,
@@ -119,12 +119,19 @@ def new_params(shape: ModelConfig, adapter: adapters.Adapter | None, key: jax.Ar
   return adapters.init_params(shape, adapter, key)
 
 
-def draft_columns(config: Config) -> int:
-  """Tokens of a row that the backward pass goes through."""
+def most_tiles(config: Config, plan: DataPlan) -> int | None:
+  """StepConfig.most_tiles: None where blocks do not tile the responses."""
+  if config.adapter.kind != "gated" or config.noise.anchors:
+    return None
+  return plan.most_tiles(config.noise.block_size - 1)
+
+
+def trained_columns(config: Config, plan: DataPlan) -> int:
+  """Tokens for each row that the backward pass goes through."""
   length = config.data.max_length
   if config.adapter.kind == "gated":
-    drafts = config.noise.block_size - 1
-    return draft_blocks.count_blocks(length, config.noise.anchors, drafts) * drafts
+    drafts, most = config.noise.block_size - 1, most_tiles(config, plan)
+    return draft_blocks.count_blocks(length, config.noise.anchors, drafts, most) * drafts
   return length * noise.from_config(config.noise).columns_per_token
 
 
@@ -140,7 +147,7 @@ def flops_per_token(config: Config, source: Source, plan: DataPlan, recipe: Step
   """Model FLOPs of a step for each token of the rows."""
   length = plan.train.mean_length
   if recipe.gated:
-    drafts = draft_columns(config) / config.data.max_length
+    drafts = trained_columns(config, plan) / config.data.max_length
     return gated_flops_per_token(source.model, length, drafts)
   columns = noise.from_config(config.noise).columns_per_token
   return train_flops_per_token(source.model, length, plan_lib.passes(recipe.plan) * columns)

@@ -14,6 +14,7 @@ from refine_jax.batch import Batch
 from refine_jax.config import Config
 from refine_jax.config.checks import check_profile
 from refine_jax.errors import UserError
+from refine_jax.objective import draft_blocks
 from refine_jax.training.source import Source
 
 
@@ -30,6 +31,14 @@ class DataPlan:
   def max_segments(self) -> int:
     """The most examples in any row."""
     return max(rows.max_segments for rows in (self.train, self.validation) if rows)
+
+  def most_tiles(self, drafts: int) -> int:
+    """The most blocks of `drafts` tokens that tile the responses of any row, in any epoch."""
+    return max(
+      rows.most_in_a_row(draft_blocks.most_tiles(rows.examples.response_lengths, drafts))
+      for rows in (self.train, self.validation)
+      if rows
+    )
 
   def fingerprint(self) -> str:
     """A checksum of the training examples: tokens, and where examples and responses begin."""

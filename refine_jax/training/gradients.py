@@ -92,6 +92,7 @@ def _draw(key, batch, step_config, forward):
     noise_token=step_config.noise_token,
     random_below=forward.model.vocab_size if noise.random else 0,
     decay=noise.offset_decay,
+    most=step_config.most_tiles,
   )
 
 

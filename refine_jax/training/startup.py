@@ -20,7 +20,13 @@ from refine_jax.model import adapters
 from refine_jax.model.transformer import ModelConfig
 from refine_jax.text.vocabulary import check_ids
 from refine_jax.training import optim, train_step
-from refine_jax.training.choices import bytes_per_device, make_adapter, new_params
+from refine_jax.training.choices import (
+  bytes_per_device,
+  make_adapter,
+  most_tiles,
+  new_params,
+  trained_columns,
+)
 from refine_jax.training.compute import ForwardConfig
 from refine_jax.training.data_plan import DataPlan
 from refine_jax.training.metrics import gibibytes
@@ -48,6 +54,7 @@ def make_recipe(config: Config, source: Source, plan: DataPlan) -> StepConfig:
     total_steps=plan.total_steps,
     seed=config.seed,
     gated=config.adapter.kind == "gated",
+    most_tiles=most_tiles(config, plan),
   )
 
 
@@ -218,10 +225,11 @@ def describe(
       f" {compute.adapter.alpha:g}, {factors / 1e6:.1f} M parameters"
     ]
   if recipe.gated:
-    blocks = config.noise.anchors or "all"
+    which = "" if config.noise.anchors else ", which tile the responses"
     trained += [
-      f"drafts        target {config.objective.draft_target}, {noise}, {blocks} blocks of"
-      f" {config.noise.block_size - 1} a row, attention {compute.draft_attention}"
+      f"drafts        target {config.objective.draft_target}, {noise},"
+      f" {trained_columns(config, plan) // (config.noise.block_size - 1)} blocks of"
+      f" {config.noise.block_size - 1} a row{which}, attention {compute.draft_attention}"
     ]
   else:
     rounds = f"{config.objective.num_iterations}, weights {config.objective.loss_weights}"

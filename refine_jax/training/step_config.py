@@ -15,6 +15,7 @@ class StepConfig:
     noise_token: the id that replaces a token.
     eos_token: the id that ends a response.
     gated: whether what is trained is a gated adapter, on draft blocks (objective.draft_blocks).
+    most_tiles: blocks that tile the responses of the row with the most of them; None: not known.
   """
 
   objective: ObjectiveConfig
@@ -25,6 +26,7 @@ class StepConfig:
   total_steps: int
   seed: int
   gated: bool = False
+  most_tiles: int | None = None
 
   @property
   def plan(self) -> plan_lib.Plan:
