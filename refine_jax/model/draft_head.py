@@ -13,7 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from refine_jax.model.head import reduce_logits, scored_first
+from refine_jax.model.head import (
+  combine_reductions,
+  reduce_logits,
+  reduction_operands,
+  scored_first,
+)
 from refine_jax.sharding import AXES, BATCH_AXES
 
 # data: cross-entropy to the text's own next token. greedy: to the base's most likely one. kl:
@@ -93,11 +98,17 @@ def draft_loss(
 
 def _local(x, clean_x, head_VD, targets, weights, *, target, chunk):
   flat = (y.reshape(-1, y.shape[-1]) for y in (x, clean_x))
-  chunk = min(chunk, targets.size)
+  chunk = even_chunk(targets.size, chunk)
   total, output = cast(
     tuple, _chunked(*flat, head_VD, targets.reshape(-1), weights.reshape(-1), target, chunk)
   )
   return total[None], jax.tree.map(lambda y: y.reshape(targets.shape), output)
+
+
+def even_chunk(count: int, chunk: int) -> int:
+  """A chunk of at most about `chunk` tokens by which `count` divides with little over."""
+  even = -(-count // -(-count // chunk))
+  return even if even < 256 else -(-even // 128) * 128  # whole tiles of a matrix product
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -167,25 +178,51 @@ def _run(x_ND, clean_ND, head_VD, targets_N, weights_N, target, chunk, *, gradie
 
 def _distance(logits, base_logits, targets, target, gradient) -> tuple:
   """One chunk's DraftOutput, and the gradient of its losses with respect to the logits [n, V]."""
-  highest, log_sum, predictions = reduce_logits(logits)
+  kl = target == "kl"
+  draft, base = _reductions(logits, base_logits, kl)
+  highest, log_sum, predictions = draft
   log_q = logits - (highest + log_sum)[:, None]
   confidences = jnp.exp(-log_sum)
-  if base_logits is None:
-    references = targets
-  else:
-    base_highest, base_log_sum, references = reduce_logits(base_logits)
+  references = targets
+  if base_logits is not None:
+    base_highest, base_log_sum, references, mean_difference = base
     log_p = base_logits - (base_highest + base_log_sum)[:, None]
   if target in ("data", "greedy"):
     losses = -jnp.take_along_axis(log_q, references[:, None], axis=1)[:, 0]
     columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     dlogits = jnp.exp(log_q) - (columns == references[:, None]) if gradient else None
-  elif target == "kl":
-    p = jnp.exp(log_p)
-    losses = jnp.sum(p * (log_p - log_q), axis=1)
-    dlogits = jnp.exp(log_q) - p if gradient else None
+  elif kl:
+    # The mean over p of log p - log q; the logits' difference has it but for two constants.
+    losses = mean_difference + (highest + log_sum) - (base_highest + base_log_sum)
+    dlogits = jnp.exp(log_q) - jnp.exp(log_p) if gradient else None
   else:
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     losses = 0.5 * jnp.sum(jnp.abs(p - q), axis=1)
     slope = 0.5 * jnp.sign(q - p)  # of the loss along q
     dlogits = q * (slope - jnp.sum(q * slope, axis=1, keepdims=True)) if gradient else None
   return DraftOutput(predictions, references, losses, confidences), dlogits
+
+
+def _reductions(logits, base_logits, difference: bool) -> tuple:
+  """reduce_logits of both, and for `difference` the base's mean of base_logits - logits.
+
+  One read of both arrays gives all of it; a sum of its own for the mean would be one more.
+  """
+  if base_logits is None:
+    return reduce_logits(logits), ()
+  if not difference:
+    return reduce_logits(logits), (*reduce_logits(base_logits), None)
+
+  def combine(a, b):
+    draft_a, draft_b, (*base_a, mean_a), (*base_b, mean_b) = a[:3], b[:3], a[3:], b[3:]
+    highest = jnp.maximum(base_a[0], base_b[0])
+    mean = mean_a * jnp.exp(base_a[0] - highest) + mean_b * jnp.exp(base_b[0] - highest)
+    return (*combine_reductions(draft_a, draft_b), *combine_reductions(base_a, base_b), mean)
+
+  (draft, draft_0), (base, base_0) = (reduction_operands(x) for x in (logits, base_logits))
+  operands, initial = (*draft, *base, base_logits - logits), (*draft_0, *base_0, jnp.float32(0))
+  highest, total, argmax, base_highest, base_total, base_argmax, mean = jax.lax.reduce(
+    operands, initial, combine, (1,)
+  )
+  base_result = base_highest, jnp.log(base_total), base_argmax, mean / base_total
+  return (highest, jnp.log(total), argmax), base_result

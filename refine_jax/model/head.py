@@ -190,17 +190,23 @@ def scored_first(scored_N: jax.Array, chunk: int) -> tuple:
 
 def reduce_logits(logits_NV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """max, log(sum(exp(logits - max))) and argmax of each row, in one read of the logits."""
+  operands, initial = reduction_operands(logits_NV)
+  highest, total, argmax = jax.lax.reduce(operands, initial, combine_reductions, (1,))
+  return highest, jnp.log(total), argmax
 
-  def combine(a, b):
-    (max_a, sum_a, arg_a), (max_b, sum_b, arg_b) = a, b
-    highest = jnp.maximum(max_a, max_b)
-    total = sum_a * jnp.exp(max_a - highest) + sum_b * jnp.exp(max_b - highest)
-    a_first = (max_a > max_b) | ((max_a == max_b) & (arg_a < arg_b))
-    return highest, total, jnp.where(a_first, arg_a, arg_b)
 
+def reduction_operands(logits_NV: jax.Array) -> tuple[tuple, tuple]:
+  """What jax.lax.reduce takes with `combine_reductions`: operands and initial values."""
   columns = jax.lax.broadcasted_iota(jnp.int32, logits_NV.shape, 1)
   lowest = jnp.finfo(jnp.float32).min  # not -inf: exp(-inf - -inf) is not a number
   initial = (jnp.float32(lowest), jnp.float32(0), jnp.int32(logits_NV.shape[1]))
-  operands = (logits_NV, jnp.ones_like(logits_NV), columns)
-  highest, total, argmax = jax.lax.reduce(operands, initial, combine, (1,))
-  return highest, jnp.log(total), argmax
+  return (logits_NV, jnp.ones_like(logits_NV), columns), initial
+
+
+def combine_reductions(a: tuple, b: tuple) -> tuple:
+  """Joins (max, sum of exp(logits - max), argmax) of two parts of a row."""
+  (max_a, sum_a, arg_a), (max_b, sum_b, arg_b) = a, b
+  highest = jnp.maximum(max_a, max_b)
+  total = sum_a * jnp.exp(max_a - highest) + sum_b * jnp.exp(max_b - highest)
+  a_first = (max_a > max_b) | ((max_a == max_b) & (arg_a < arg_b))
+  return highest, total, jnp.where(a_first, arg_a, arg_b)
