@@ -63,7 +63,8 @@ def test_a_gated_run_gives_models_with_the_text_of_its_base(tmp_path, monkeypatc
   # A noise token given to the sampler would stand in every place.
   assert shown == [(True, 4, None)]
   said = capsys.readouterr().out
-  for words in ("GiB of the base", "rank 3", "random noise", "blocks of 3 a row, which tile the responses"):
+  blocks = "blocks of 3 a row, which tile the responses"
+  for words in ("GiB of the base", "rank 3", "random noise tokens", blocks):
     assert words in said
   records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   assert {"loss_draft", "accuracy_draft", "drafts_per_token"} <= records[0].keys()
