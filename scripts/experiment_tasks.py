@@ -5,7 +5,9 @@
     python scripts/experiment_tasks.py --runs=runs/experiment --output=docs/results/tasks.json
 
 Every run has the same data, steps and tokens a step. What is there already is not done again: the
-same command goes on where it stopped. Arguments that it does not know go to every training.
+same command goes on where it stopped. Arguments that it does not know go to every training. Seeds may
+run side by side, each in a process with its own --seeds, --output and --timed=0; the command with all
+seeds then only reads what they left, and takes the time of single answers.
 """
 
 import argparse
@@ -88,9 +90,14 @@ def _on_base(arguments, seed: str) -> list[str]:
   return ["--config.model.config=", f"--config.model.pretrained={base}"]
 
 
-def wall_clock(arguments) -> dict:
-  """Seconds a problem, one at a time in bfloat16, of the first seed's best: ar next to exact."""
-  workdir = Path(arguments.runs) / f"blocks-{arguments.seeds.split(',')[0]}"
+def wall_clock(arguments, recipe: str) -> dict:
+  """Seconds a problem, one at a time in bfloat16, of the first seed: ar next to exact.
+
+  Returns:
+    "seconds_per_problem", "tokens_per_pass" and, over ar, "speedup", each by the setting's name as
+    `summarise` has it.
+  """
+  workdir = Path(arguments.runs) / f"{recipe}-{arguments.seeds.split(',')[0]}"
   output = workdir / "one_at_a_time"
   if not (output / "results.json").exists():
     _evaluate(
@@ -98,14 +105,20 @@ def wall_clock(arguments) -> dict:
       workdir,
       output,
       "ar,exact:branches",
-      str(arguments.block_size),
+      arguments.block_sizes,
       "bfloat16",
       "--batch_size=1",
       f"--limit={arguments.timed}",
     )
-  ar, exact = json.loads((output / "results.json").read_text())
-  seconds = {"ar": ar["seconds_per_problem"], "exact": exact["seconds_per_problem"]}
-  return {"seconds_per_problem": seconds, "speedup": seconds["ar"] / seconds["exact"]}
+  results = {recipe: {"0": json.loads((output / "results.json").read_text())}}
+  (modes,) = summarise(results, arguments.block_size).values()
+  timed = {
+    number: {name: entry[number] for name, entry in modes.items()}
+    for number in ("seconds_per_problem", "tokens_per_pass")
+  }
+  seconds = timed["seconds_per_problem"]
+  speedup = {name: seconds["ar"] / x for name, x in seconds.items() if name != "ar"}
+  return timed | {"speedup": speedup}
 
 
 def _evaluate(arguments, workdir, output, modes, block_sizes, dtype, *options):
@@ -196,17 +209,23 @@ def main():
   parser.add_argument("--dtype", default="float32", help="of the parameters while decoding")
   parser.add_argument("--max_new_tokens", type=int, default=256)
   parser.add_argument("--batch_size", type=int, default=128)
-  parser.add_argument("--timed", type=int, default=100, help="problems for wall-clock; 0: none")
+  parser.add_argument("--timed", type=int, default=100, help="problems answered one at a time for wall-clock; 0: none")
   arguments, extra = parser.parse_known_args()
   summary = summarise(run_all(arguments, extra), arguments.block_size)
   output = files.local_path(arguments.output, "--output")
   files.write_json(output, summary)
   plot(summary, output.with_suffix(".png"))
   print(table(summary))
-  if "blocks" in arguments.recipes.split(",") and arguments.timed:
-    timed = wall_clock(arguments)
-    files.write_json(output.with_name("one_at_a_time.json"), timed)
-    print(f"one at a time: exact answers {timed['speedup']:.2f} times as fast as ar")
+  timed = {
+    _RESULT_NAMES.get(recipe, recipe): wall_clock(arguments, recipe)
+    for recipe in map(recipes.canonical, arguments.recipes.split(","))
+    if recipe in ("blocks", "gated") and arguments.timed
+  }
+  if timed:
+    files.write_json(output.with_stem(f"{output.stem}_one_at_a_time"), timed)
+  for recipe, numbers in timed.items():
+    for name, speedup in numbers["speedup"].items():
+      print(f"one at a time, {recipe}: {name} answers {speedup:.2f} times as fast as ar")
 
 
 if __name__ == "__main__":

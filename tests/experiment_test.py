@@ -71,8 +71,8 @@ def test_the_script_trains_evaluates_and_goes_on(tmp_path):
     f"--config={ROOT}/configs/tiny.py",
     "--test=data/tiny/val.parquet",
     "--seeds=0",
-    "--recipes=ar_sft,blocks",
-    "--block_sizes=4",
+    "--recipes=ar_sft,blocks,gated",
+    "--block_sizes=4,2",
     "--block_size=4",
     "--max_new_tokens=8",
     "--timed=2",
@@ -83,15 +83,30 @@ def test_the_script_trains_evaluates_and_goes_on(tmp_path):
   first = script(*command)
   assert first.returncode == 0, first.stderr
   summary = json.loads((tmp_path / "out" / "tasks.json").read_text())
-  assert list(summary) == ["ar_sft", "best"]
-  assert list(summary["best"]) == ["ar", "exact", "exact_tail", "threshold"]
+  assert list(summary) == ["ar_sft", "best", "gated"]
+  gated = summary["gated"]["exact"]
+  assert gated["same_text_as_base"] == gated["problems"] and gated["solved"] == summary["ar_sft"]["ar"]["solved"]
+  assert gated["tokens_per_pass"] >= 1
+  assert list(summary["best"]) == [
+    "ar",
+    "exact",
+    "exact_branches@2",
+    "exact_tail",
+    "exact_tail@2",
+    "threshold",
+    "threshold_0.99_branches@2",
+  ]
   config = json.loads((tmp_path / "runs" / "blocks-0" / "config.json").read_text())
   assert config["noise"]["kind"] == "block" and config["objective"]["clean_weight"] > 0
   again = script(*command)
   assert (tmp_path / "out" / "tasks.png").exists() and "times as fast as ar" in first.stdout
-  timed = json.loads((tmp_path / "out" / "one_at_a_time.json").read_text())
-  ar, exact = timed["seconds_per_problem"]["ar"], timed["seconds_per_problem"]["exact"]
-  assert timed["speedup"] == ar / exact > 0
+  timed = json.loads((tmp_path / "out" / "tasks_one_at_a_time.json").read_text())
+  assert list(timed) == ["best", "gated"]
+  for numbers in timed.values():
+    seconds = numbers["seconds_per_problem"]
+    assert numbers["speedup"] == {
+      name: seconds["ar"] / seconds[name] for name in ("exact", "exact_branches@2")
+    }
   assert "done: step" not in again.stdout and "| best | exact:branches | 4 |" in again.stdout
   bad = script(*command, "--recipes=best")
   assert bad.returncode == 1 and "uniform, blocks, gated, ar_sft" in bad.stderr
