@@ -13,7 +13,8 @@ class Batch(NamedTuple):
 
   The data pipeline makes batches, noise kinds and rounds replace their ids, the sampler makes one
   for each pass. Shapes are [B, S]: S is the row length T, or 2 T where a copy of each row stands
-  next to it (`block_starts`). Micro-batches lead with one more axis.
+  next to it (`block_starts`), or more by a few blocks (`block_columns`). Micro-batches lead with
+  one more axis.
 
   Attributes:
     ids: int32, 0 on padding.
@@ -26,6 +27,8 @@ class Batch(NamedTuple):
       for text and for drafts that were predicted. None: no token is noise.
     block_starts: int32 [B, T], the position in its example at which the block of each token of the
       copy begins. None: there is no copy.
+    block_columns: int32 [B, blocks, N], the columns of the row at whose places the tokens of each
+      block stand; the blocks follow the row, side by side. None: there are none.
   """
 
   ids: Array
@@ -35,6 +38,7 @@ class Batch(NamedTuple):
   example_ids: Array = None
   is_noise: Array = None
   block_starts: Array = None
+  block_columns: Array = None
 
   def map(self, function: Callable[[Array], Array]) -> "Batch":
     """The batch with `function` of each array that it has, without jax."""

@@ -11,7 +11,7 @@ GATED = f"{ROOT}/configs/tiny.py:gated"
   [
     (GATED, "objective.loss_weights=(0.1,)", "loss_weights=(1.0,) (it is (0.1,))"),
     (GATED, "model.head_gradient=recompute", "leave it at 'auto'"),
-    (f"{ROOT}/configs/tiny.py:blocks", "noise.anchors=4", "leave it at 0"),
+    (f"{ROOT}/configs/tiny.py", "noise.anchors=4", "leave it at 0"),
     (f"{ROOT}/configs/tiny.py", "noise.random=True", "leave it at False"),
     (f"{ROOT}/configs/tiny.py", "objective.draft_target=tv", "leave it at 'kl'"),
   ],

@@ -10,7 +10,7 @@ import torch
 import torch_model
 import train_fixtures as tiny
 
-from refine_jax.attention import packed
+from refine_jax.attention import packed, ranged
 from refine_jax.config import NoiseConfig
 from refine_jax.objective import noise
 
@@ -32,6 +32,8 @@ def add_noise(batch, key=0, config=NOISE):
 
 def blocks_of(doubled):
   """For each block of the copy: its row, the columns of its prefix, and its own."""
+  if doubled.block_columns is not None:
+    return anchored_blocks(doubled)
   length = doubled.block_starts.shape[1]
   starts, positions = doubled.block_starts, doubled.positions[:, length:]
   response, examples = doubled.response_mask[:, :length], doubled.example_ids[:, :length]
@@ -43,6 +45,21 @@ def blocks_of(doubled):
       prefix = np.nonzero(mine & (positions[row] < start))[0]
       block = np.nonzero(mine & response[row] & (starts[row] == start))[0]
       result.append((row, prefix, length + block))
+  return result
+
+
+def anchored_blocks(batch):
+  """The same of blocks after each row; the last column of a whole one is there to be predicted."""
+  rows, count, size = batch.block_columns.shape
+  length, result = batch.ids.shape[1] - count * size, []
+  for row, index in np.ndindex(rows, count):
+    columns = batch.block_columns[row, index]
+    block = length + index * size + np.arange(size)
+    block = block[batch.response_mask[row, block]]
+    if len(block):
+      mine = batch.example_ids[row, :length] == batch.example_ids[row, block[0]]
+      prefix = np.nonzero(mine & (np.arange(length) < columns[0]))[0]
+      result.append((row, prefix, block))
   return result
 
 
@@ -104,11 +121,18 @@ def test_later_drafts_count_less():
     np.testing.assert_allclose(noised.weights[row, block], 0.5 ** np.arange(len(block)))
 
 
+def clean_length(batch):
+  if batch.block_columns is None:
+    return batch.block_starts.shape[1]
+  return batch.ids.shape[1] - batch.block_columns[0].size
+
+
 def torch_oracle(params, config, doubled, noised, loss_weights, clean_weight):
   """Losses and gradient with a row for each block: its prefix, and the block after it."""
   leaves = torch_model.leaves(params)
-  length = doubled.block_starts.shape[1]
-  half = doubled._replace(block_starts=None).map(lambda x: x[:, :length])
+  anchored = doubled.block_columns is not None
+  length = clean_length(doubled)
+  half = doubled._replace(block_starts=None, block_columns=None).map(lambda x: x[:, :length])
   blocks = blocks_of(doubled)
   width = max(len(prefix) + len(block) for _, prefix, block in blocks)
   segments = np.zeros((len(blocks), width), int)
@@ -129,9 +153,11 @@ def torch_oracle(params, config, doubled, noised, loss_weights, clean_weight):
       for j, column in enumerate(block):
         at = len(prefix) + j
         after = column + 1
-        same = after < 2 * length and (
+        same = after < doubled.ids.shape[1] and (
           doubled.example_ids[row, after] == doubled.example_ids[row, column]
         )
+        if anchored:
+          same = j + 1 < len(block)
         if same:
           weight = noised.weights[row, column]
           total = total - weight * log_probs[i, at, doubled.ids[row, after]]
@@ -151,11 +177,14 @@ def torch_oracle(params, config, doubled, noised, loss_weights, clean_weight):
   )
 
 
-@pytest.mark.parametrize("rounds,clean_weight,decay", [(1, 0.0, 1.0), (2, 0.5, 0.8), (3, 1.0, 1.0)])
-def test_losses_and_gradients_equal_those_of_each_block_alone(rounds, clean_weight, decay):
+@pytest.mark.parametrize(
+  "rounds,clean_weight,decay,anchors",
+  [(1, 0.0, 1.0, 0), (2, 0.5, 0.8, 0), (3, 1.0, 1.0, 0), (1, 1.0, 0.8, 5), (2, 0.5, 1.0, 30)],
+)
+def test_losses_and_gradients_equal_those_of_each_block_alone(rounds, clean_weight, decay, anchors):
   config = tiny.tiny_config()
   compute, params = tiny.compute(config), tiny.params_with_biases(config)
-  noise_config = dataclasses.replace(NOISE, offset_decay=decay)
+  noise_config = dataclasses.replace(NOISE, offset_decay=decay, anchors=anchors)
   doubled, noised = add_noise(tiny.packed_batch(), config=noise_config)
   weights = (1.0, 0.5, 0.25)[:rounds]
   arguments = (doubled, noised, weights, clean_weight)
@@ -163,14 +192,36 @@ def test_losses_and_gradients_equal_those_of_each_block_alone(rounds, clean_weig
   torch_model.assert_equal(gradients, sums, *torch_oracle(params, config, *arguments))
 
 
+def test_anchors_start_blocks_anywhere_in_the_responses():
+  config = dataclasses.replace(NOISE, anchors=5)
+  batch, starts = tiny.packed_batch(60, per_row=4, length=80), set()
+  length = batch.ids.shape[1]
+  for key in range(3):
+    widened, noised = add_noise(batch, key, config)
+    blocks = blocks_of(widened)
+    assert len(blocks) <= 5 * len(batch.ids)
+    for row, prefix, block in blocks:
+      assert batch.response_mask[row, prefix[-1] + 1]
+      columns = prefix[-1] + 1 + np.arange(len(block))
+      np.testing.assert_array_equal(widened.ids[row, block], batch.ids[row, columns])
+      np.testing.assert_array_equal(widened.positions[row, block], batch.positions[row, columns])
+      assert (noised.ids[row, block] == tiny.NOISE_TOKEN).all() and len(block) > 1
+      starts.add((row, int(columns[0])))
+    np.testing.assert_array_equal(noised.ids[:, :length], batch.ids)
+  assert len(starts) > 1.5 * len(blocks)  # drawn anew
+
+
+@pytest.mark.parametrize("anchors", [0, 6])
 @pytest.mark.parametrize("window", [None, 6])
-def test_the_mask_is_that_of_the_clean_text_and_of_the_own_block(window):
+def test_the_mask_is_that_of_the_clean_text_and_of_the_own_block(window, anchors):
   """Which keys a query reads, by the gradient."""
-  doubled, _ = add_noise(tiny.packed_batch(6, per_row=3, length=40))
+  config = dataclasses.replace(NOISE, anchors=anchors)
+  doubled, _ = add_noise(tiny.packed_batch(6, per_row=3, length=40), config=config)
   total = doubled.ids.shape[1]
   keys = jax.random.split(jax.random.key(0), 3)
   q, k, v = (jax.random.normal(key, (2, total, 2, 4)) for key in keys)
-  attend = packed.beside(jax.tree.map(jnp.asarray, doubled))(window)
+  beside = ranged.beside if anchors else packed.beside
+  attend = beside(jax.tree.map(jnp.asarray, doubled))(window)
   reads = np.abs(jax.jacobian(lambda v: attend(q, k, v, None)[0].sum((2, 3)))(v)).sum((4, 5)) > 0
   want = np.zeros((2, total, total), bool)
   for row, prefix, block in blocks_of(doubled):
@@ -179,7 +230,7 @@ def test_the_mask_is_that_of_the_clean_text_and_of_the_own_block(window):
       at = {c: p for c, p in enumerate(doubled.positions[row])}
       want[row, column, [c for c in seen if window is None or at[column] - at[c] < window]] = True
   used = want.any(-1)
-  assert used.sum() == doubled.response_mask.sum() // 2
+  assert used.sum() == doubled.response_mask[:, clean_length(doubled) :].sum()
   for row in range(2):
     np.testing.assert_array_equal(reads[row, :, row][used[row]], want[row][used[row]])
     assert not reads[row, :, 1 - row].any()

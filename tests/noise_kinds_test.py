@@ -19,13 +19,17 @@ CONFIG = NoiseConfig(
 NOISE, PREDICTED = 0, 36
 
 
+# Each kind, and the one whose shape also depends on how many blocks a row gets.
+CASES = [*((name, 0) for name in noise.KINDS), ("block", 7)]
+
+
 def kind_of(name, **changes):
   return noise.from_config(dataclasses.replace(CONFIG, kind=name, **changes))
 
 
-@pytest.mark.parametrize("name", noise.KINDS)
-def test_a_rounds_input_marks_its_noise_tokens_and_no_other(name):
-  clean, noised = kind_of(name).corrupt(jax.random.key(0), tiny.packed_batch(), NOISE)
+@pytest.mark.parametrize(("name", "anchors"), CASES)
+def test_a_rounds_input_marks_its_noise_tokens_and_no_other(name, anchors):
+  clean, noised = kind_of(name, anchors=anchors).corrupt(jax.random.key(0), tiny.packed_batch(), NOISE)
   later = np.full(noised.ids.shape, PREDICTED, np.int32)
   for shown in (
     rounds.first_round(clean, noised),
@@ -36,13 +40,14 @@ def test_a_rounds_input_marks_its_noise_tokens_and_no_other(name):
   assert noised.is_noise.any()
 
 
-@pytest.mark.parametrize("name", noise.KINDS)
-def test_a_kind_makes_the_columns_that_it_says_and_trains_on_responses_alone(name):
-  kind, batch = kind_of(name), tiny.packed_batch()
+@pytest.mark.parametrize(("name", "anchors"), CASES)
+def test_a_kind_makes_the_columns_that_it_says_and_trains_on_responses_alone(name, anchors):
+  kind, batch = kind_of(name, anchors=anchors), tiny.packed_batch()
   clean, noised = kind.corrupt(jax.random.key(0), batch, NOISE)
-  shape = (len(batch.ids), kind.columns_per_token * batch.ids.shape[1])
+  shape = (len(batch.ids), kind.columns(batch.ids.shape[1]))
   assert {x.shape for x in noised} == {shape} == {clean.ids.shape}
-  assert (clean.block_starts is not None) == kind.clean_text_inside
+  inside = clean.block_starts is not None or clean.block_columns is not None
+  assert inside == kind.clean_text_inside
   for flags in (noised.trained, noised.refined, noised.clean, noised.is_noise):
     assert not np.any(np.asarray(flags) & ~np.asarray(clean.response_mask))
   assert noised.clean.sum() == batch.response_mask.sum()

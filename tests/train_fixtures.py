@@ -121,7 +121,9 @@ def gradients_of_rounds(compute, params, batch, noised, loss_weights, clean_weig
   """objective.refinement_gradients of one batch [B, S]."""
   one = jax.tree.map(lambda x: x[None], (batch, noised))
   plan = plan_lib.of_weights(
-    loss_weights, clean_weight, clean_text_inside=batch.block_starts is not None
+    loss_weights,
+    clean_weight,
+    clean_text_inside=batch.block_starts is not None or batch.block_columns is not None,
   )
   return jax.jit(lambda params: objective.refinement_gradients(compute.loss, params, *one, plan))(
     params

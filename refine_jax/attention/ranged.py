@@ -13,6 +13,7 @@ Implementations of the first part: "xla", anywhere (the reference, with a dense 
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from jax.sharding import Mesh
 
 from refine_jax.attention import packed, probe, ranged_triton
 from refine_jax.attention.ranged_triton import LOWEST
+from refine_jax.batch import Batch
+from refine_jax.model.layer import AttendWith
 
 
 def attend_blocks(
@@ -69,8 +72,9 @@ def attend_with(
   block: int,
   implementation: str = "xla",
   mesh: Mesh | None = None,
+  frozen: bool = True,
 ) -> Callable:
-  """The attention of draft blocks over frozen clean text, as two_streams.hidden_states wants it.
+  """The attention of draft blocks over clean text, as two_streams.hidden_states wants it.
 
   Args:
     first_BQ, end_BQ: the clean columns that each draft sees where there is no sliding window.
@@ -78,6 +82,7 @@ def attend_with(
     block: drafts of a block.
     implementation: "xla" or "kernel".
     mesh: splits rows over data and fsdp, heads over tensor; None: one device.
+    frozen: the clean keys and values get no gradient.
 
   Returns:
     window -> (q, k, v, (clean keys, clean values), scale) -> (out [B, Q, H, h], None)
@@ -99,7 +104,7 @@ def attend_with(
           scale=q.shape[-1] ** -0.5 if scale is None else scale,
           window=window,
           implementation=implementation,
-          frozen=True,
+          frozen=frozen,
         )
 
       split = packed.on_mesh(local, mesh, first.ndim, heads=5, rows=2)
@@ -159,6 +164,47 @@ def attend_xla(
   weights = (weights / jnp.where(filled, total, 1)).astype(v_BTKh.dtype)
   out = jnp.einsum("bqrgt,btrh->bqrgh", weights, v_BTKh)
   return out.reshape(q_BQHh.shape), lse.reshape(batch, count, heads)
+
+
+def beside(
+  batch: Batch, *, draft_attention: str = "xla", mesh: Mesh | None = None, **options: Any
+) -> AttendWith:
+  """The engine for rows with a few blocks of drafts after them (`Batch.block_columns`).
+
+  Args:
+    batch: [B, T + blocks * N].
+    draft_attention: "xla" or "kernel", for the blocks.
+    mesh: splits rows over data and fsdp, heads over tensor; None: one device.
+    options: of packed.attend_with, for the clean text.
+  """
+  rows, blocks, block = batch.block_columns.shape
+  length = batch.ids.shape[1] - blocks * block
+  columns = batch.block_columns.reshape(rows, -1)
+  starts = jnp.repeat(batch.block_columns[..., 0], block, axis=1)
+  first_positions = jnp.repeat(batch.positions[:, length::block], block, axis=1)
+  clean_with = packed.attend_with(batch.segment_ids[:, :length], mesh=mesh, **options)
+  drafts_with = attend_with(
+    jnp.maximum(starts - first_positions, 0),
+    starts,
+    columns,
+    block=block,
+    implementation=draft_attention,
+    mesh=mesh,
+    frozen=False,
+  )
+
+  parts = slice(None, length), slice(length, None)
+
+  def with_window(window):
+    def attend(q, k, v, cache, scale=None):
+      (clean_q, *clean), drafts = ([x[:, part] for x in (q, k, v)] for part in parts)
+      out, cache = clean_with(window)(clean_q, *clean, cache, scale)
+      own, _ = drafts_with(window)(*drafts, tuple(clean), scale)
+      return jnp.concatenate([out, own], axis=1), cache
+
+    return attend
+
+  return with_window
 
 
 @functools.cache

@@ -93,11 +93,15 @@ def _check_adapter(c):
     "config.model.head_gradient='recompute' saves nothing with adapter.kind='gated', whose head has"
     " no gradient; leave it at 'auto'.",
   )
+  _require(
+    not c.noise.anchors or c.noise.kind == "block",
+    f"config.noise.anchors={c.noise.anchors} counts blocks, and noise.kind is {c.noise.kind!r};"
+    " leave it at 0, or set noise.kind='block'.",
+  )
   if kind != "gated":
     for name, section, key in (
       ("objective.draft_target", c.objective, "draft_target"),
       ("noise.random", c.noise, "random"),
-      ("noise.anchors", c.noise, "anchors"),
     ):
       value, default = getattr(section, key), getattr(type(section)(), key)
       _require(
@@ -121,15 +125,19 @@ def _check_batches(c):
     batch % c.optim.accumulation == 0,
     f"config.optim.batch_size={batch} is not divisible by accumulation={c.optim.accumulation}.",
   )
-  columns = 2 if c.noise.kind == "block" else 1
+  block = c.noise.kind == "block"
+  most = _MOST_TOKENS
+  if block and c.noise.anchors:
+    most -= batch * c.noise.anchors * c.noise.block_size
+  elif block:
+    most //= 2
   _require(
-    batch * length * columns <= _MOST_TOKENS,
+    batch * length <= most,
     f"config.optim.batch_size={batch} rows of config.data.max_length={length} tokens are more than"
-    f" a step can count{' with noise.kind block' * (columns - 1)} ({_MOST_TOKENS // columns});"
-    " lower one of them.",
+    f" a step can count{' with noise.kind block' * block} ({max(most, 0)}); lower one of them.",
   )
   _require(
-    c.eval.batch_size * length * columns <= _MOST_TOKENS,
+    c.eval.batch_size * length * (1 + block) <= _MOST_TOKENS,
     f"config.eval.batch_size={c.eval.batch_size} rows of config.data.max_length={length} tokens are"
     " more than a batch can count; lower one of them.",
   )

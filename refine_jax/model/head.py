@@ -69,6 +69,12 @@ def cross_entropy(
     return total[0], output
   # Each device takes its own tokens against the whole head; the sum of its shards' gradients
   # is one reduction at the end, not one a chunk.
+  count = targets.shape[1]
+
+  def filled_up(y):
+    missing = -count % mesh.shape["tensor"]
+    return jnp.pad(y, [(0, 0), (0, missing), *[(0, 0)] * (y.ndim - 2)])
+
   tokens = PartitionSpec(BATCH_AXES, "tensor")
   total, output = jax.shard_map(
     local,
@@ -76,8 +82,8 @@ def cross_entropy(
     in_specs=(PartitionSpec(BATCH_AXES, "tensor", None), PartitionSpec(), tokens, tokens, tokens),
     out_specs=(PartitionSpec(AXES), tokens),
     check_vma=False,
-  )(x, head_VD, targets, weights, scored)
-  return jnp.sum(total), output
+  )(filled_up(x), head_VD, *map(filled_up, (targets, weights, scored)))
+  return jnp.sum(total), jax.tree.map(lambda y: y[:, :count], output)
 
 
 def _local(x, head_VD, targets, weights, scored, *, chunk, gradient, frozen):

@@ -85,19 +85,9 @@ def draw(
     blocks in the order of the row, [B, count_blocks * drafts].
   """
   length = batch.ids.shape[1]
-  blocks = count_blocks(length, anchors, drafts, most)
-  uniform = _uniform(key, batch)
-  offsets, lengths = response_offsets(batch), response_lengths(batch)
-  # The response's last token has no successor to predict.
-  candidates = batch.response_mask & (offsets < lengths - 1)
-  if not anchors:
-    phase = (_uniform(jax.random.fold_in(key, 1), batch, per_example=True) * drafts).astype(int)
-    candidates &= ((offsets + phase) % drafts == 0) | (offsets == 0)
-  chosen, starts = jax.lax.top_k(jnp.where(candidates, uniform, -1.0), blocks)
-  # In the row's order, so that neighbours see nearly the same keys.
-  starts = jnp.sort(jnp.where(chosen >= 0, starts, length), axis=1)
-  exists = jnp.repeat(starts < length, drafts, axis=1)
-  starts = jnp.repeat(jnp.minimum(starts, length - 1), drafts, axis=1)
+  starts, exists = draw_starts(key, batch, anchors=anchors, drafts=drafts, most=most)
+  blocks = starts.shape[1]
+  starts, exists = (jnp.repeat(x, drafts, axis=1) for x in (starts, exists))
   step = jnp.tile(jnp.arange(drafts), blocks)[None, :]
   columns = jnp.minimum(starts + step, length - 1)
 
@@ -120,6 +110,32 @@ def draw(
     targets=at(batch.ids, after),
     weights=inside * jnp.float32(decay) ** step,
   )
+
+
+def draw_starts(
+  key: jax.Array, batch: Batch, *, anchors: int, drafts: int, most: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """Draws where the blocks of a batch [B, T] start.
+
+  Args: those of `draw`.
+
+  Returns:
+    int32 [B, blocks], a column of the row for each block, in order; bool likewise, whether there is
+    such a block (if not, the column is the last).
+  """
+  length = batch.ids.shape[1]
+  blocks = count_blocks(length, anchors, drafts, most)
+  uniform = _uniform(key, batch)
+  offsets, lengths = response_offsets(batch), response_lengths(batch)
+  # The response's last token has no successor to predict.
+  candidates = batch.response_mask & (offsets < lengths - 1)
+  if not anchors:
+    phase = (_uniform(jax.random.fold_in(key, 1), batch, per_example=True) * drafts).astype(int)
+    candidates &= ((offsets + phase) % drafts == 0) | (offsets == 0)
+  chosen, starts = jax.lax.top_k(jnp.where(candidates, uniform, -1.0), blocks)
+  # In the row's order, so that neighbours see nearly the same keys.
+  starts = jnp.sort(jnp.where(chosen >= 0, starts, length), axis=1)
+  return jnp.minimum(starts, length - 1), starts < length
 
 
 def _uniform(key, batch, *, per_example=False):

@@ -45,7 +45,7 @@ def choose_compute(
     dtype=dtype,
     max_segments=plan.max_segments,
     packed=config.data.pack,
-    blocks=noise.from_config(config.noise).clean_text_inside,
+    blocks=noise.from_config(config.noise).clean_text_inside and not config.noise.anchors,
     scale=shape.attention_scale,
   )
   adapter = make_adapter(config)
@@ -90,13 +90,14 @@ def choose_compute(
     mesh=mesh,
     join=compute_lib.choose_join(mesh),
     adapter=adapter,
-    draft_attention=_draft_attention(source.attention, shape, dtype, adapter),
+    draft_attention=_draft_attention(config, shape, dtype),
   )
 
 
-def _draft_attention(wanted, shape, dtype, adapter) -> str:
-  """Of a gated adapter's drafts: "xla" where it is asked for or nothing reads it, else the best."""
-  if wanted == "xla" or adapter is None or adapter.kind != "gated":
+def _draft_attention(config: Config, shape: ModelConfig, dtype: str) -> str:
+  """Of blocks of drafts: "xla" where it is asked for or there are none, else the best."""
+  blocks = config.adapter.kind == "gated" or (config.noise.kind == "block" and config.noise.anchors)
+  if config.model.attention == "xla" or not blocks:
     return "xla"
   return ranged.choose(shape.heads, shape.kv_heads, shape.head_dim, dtype)
 
@@ -132,7 +133,7 @@ def trained_columns(config: Config, plan: DataPlan) -> int:
   if config.adapter.kind == "gated":
     drafts, most = config.noise.block_size - 1, most_tiles(config, plan)
     return draft_blocks.count_blocks(length, config.noise.anchors, drafts, most) * drafts
-  return length * noise.from_config(config.noise).columns_per_token
+  return noise.from_config(config.noise).columns(length)
 
 
 def bytes_per_device(tree: Any, places: Any) -> int:
@@ -149,5 +150,5 @@ def flops_per_token(config: Config, source: Source, plan: DataPlan, recipe: Step
   if recipe.gated:
     drafts = trained_columns(config, plan) / config.data.max_length
     return gated_flops_per_token(source.model, length, drafts)
-  columns = noise.from_config(config.noise).columns_per_token
+  columns = trained_columns(config, plan) / config.data.max_length
   return train_flops_per_token(source.model, length, plan_lib.passes(recipe.plan) * columns)

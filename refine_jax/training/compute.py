@@ -29,7 +29,8 @@ class ForwardConfig:
     mesh: None on one device.
     adapter: what is trained instead of all weights; then parameters are its factors, and the
       base's are `frozen`.
-    draft_attention: for the draft blocks of a gated adapter (attention.ranged).
+    draft_attention: for a gated adapter's draft blocks, and for those of noise.anchors
+      (attention.ranged).
   """
 
   model: ModelConfig
@@ -76,15 +77,19 @@ class ForwardConfig:
     """Gradients of the working copy in the form of the parameters that it was made of."""
     return layout.canonical(gradients, self.model)
 
+  def _attend_with(self, batch: Batch):
+    options = {"max_segments": self.max_segments, "mesh": self.mesh, "backend": self.attention}
+    if batch.block_columns is not None:
+      return ranged.beside(batch, draft_attention=self.draft_attention, **options)
+    return packed.for_batch(batch, **options)
+
   def hidden_states(self, params: dict, batch: Batch) -> jax.Array:
     """The model's last hidden states of a batch: [B, S, D] in `dtype`."""
     return transformer.hidden_states(
       params,
       self.model,
       batch,
-      packed.for_batch(
-        batch, backend=self.attention, max_segments=self.max_segments, mesh=self.mesh
-      ),
+      self._attend_with(batch),
       dtype=jnp.dtype(self.dtype),
       remat=self.remat,
       unroll=self.unroll,
@@ -141,9 +146,7 @@ class ForwardConfig:
       self.model,
       batch,
       blocks.tokens,
-      packed.for_batch(
-        batch, backend=self.attention, max_segments=self.max_segments, mesh=self.mesh
-      ),
+      self._attend_with(batch),
       ranged.attend_with(
         blocks.first,
         blocks.end,

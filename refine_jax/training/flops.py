@@ -21,7 +21,7 @@ def attention_flops(config: ModelConfig, length: float) -> float:
   return sum(2 * 2 * config.heads * config.head_dim * span / 2 for span in spans)
 
 
-def train_flops_per_token(config: ModelConfig, length: float, rounds: int) -> float:
+def train_flops_per_token(config: ModelConfig, length: float, rounds: float) -> float:
   """Model FLOPs of training on one clean token: forward and backward of every round.
 
   Recomputation is not counted, attention's causal half is: the convention of the MFU here.

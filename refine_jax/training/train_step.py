@@ -236,12 +236,17 @@ def debug_rounds(
   def predict(tokens):
     return forward.loss(working, tokens, targets, scored.astype(jnp.float32))[1]
 
+  def of_row(ids):
+    if batch.block_columns is None:
+      return ids[0, -length:]  # where a copy stands next to the clean text, the copy
+    columns = jnp.where(batch.response_mask[0, length:], batch.block_columns.reshape(-1), length)
+    return batch.ids[0, :length].at[columns].set(ids[0, length:], mode="drop")
+
   def collect(ids, output):
     # A prediction for the position of each next token, refined or not.
     everywhere = noised._replace(refined=batch.response_mask)
     after = objective.next_round_ids(batch, output.predictions, everywhere)
-    # Where a copy stands next to the clean text, the copy.
-    return {"inputs": ids[0, -length:], "predictions": after[0, -length:]}
+    return {"inputs": of_row(ids), "predictions": of_row(after)}
 
   rounds = step_config.objective.num_iterations
   return objective.refine(predict, batch, noised, num_rounds=rounds, collect=collect)

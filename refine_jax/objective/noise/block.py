@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from refine_jax.batch import Batch
 from refine_jax.config import NoiseConfig
 from refine_jax.errors import UserError
+from refine_jax.objective.noise import anchored
 from refine_jax.objective.noise.kind import Noised, response_lengths, response_offsets
 
 
@@ -25,11 +26,16 @@ class BlockNoise:
   The first round sees noise in the whole copy. A further one sees the first token of each block
   committed, then what the last round predicted, then, from an offset drawn anew for each block,
   noise again: the sampler's window after it has moved on.
+
+  With config.anchors there is no copy, but so many such blocks for each row, drawn anew each step
+  from all places of its responses.
   """
 
   config: NoiseConfig
-  columns_per_token: ClassVar[int] = 2
   clean_text_inside: ClassVar[bool] = True
+
+  def columns(self, length: int) -> int:
+    return anchored.columns(self.config, length) if self.config.anchors else 2 * length
 
   def check(self) -> None:
     if self.config.block_size < 2:
@@ -45,8 +51,10 @@ class BlockNoise:
   def corrupt(self, key: jax.Array, batch: Batch, noise_token: int) -> tuple[Batch, Noised]:
     """Noise as NoiseKind has it, for the batch [B, 2 T] of the rows and their copies.
 
-    Prompts stand in the copy too, out of use.
+    Prompts stand in the copy too, out of use. With config.anchors: see anchored.corrupt.
     """
+    if self.config.anchors:
+      return anchored.corrupt(self.config, key, batch, noise_token)
     drafts, length = self.config.block_size - 1, batch.ids.shape[1]
     offset = response_offsets(batch)
 

@@ -45,16 +45,19 @@ class NoiseKind(Protocol):
 
   Attributes:
     config: its settings.
-    columns_per_token: columns of a noised batch for each column of the batch it was made from.
     clean_text_inside: whether every round's batch holds the clean text too, with
-      `Batch.block_starts` for attention. The loss on clean text then needs no pass of its own.
+      `Batch.block_starts` or `block_columns` for attention. The loss on clean text then needs no
+      pass of its own.
   """
 
-  columns_per_token: ClassVar[int]
   clean_text_inside: ClassVar[bool]
 
   @property
   def config(self) -> NoiseConfig: ...
+
+  def columns(self, length: int) -> int:
+    """Counts the columns of a noised batch that was made from one of `length` columns."""
+    ...
 
   def check(self) -> None:
     """Raises UserError where the config's values make no sense for this kind."""

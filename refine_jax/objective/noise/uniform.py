@@ -22,8 +22,10 @@ class UniformNoise:
   """
 
   config: NoiseConfig
-  columns_per_token: ClassVar[int] = 1
   clean_text_inside: ClassVar[bool] = False
+
+  def columns(self, length: int) -> int:
+    return length
 
   def check(self) -> None:
     low, high = self.config.noise_min, self.config.noise_max
