@@ -5,9 +5,10 @@
     python scripts/experiment_tasks.py --runs=runs/experiment --output=docs/results/tasks.json
 
 Every run has the same data, steps and tokens a step. What is there already is not done again: the
-same command goes on where it stopped. Arguments that it does not know go to every training. Seeds may
-run side by side, each in a process with its own --seeds, --output and --timed=0; the command with all
-seeds then only reads what they left, and takes the time of single answers.
+same command goes on where it stopped. Arguments that it does not know go to every training.
+
+Seeds may run side by side, each in a process with its own --seeds, --output and --timed=0. The
+command with all seeds then only reads what they left, and takes the time of single answers.
 """
 
 import argparse
@@ -209,7 +210,9 @@ def main():
   parser.add_argument("--dtype", default="float32", help="of the parameters while decoding")
   parser.add_argument("--max_new_tokens", type=int, default=256)
   parser.add_argument("--batch_size", type=int, default=128)
-  parser.add_argument("--timed", type=int, default=100, help="problems answered one at a time for wall-clock; 0: none")
+  parser.add_argument(
+    "--timed", type=int, default=100, help="problems answered one at a time for wall-clock; 0: none"
+  )
   arguments, extra = parser.parse_known_args()
   summary = summarise(run_all(arguments, extra), arguments.block_size)
   output = files.local_path(arguments.output, "--output")

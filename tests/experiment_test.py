@@ -85,7 +85,10 @@ def test_the_script_trains_evaluates_and_goes_on(tmp_path):
   summary = json.loads((tmp_path / "out" / "tasks.json").read_text())
   assert list(summary) == ["ar_sft", "best", "gated"]
   gated = summary["gated"]["exact"]
-  assert gated["same_text_as_base"] == gated["problems"] and gated["solved"] == summary["ar_sft"]["ar"]["solved"]
+  assert (
+    gated["same_text_as_base"] == gated["problems"]
+    and gated["solved"] == summary["ar_sft"]["ar"]["solved"]
+  )
   assert gated["tokens_per_pass"] >= 1
   assert list(summary["best"]) == [
     "ar",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import train_fixtures as tiny
 from refine_jax import sharding
 from refine_jax.attention import packed
 from refine_jax.config import MeshConfig
+from refine_jax.decoding import loading
 from refine_jax.model import layout, transformer
 from refine_jax.model import remat as remat_lib
 from refine_jax.training import compute as compute_lib
@@ -172,3 +174,19 @@ def test_what_recomputes_all_keeps_the_scan(monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   chosen = {name: compute_lib.choose_unroll(0, name, 28) for name in remat_lib.POLICIES}
   assert chosen == {"none": 28, "save_attention_mlp": 28, "save_attention": 28, "full": 1}
+
+
+def test_what_has_the_form_of_decoding_already_is_not_copied_for_it():
+  params = tiny.tiny_params()
+  frozen = tiny.compute(join=("attention",), unroll=2).freeze(params)
+  model = loading.Model(tiny.tiny_config(), frozen, None, (), None, Path())
+  ours = loading.Model(tiny.tiny_config(), params, None, (), None, Path())
+  assert_trees(np.testing.assert_array_equal, model.base_decoding_params, ours.base_decoding_params)
+  shared = jax.tree.map(lambda x: x.unsafe_buffer_pointer(), frozen)
+  got = jax.tree.map(lambda x: x.unsafe_buffer_pointer(), model.base_decoding_params)
+  assert {name: got[name] for name in got if name != "layers"} == {
+    name: shared[name] for name in shared if name != "layers"
+  }
+  for mine, theirs in zip(got["layers"], shared["layers"], strict=True):
+    assert mine["attention"] == theirs["attention"]
+    assert mine["mlp"]["down"] == theirs["mlp"]["down"]

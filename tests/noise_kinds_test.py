@@ -29,7 +29,8 @@ def kind_of(name, **changes):
 
 @pytest.mark.parametrize(("name", "anchors"), CASES)
 def test_a_rounds_input_marks_its_noise_tokens_and_no_other(name, anchors):
-  clean, noised = kind_of(name, anchors=anchors).corrupt(jax.random.key(0), tiny.packed_batch(), NOISE)
+  kind = kind_of(name, anchors=anchors)
+  clean, noised = kind.corrupt(jax.random.key(0), tiny.packed_batch(), NOISE)
   later = np.full(noised.ids.shape, PREDICTED, np.int32)
   for shown in (
     rounds.first_round(clean, noised),

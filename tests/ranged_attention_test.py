@@ -10,10 +10,10 @@ from refine_jax.attention import ranged, ranged_triton
 BATCH, PLACES, KV_HEADS, HEAD_DIM = 2, 150, 2, 16
 
 
-def arrays(queries: int, groups: int, seed: int = 0) -> tuple:
+def arrays(queries: int, groups: int, seed: int = 0, head_dim: int = HEAD_DIM) -> tuple:
   keys = jax.random.split(jax.random.key(seed), 3)
-  q = jax.random.normal(keys[0], (BATCH, queries, KV_HEADS * groups, HEAD_DIM))
-  shape = (BATCH, PLACES, KV_HEADS, HEAD_DIM)
+  q = jax.random.normal(keys[0], (BATCH, queries, KV_HEADS * groups, head_dim))
+  shape = (BATCH, PLACES, KV_HEADS, head_dim)
   return q, jax.random.normal(keys[1], shape), jax.random.normal(keys[2], shape)
 
 
@@ -27,9 +27,9 @@ def ranges(queries: int, seed: int = 0) -> tuple:
   return jnp.asarray(first, jnp.int32), jnp.asarray(end, jnp.int32)
 
 
-@pytest.mark.parametrize(("queries", "groups"), [(130, 3), (64, 1)])
-def test_the_kernel_equals_a_dense_mask_forward_and_backward(queries, groups):
-  q, k, v = arrays(queries, groups)
+@pytest.mark.parametrize(("queries", "groups", "head_dim"), [(130, 3, 16), (64, 1, 20)])
+def test_the_kernel_equals_a_dense_mask_forward_and_backward(queries, groups, head_dim):
+  q, k, v = arrays(queries, groups, head_dim=head_dim)
   first, end = ranges(queries)
   cotangent = jax.random.normal(jax.random.key(7), q.shape)
 

@@ -210,8 +210,15 @@ def beside(
 @functools.cache
 def choose(heads: int, kv_heads: int, head_dim: int, dtype: str) -> str:
   """ "kernel" where it runs and agrees with "xla" on a small problem, with a warning where not."""
-  power_of_two = head_dim >= 16 and head_dim & (head_dim - 1) == 0
-  if jax.default_backend() != "gpu" or jnp.dtype(dtype).itemsize != 2 or not power_of_two:
+  if jax.default_backend() != "gpu":
+    return "xla"
+  if jnp.dtype(dtype).itemsize != 2:
+    logging.warning(
+      "attention: draft blocks in %s see the clean text through a dense mask, whose scores take"
+      " memory for each pair of a draft and a token; the kernel without one computes in 16 bits"
+      " (model.compute_dtype=bfloat16).",
+      dtype,
+    )
     return "xla"
   reason = probe.why_not(
     lambda: _probe(ranged_triton.attend, heads, kv_heads, head_dim, dtype),

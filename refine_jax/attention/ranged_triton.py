@@ -42,7 +42,10 @@ def attend(
     frozen: keys and values get no gradient, and none is computed.
     interpret: run it as XLA operations (tests on a CPU).
   """
-  count, places = q_BQHh.shape[1], k_BTKh.shape[1]
+  count, places, head_dim = q_BQHh.shape[1], k_BTKh.shape[1], q_BQHh.shape[-1]
+  # Triton's tiles are powers of two, and products want 16; zeros change neither.
+  width = max(16, pl.next_power_of_2(head_dim))
+  q_BQHh, k_BTKh, v_BTKh = (_padded(x, axis=-1, size=width) for x in (q_BQHh, k_BTKh, v_BTKh))
   queries = functools.partial(_padded, axis=1, size=_QUERIES)
   keys = functools.partial(_padded, axis=1, size=_KEYS)
   end_BQ = jnp.minimum(end_BQ, places)  # nothing of what fills up the last tile
@@ -57,7 +60,7 @@ def attend(
     interpret,
   )
   out, lse = cast(tuple, result)
-  return out[:, :count], lse[:, :count]
+  return out[:, :count, :, :head_dim], lse[:, :count]
 
 
 def _padded(x, axis: int, size: int):

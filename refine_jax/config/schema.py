@@ -166,8 +166,9 @@ class NoiseConfig:
   )
   anchors: int = key(
     0,
-    "Blocks of drafts that a gated adapter is shown for each row, drawn anew each step; for long"
-    " rows, a 64th of their tokens.",
+    "With noise.kind block, blocks of drafts for each row, drawn anew each step from all places of"
+    " its responses, so that an example has them in proportion to its response; for long rows, a"
+    " 64th of their tokens.",
     least=0,
     most=2**16,
     special={0: "all that tile the responses"},

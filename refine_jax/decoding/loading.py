@@ -30,7 +30,8 @@ class Model:
 
   Attributes:
     config: the shape.
-    params: nested dict of arrays, layers stacked (model.init_params).
+    params: nested dict of arrays, layers stacked (model.init_params); those of a run may have any
+      form of layout.py, and what is in the form of decoding then is not copied for it.
     tokenizer: None where the directory has none; then prompts are token ids.
     eos_token_ids: any of them ends an answer; may be empty.
     pad_token_id: or None.
@@ -65,9 +66,7 @@ class Model:
   @functools.cached_property
   def base_decoding_params(self) -> dict:
     """The parameters, unstacked and joined (layout.py), made when first needed."""
-    return jax.jit(lambda params: layout.join_projections(layout.unstack_layers(params)))(
-      self.params
-    )
+    return layout.decoding_form(self.params)
 
   @functools.cached_property
   def decoding_params(self) -> dict:

@@ -23,15 +23,36 @@ MODULES = tuple(JOINED)
 
 
 def unstack_layers(params: dict) -> dict:
-  """Turns stacked layers into a list with one dict per layer."""
+  """Turns stacked layers into a list with one dict per layer; leaves a list as it is."""
+  if isinstance(params["layers"], list):
+    return params
   count = jax.tree.leaves(params["layers"])[0].shape[0]
   layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count)]
   return params | {"layers": layers}
 
 
 def join_projections(params: dict, modules: tuple[str, ...] = MODULES) -> dict:
-  """Joins the projections of these modules, in stacked or unstacked layers."""
+  """Joins the projections of these modules, in stacked or unstacked layers, where they are not."""
   return _map_layers(lambda layer: _join_layer(layer, modules), params)
+
+
+def decoding_form(params: dict) -> dict:
+  """Unstacks and joins in one compiled call; what has that form already stays the same array."""
+  leaves, structure = jax.tree.flatten(params)
+  origins, formed = [], structure
+
+  def changed(leaves):
+    nonlocal formed
+    form = join_projections(unstack_layers(jax.tree.unflatten(structure, leaves)))
+    results, formed = jax.tree.flatten(form)
+    numbers = {id(x): i for i, x in enumerate(leaves)}
+    origins[:] = [numbers.get(id(x)) for x in results]
+    return [x for x in results if id(x) not in numbers]
+
+  # A jitted function copies even what it only hands through.
+  new = iter(jax.jit(changed)(leaves))
+  both = [next(new) if i is None else jnp.asarray(leaves[i]) for i in origins]
+  return jax.tree.unflatten(formed, both)
 
 
 def canonical(params: dict, config: ModelConfig) -> dict:
@@ -53,6 +74,8 @@ def _join_layer(layer: dict, modules) -> dict:
   result = dict(layer)
   for module in modules:
     joined, parts = JOINED[module]
+    if joined in layer[module]:
+      continue
     rest = {name: x for name, x in layer[module].items() if name not in parts}
     matrices = [layer[module][name] for name in parts]
     result[module] = rest | {

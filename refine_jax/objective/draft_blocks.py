@@ -71,9 +71,10 @@ def draw(
   was packed into; only which of too many blocks are left out depends on the row.
 
   Args:
-    anchors: blocks for each row, starting anywhere in its responses. 0: blocks tile each response
-      from a random phase on, and one starts with it; where a row has room for fewer, a random part
-      of them is left out.
+    anchors: blocks for each row, at places of its responses that are all equally likely: an example
+      has them in proportion to its response. 0: blocks tile each response from a random phase on,
+      and one starts with it, as the sampler's first drafts do; it overlaps the next, and what both
+      predict counts twice. Where a row has room for fewer, a random part of them is left out.
     drafts: noise tokens of a block.
     noise_token: the id of a noise token.
     random_below: where positive, ids are drawn uniformly below it instead (the noise of SGLang's

@@ -57,8 +57,10 @@ class Problems:
     model = dataclasses.replace(self._model, params=params)
     if self._adapter is not None:
       assert frozen is not None
-      base = layout.canonical(jax.device_put(frozen, device), self._model.config)
+      # The form stays where it can: what decoding computes with is then in part the same arrays.
+      base = jax.device_put(frozen, device)
       if self._adapter.kind == "lora":
+        base = layout.canonical(base, self._model.config)
         model = dataclasses.replace(model, params=adapters.merge(base, params, self._adapter))
       else:
         adapter = LoadedAdapter(self._adapter, params)

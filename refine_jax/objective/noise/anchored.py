@@ -1,4 +1,4 @@
-"""Noise "block" with noise.anchors: a few blocks next to each row instead of a copy of all of it."""
+"""Noise "block" with noise.anchors: a few blocks next to each row instead of a copy of it."""
 
 import jax
 import jax.numpy as jnp
@@ -29,28 +29,29 @@ def corrupt(
   def of_row(x, where):
     return jnp.take_along_axis(jnp.asarray(x), where.reshape(len(where), -1), axis=1)
 
-  step = jnp.arange(config.block_size)
-  wanted = starts[..., None] + step
+  size, blocks = config.block_size, starts.shape[1]
+  step = jnp.arange(size)
+  wanted = starts[..., None] + step[None, None]
   places = jnp.minimum(wanted, length - 1)
   repeated = jnp.broadcast_to(starts[..., None], places.shape)
   same = of_row(batch.segment_ids, places) == of_row(batch.segment_ids, repeated)
   inside = same & (exists[..., None] & (wanted < length)).reshape(same.shape)
-  first = jnp.tile(step == 0, starts.shape[1])[None]
+  first = jnp.tile(step == 0, blocks)[None]
 
   def kept_of(example, start):
     block_key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, 3), example), start)
     return 1 + (jax.random.uniform(block_key) * drafts).astype(jnp.int32)
 
   examples, positions = (of_row(x, starts) for x in (batch.example_ids, batch.positions))
-  kept = jnp.repeat(jax.vmap(jax.vmap(kept_of))(examples, positions), len(step), axis=1)
-  steps = jnp.broadcast_to(jnp.tile(step, starts.shape[1])[None], inside.shape)
+  kept = jnp.repeat(jax.vmap(jax.vmap(kept_of))(examples, positions), size, axis=1)
+  steps = jnp.broadcast_to(jnp.tile(step, blocks)[None], inside.shape)
   again = inside & (steps >= kept)
 
   def both(x, y):
     return jnp.concatenate([jnp.asarray(x), y], axis=1)
 
   widened = batch.map(lambda x: both(x, of_row(x, places)))._replace(
-    positions=both(batch.positions, jnp.repeat(positions, len(step), axis=1) + steps),
+    positions=both(batch.positions, jnp.repeat(positions, size, axis=1) + steps),
     response_mask=both(batch.response_mask, inside),
     # Of a block that is not there the keys that it sees are none.
     block_columns=jnp.where(exists[..., None], places, 0),
