@@ -183,17 +183,18 @@ def _distance(logits, base_logits, targets, target, gradient) -> tuple:
   highest, log_sum, predictions = draft
   log_q = logits - (highest + log_sum)[:, None]
   confidences = jnp.exp(-log_sum)
-  references = targets
+  references, log_p, base_lse, mean_difference = targets, log_q, 0, 0  # what "data" does not read
   if base_logits is not None:
     base_highest, base_log_sum, references, mean_difference = base
-    log_p = base_logits - (base_highest + base_log_sum)[:, None]
+    base_lse = base_highest + base_log_sum
+    log_p = base_logits - base_lse[:, None]
   if target in ("data", "greedy"):
     losses = -jnp.take_along_axis(log_q, references[:, None], axis=1)[:, 0]
     columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     dlogits = jnp.exp(log_q) - (columns == references[:, None]) if gradient else None
   elif kl:
     # The mean over p of log p - log q; the logits' difference has it but for two constants.
-    losses = mean_difference + (highest + log_sum) - (base_highest + base_log_sum)
+    losses = mean_difference + (highest + log_sum) - base_lse
     dlogits = jnp.exp(log_q) - jnp.exp(log_p) if gradient else None
   else:
     p, q = jnp.exp(log_p), jnp.exp(log_q)
@@ -214,10 +215,9 @@ def _reductions(logits, base_logits, difference: bool) -> tuple:
     return reduce_logits(logits), (*reduce_logits(base_logits), None)
 
   def combine(a, b):
-    draft_a, draft_b, (*base_a, mean_a), (*base_b, mean_b) = a[:3], b[:3], a[3:], b[3:]
-    highest = jnp.maximum(base_a[0], base_b[0])
-    mean = mean_a * jnp.exp(base_a[0] - highest) + mean_b * jnp.exp(base_b[0] - highest)
-    return (*combine_reductions(draft_a, draft_b), *combine_reductions(base_a, base_b), mean)
+    drafts, base = combine_reductions(a[:3], b[:3]), combine_reductions(a[3:6], b[3:6])
+    mean = a[6] * jnp.exp(a[3] - base[0]) + b[6] * jnp.exp(b[3] - base[0])
+    return (*drafts, *base, mean)
 
   (draft, draft_0), (base, base_0) = (reduction_operands(x) for x in (logits, base_logits))
   operands, initial = (*draft, *base, base_logits - logits), (*draft_0, *base_0, jnp.float32(0))
