@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import attention, embedding, head, input, sampler, step, timing
+from benchmarks import attention, embedding, gated, head, input, sampler, step, timing
 from refine_jax.attention import packed
 from refine_jax.data import load_examples, train_rows
 from refine_jax.hf import config as hf_config
@@ -77,6 +77,31 @@ def test_step(run):
       assert result[name] == result["rows"][0][name]
     assert result["times_peer"] is None and result["matmul_ceiling_tflops"] > 0
   assert results[4]["temp_bytes"] <= 1.02 * results[2]["temp_bytes"]
+
+
+@pytest.mark.parametrize(
+  ("options", "rows", "length", "blocks"),
+  [
+    (["--accumulation=2", "--target=tv", "--rank=4"], TINY.rows, TINY.length, None),
+    (["--rows=1", "--length=256", "--segments=1", "--anchors=3", "--remat=none"], 1, 256, 3),
+  ],
+)
+def test_gated_step(run, options, rows, length, blocks):
+  result = run(gated, *options)
+  (row,) = result["rows"]
+  assert (row["rows"], row["length"]) == (rows, length)
+  # Whole responses: prompts of 8 get no blocks, whole tiles at the start and one at the phase.
+  segments = 1 if blocks else TINY.segments
+  assert blocks in (None, row["blocks"])
+  if blocks is None:
+    responses = length - segments * 8
+    assert responses / 15 < row["blocks"] <= responses / 15 + 2 * segments
+  assert row["tokens_per_second"] == pytest.approx(rows * length / row["step_ms"] * 1e3)
+  c, drafts = TINY.model, row["blocks"] * 15 / length
+  attention = 2 * c.layers * c.heads * c.head_dim * length / segments
+  flops = (2 * matmul_parameters(c) + attention) * (1 + 2 * drafts)
+  assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops / PEAK)
+  assert np.isfinite(row["loss"]) and result["compile_seconds"] > 0
 
 
 def compute_parameters() -> int:
