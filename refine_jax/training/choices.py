@@ -69,6 +69,7 @@ def choose_compute(
     head_chunk=source.head_chunk,
     memory=room,
     moment_itemsize=jnp.dtype(config.optim.moment_dtype).itemsize,
+    adapted=adapter is not None,
   )
   gradient = source.head_gradient
   if gradient == "auto":

@@ -7,8 +7,14 @@ from refine_jax.model import remat as remat_lib
 from refine_jax.model.transformer import ModelConfig
 
 
-def saved_bytes_per_token(config: ModelConfig, remat: str, itemsize: int) -> int:
-  """An estimate of what all layers together keep of a token for the backward pass."""
+def saved_bytes_per_token(
+  config: ModelConfig, remat: str, itemsize: int, *, adapted: bool = False
+) -> int:
+  """An estimate of what all layers together keep of a token for the backward pass.
+
+  Args:
+    adapted: every projection has a low-rank change.
+  """
   query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
   kept = config.width  # the residual stream between layers
   if remat != "full":
@@ -17,7 +23,9 @@ def saved_bytes_per_token(config: ModelConfig, remat: str, itemsize: int) -> int
     kept += 2 * config.feed_forward
   if remat == "none":
     # Norms' inputs in float32, rotations, the gated product: about as much again.
-    kept += 6 * config.width + 2 * query + 2 * key + 2 * config.feed_forward
+    more = 6 * config.width + 2 * query + 2 * key + 2 * config.feed_forward
+    # With a change beside each product it is twice that, by XLA's analysis of Llama-3-8B's shape.
+    kept += more * (1 + adapted)
   return kept * itemsize * config.layers
 
 
@@ -36,6 +44,7 @@ def choose_remat(
   head_chunk: int,
   memory: int | None,
   moment_itemsize: int = 4,
+  adapted: bool = False,
 ) -> str:
   """The policy that recomputes least among those that fit, or `wanted` where it names one.
 
@@ -43,6 +52,7 @@ def choose_remat(
     tokens: in a micro-batch, on one device.
     parameters: on one device.
     memory: bytes of one device; None (a CPU): nothing is recomputed.
+    adapted: parameters are those of an adapter.
   """
   if wanted != "auto":
     return remat_lib.resolve(wanted)
@@ -51,12 +61,15 @@ def choose_remat(
   itemsize = jnp.dtype(dtype).itemsize
   # Masters and moments, the sum of gradients, one round's gradients, the working copy.
   fixed = parameters * (4 + 4 + moment_itemsize + 4 + itemsize + itemsize)
-  fixed += head_chunk * config.vocab_size * (4 + itemsize)
+  # A chunk's logits, those of the base next to them, and their gradient.
+  fixed += head_chunk * config.vocab_size * (4 * (1 + adapted) + itemsize)
   room = 0.9 * memory - fixed
   for policy in remat_lib.POLICIES:
     # One layer's backward pass needs about as much as "none" keeps of it.
-    working = tokens * saved_bytes_per_token(config, "none", itemsize) / config.layers
-    if tokens * saved_bytes_per_token(config, policy, itemsize) + working <= room:
+    saved, most = (
+      tokens * saved_bytes_per_token(config, p, itemsize, adapted=adapted) for p in (policy, "none")
+    )
+    if saved + most / config.layers <= room:
       return policy
   return "full"
 
