@@ -63,6 +63,11 @@ class Model:
     return _logits(self.params, ids, segment_ids, self.config)
 
   @functools.cached_property
+  def idle_engines(self) -> list:
+    """Engines of past calls with their caches, for the next ones (pool.py)."""
+    return []
+
+  @functools.cached_property
   def base_decoding_params(self) -> dict:
     """The parameters, unstacked and joined (layout.py), made when first needed."""
     return jax.jit(lambda params: layout.join_projections(layout.unstack_layers(params)))(
