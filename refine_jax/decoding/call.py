@@ -4,8 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from refine_jax.decoding import pool
 from refine_jax.decoding.loading import Model
-from refine_jax.decoding.options import Options
-from refine_jax.decoding.requests import Answer, Request, requests
+from refine_jax.decoding.requests import Answer, Request
 from refine_jax.decoding.result import Generation, Trace, token_texts
 from refine_jax.decoding.runner import Costs
 from refine_jax.errors import UserError
@@ -14,15 +13,20 @@ _ROWS_SHOWN = 8
 
 
 class Call:
-  """Prompts on their way through an engine of the model's."""
+  """Requests on their way through an engine of the model's."""
 
-  def __init__(
-    self, model: Model, prompts: Sequence, options: Options, *, slots: int, follow: bool
-  ) -> None:
-    self.requests = requests(model, _listed(prompts), options, follow=follow)
-    self._model, self._options = model, options
+  def __init__(self, model: Model, requests: Sequence[Request], *, slots: int = 0) -> None:
+    """Submits the requests, which share what `Engine` says.
+
+    Args:
+      slots: how many rows decode at a time; 0: as many as suit the requests.
+
+    Raises:
+      UserError: the device's memory is too small for them.
+    """
+    self.requests, self._model = list(requests), model
     self._answers: dict[Request, Answer] = {}
-    self._engine = pool.take(model, options, self.requests, slots) if self.requests else None
+    self._engine = pool.take(model, self.requests, slots) if requests else None
     if self._engine is not None:
       self._before = self._engine.costs
       for request in self.requests:
@@ -33,8 +37,8 @@ class Call:
     """Whether an answer is missing."""
     return len(self._answers) < len(self.requests)
 
-  def step(self, passes: int | None = None) -> None:
-    """Runs a step of the engine.
+  def step(self, passes: int | None = None) -> list[Answer]:
+    """Runs a step of the engine, and returns the answers that ended.
 
     Raises:
       UserError: logits of a row were not finite.
@@ -45,6 +49,7 @@ class Call:
     _refuse_not_finite(ended)
     if not self.busy:
       pool.give_back(self._engine)
+    return ended
 
   def texts(self) -> list[str]:
     """What is certain of every text."""
@@ -59,12 +64,12 @@ class Call:
   def result(self) -> Generation:
     """The answers as far as they are, and their numbers."""
     if self._engine is None:
-      return _gathered(self._model, [], self._options, None)
+      return _gathered(self._model, [], Costs())
     found = self._answers | (self._engine.progress() if self.busy else {})
     answers = [
       found.get(request) or Answer(request, [], "", None, 0, []) for request in self.requests
     ]
-    return _gathered(self._model, answers, self._options, self._engine.costs.since(self._before))
+    return _gathered(self._model, answers, self._engine.costs.since(self._before))
 
 
 def _refuse_not_finite(answers: Iterable[Answer]) -> None:
@@ -83,20 +88,12 @@ def _refuse_not_finite(answers: Iterable[Answer]) -> None:
     )
 
 
-def _listed(prompts) -> list:
-  if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-    raise UserError(f"prompts is {prompts!r}; give a list of prompts.")
-  return list(prompts)
-
-
-def _gathered(
-  model: Model, answers: list[Answer], options: Options, costs: Costs | None
-) -> Generation:
+def _gathered(model: Model, answers: list[Answer], costs: Costs) -> Generation:
   """One Generation of a call's answers, in the order of its prompts."""
   counts = [answer.accepted for answer in answers if answer.accepted]
   passes = [answer.passes for answer in answers]
   trace = None
-  if options.trace:
+  if any(answer.request.options.trace for answer in answers):
     rows = [answer.trace or [] for answer in answers]
     ids = {t for row in rows for seen in row for t in seen.tokens}
     tokenizer = model.tokenizer
@@ -110,9 +107,9 @@ def _gathered(
     passes=passes,
     stopped=[answer.stopped for answer in answers],
     accepted=[sum(column) / max(sum(passes), 1) for column in zip(*counts, strict=True)],
-    prefill_seconds=costs.prefill_seconds if costs else 0.0,
-    decode_seconds=costs.decode_seconds if costs else 0.0,
-    compile_seconds=costs.compile_seconds if costs else 0.0,
-    programs=costs.programs if costs else 0,
+    prefill_seconds=costs.prefill_seconds,
+    decode_seconds=costs.decode_seconds,
+    compile_seconds=costs.compile_seconds,
+    programs=costs.programs,
     trace=trace,
   )

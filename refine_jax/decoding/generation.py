@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from refine_jax.decoding.call import Call
 from refine_jax.decoding.loading import Model
 from refine_jax.decoding.options import Options, require
+from refine_jax.decoding.requests import requests
 from refine_jax.decoding.result import Generation
 from refine_jax.errors import UserError
 
@@ -79,7 +80,8 @@ def generate(
   require("slots", slots, good, "a whole number, 0 for the default")
   if stream:
     model.require_tokenizer()
-  call = Call(model, prompts, Options(**options), slots=int(slots), follow=bool(stream))
+  wanted = requests(model, _listed(prompts), Options(**options), follow=bool(stream))
+  call = Call(model, wanted, slots=int(slots))
   if stream:
     return Stream(call, int(stream))
   while call.busy:
@@ -104,6 +106,12 @@ def stream(model: Model, prompts: Sequence, *, passes: int = 1, **options: Any) 
   good = isinstance(passes, numbers.Integral) and passes >= 1
   require("passes", passes, good, "a whole number of at least 1")
   return generate(model, prompts, stream=int(passes), **options)
+
+
+def _listed(prompts) -> list:
+  if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+    raise UserError(f"prompts is {prompts!r}; give a list of prompts.")
+  return list(prompts)
 
 
 class Stream:

@@ -19,16 +19,18 @@ _SHORT_PASS = {"cpu": 64}
 _SHORT_PASS_ELSEWHERE = 512
 
 
-def take(model: Model, options: Options, requests: Sequence[Request], slots: int = 0) -> Engine:
+def take(model: Model, requests: Sequence[Request], slots: int = 0) -> Engine:
   """An engine for these requests, of those that the model keeps where one fits.
 
   Args:
+    requests: at least one.
     slots: 0: as many as suit the requests, fewer where memory is short.
 
   Raises:
     UserError: there is no memory for it.
   """
-  eos_ids = max((len(request.eos_ids) for request in requests), default=0)
+  options = requests[0].options
+  eos_ids = max(len(request.eos_ids) for request in requests)
   wanted = slots or _slots_for(model, options, len(requests))
   while True:
     settings = settings_for(model, options, wanted, eos_ids)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -70,12 +71,18 @@ def _seeds(seed: int, count: int) -> np.ndarray:
 
 
 def requests(
-  model: Model, prompts: Sequence, options: Options, *, follow: bool = False
+  model: Model,
+  prompts: Sequence,
+  options: Options,
+  *,
+  rows: Iterable[int] | None = None,
+  follow: bool = False,
 ) -> list[Request]:
   """Makes requests of prompts that share their options.
 
   Args:
     prompts: strings, chats or token ids, as `generation.generate` takes them.
+    rows: the place of each among the prompts of the seed; default: from first_row on.
 
   Raises:
     UserError: a prompt cannot be answered, or an id of the options is outside the vocabulary.
@@ -89,6 +96,7 @@ def requests(
   stop_ids = [special[s] for s in options.stops if s in special]
   for what, ids in (("noise_token", [noise]), ("eos_token_id", eos), ("stop", stop_ids)):
     check_ids(ids, model.config.vocab_size, what, model.tokenizer)
+  places = itertools.count(options.first_row) if rows is None else rows
   return [
     Request(
       prompt_ids(model, prompt, options.chat_template, f"Prompt {row + 1}"),
@@ -99,7 +107,7 @@ def requests(
       (*map(int, eos), *stop_ids),
       tuple(s for s in options.stops if s not in special),
     )
-    for row, prompt in enumerate(prompts, options.first_row)
+    for row, prompt in zip(places, prompts, strict=False)
   ]
 
 
