@@ -8,6 +8,7 @@ from refine_jax.decoding.requests import Answer, Request
 from refine_jax.decoding.result import Generation, Trace, token_texts
 from refine_jax.decoding.runner import Costs
 from refine_jax.errors import UserError
+from refine_jax.interrupt import held_back
 
 _ROWS_SHOWN = 8
 
@@ -44,8 +45,10 @@ class Call:
       UserError: logits of a row were not finite.
     """
     assert self._engine is not None
-    ended = self._engine.step(passes)
-    self._answers |= {answer.request: answer for answer in ended}
+    self._engine.prepare()
+    with held_back():  # what ended is ours before an interrupt comes
+      ended = self._engine.step(passes)
+      self._answers |= {answer.request: answer for answer in ended}
     _refuse_not_finite(ended)
     if not self.busy:
       pool.give_back(self._engine)

@@ -55,6 +55,7 @@ class Engine:
     self._runner = Runner(model, slots, settings_for(model, options, slots, eos_ids))
     self._waiting: collections.deque[Request] = collections.deque()
     self._rows: list[Row | None] = [None] * slots
+    self._finished: list[Answer] = []
     self._lengths = np.ones(slots, np.int32)
     self._ended = np.zeros(slots, bool)  # rows that the device does not know to be done
 
@@ -71,7 +72,7 @@ class Engine:
   @property
   def busy(self) -> bool:
     """Whether a request waits or is on its way."""
-    return bool(self._waiting) or any(self._rows)
+    return bool(self._waiting or self._finished) or any(self._rows)
 
   def submit(self, request: Request) -> None:
     """Adds a request, which enters when a slot is free.
@@ -124,14 +125,27 @@ class Engine:
       passes: at most; fewer where a slot becomes free that a request waits for. Default: 32, and 8
         where the host has to look for stop strings.
     """
-    self._prepare()
+    self.prepare()
     with held_back():
       self._admit()
       self._enter_some()
-      if not self._decoding():
-        return []
-      traced = any(row and row.trace is not None for row in self._rows)
-      return self._traced(passes or 1) if traced else self._decode(passes)
+      if self._decoding():
+        traced = any(row and row.trace is not None for row in self._rows)
+        self._finished += self._traced(passes or 1) if traced else self._decode(passes)
+    # What ended in a step that was interrupted comes with the next one.
+    finished, self._finished = self._finished, []
+    return finished
+
+  def prepare(self) -> None:
+    """Grows the caches and compiles what the next step needs; an interrupt here loses nothing."""
+    free = self._rows.count(None)
+    coming = [self._waiting[i] for i in range(min(free, len(self._waiting)))]
+    if coming:
+      self._runner.grow(max(map(self._places, coming)))
+    requests = [row.request for row in self._rows if row] + coming
+    if requests:
+      traced = any(request.options.trace for request in requests)
+      self._runner.compile(("enter", "traced" if traced else "decode"))
 
   def progress(self) -> dict[Request, Answer]:
     """The requests that have a slot, and what there is of their answers."""
@@ -161,17 +175,6 @@ class Engine:
       for slot, row in enumerate(self._rows):
         if row is not None and row.request is request:
           self._rows[slot], self._ended[slot] = None, True
-
-  def _prepare(self) -> None:
-    """Grows the caches and compiles what the step needs; an interrupt here loses nothing."""
-    free = self._rows.count(None)
-    coming = [self._waiting[i] for i in range(min(free, len(self._waiting)))]
-    if coming:
-      self._runner.grow(max(map(self._places, coming)))
-    requests = [row.request for row in self._rows if row] + coming
-    if requests:
-      traced = any(request.options.trace for request in requests)
-      self._runner.compile(("enter", "traced" if traced else "decode"))
 
   def _admit(self) -> None:
     for slot, row in enumerate(self._rows):
