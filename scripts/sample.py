@@ -9,7 +9,8 @@ Prompts are lines, of a file or of standard input: text, or JSON {"prompt": ..} 
 messages or token ids. Answers go to standard output in their order, each as soon as it is there;
 one prompt at a time streams. Numbers go to standard error. --html writes how the answers came to
 be, pass by pass, to be opened in a browser. --check decodes once more, one token a pass, and says
-where answers part. A prompt that cannot be answered has an error in its place, and the exit status is 1 at the end.
+where answers part. A prompt that cannot be answered has an error in its place, and the exit status
+is 1 at the end.
 """
 
 import argparse

@@ -67,7 +67,12 @@ def test_editors_see_what_the_package_loads_when_it_is_used():
 
 def test_help_shows_every_option_of_generate():
   parameters = inspect.signature(generation.generate).parameters.keys()
-  assert {field.name for field in dataclasses.fields(Options)} == parameters - {"model", "prompts", "slots", "stream"}
+  assert {field.name for field in dataclasses.fields(Options)} == parameters - {
+    "model",
+    "prompts",
+    "slots",
+    "stream",
+  }
 
 
 def test_the_package_says_that_it_is_typed():

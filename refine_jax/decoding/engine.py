@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -146,6 +147,16 @@ class Engine:
     if requests:
       traced = any(request.options.trace for request in requests)
       self._runner.compile(("enter", "traced" if traced else "decode"))
+
+  def entered(self, requests: Iterable[Request]) -> Runner:
+    """Puts requests into free slots, runs no pass, and returns the runner: for measurements."""
+    for request in requests:
+      self.submit(request)
+    self.prepare()
+    self._admit()
+    while entering := self._entering():
+      self._enter(entering[: self._runner.pieces])
+    return self._runner
 
   def progress(self) -> dict[Request, Answer]:
     """The requests that have a slot, and what there is of their answers."""

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from refine_jax import files
+from refine_jax import compile_cache, files
 from refine_jax.attention import cached, packed
 from refine_jax.batch import Array, Batch
 from refine_jax.decoding import sources
@@ -137,6 +137,7 @@ def load(name: str | Path, *, dtype: DTypeLike | None = None, step: int | None =
     floating = False
   if not floating:
     raise UserError(f"dtype={dtype!r} is none of float32, bfloat16 and float16.")
+  compile_cache.enable()
   place = files.local_path(str(name), "model")
   if (place / "checkpoints").is_dir() and (place / "model").is_dir():
     found = sources.from_workdir(place, step)

@@ -20,7 +20,7 @@ from refine_jax.interrupt import held_back
 # Tokens of a piece of a prompt, and pieces of a pass over them.
 _PIECE, _PIECES = 128, 4
 # Places of the smallest cache. The kernel reads none that is empty, the other engine reads all.
-_LEAST_PLACES = {"kernel": 2048, "xla": 256}
+_LEAST_PLACES = {"kernel": 4096, "xla": 512}
 
 
 @dataclasses.dataclass
@@ -136,7 +136,7 @@ class Runner:
   def _size_for(self, places: int) -> int:
     least = _LEAST_PLACES[self.settings.engine]
     # Fewer where many would take much of the memory.
-    while least > 256 and self._bytes(least) > device_memory.total(self._device) // 8:
+    while least > 512 and self._bytes(least) > device_memory.total(self._device) // 8:
       least //= 2
     return programs.bucket(places, least)
 

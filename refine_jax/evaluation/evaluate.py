@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 from refine_jax.cli import entry_point, whole_number
 from refine_jax.decoding import generation, loading
 from refine_jax.decoding.loading import Model
-from refine_jax.decoding.options import Options
+from refine_jax.decoding.options import DRAFTS, MODES, Options
 from refine_jax.decoding.prompts import refusals
-from refine_jax.decoding.settings import DRAFTS, MODES
 from refine_jax.errors import UserError
 from refine_jax.evaluation import reading, report, scoring
 from refine_jax.hf import export as hf_export
