@@ -82,7 +82,8 @@ class Model:
       return base
     dtype = jax.tree.leaves(base["layers"][0])[0].dtype
     factors = adapters.working_copy(self.adapter.factors, self.adapter.shape, dtype)
-    return adapters.attach(base, layout.unstack_layers(factors), self.config)
+    attached = adapters.attach(base, layout.unstack_layers(factors), self.config)
+    return jax.jit(adapters.fuse)(attached)
 
   @functools.cached_property
   def cache_engine(self) -> str:
