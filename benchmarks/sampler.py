@@ -176,7 +176,8 @@ def _measure_passes(model, rank, rows, block, arguments, ceilings) -> dict:
   )
   wanted = requests(model, _prompts(config, rows, arguments.prompt), options)
   runner = Engine(model, rows, options=options).entered(wanted)
-  settings, params = runner.settings, runner.params
+  params = runner.params
+  settings = dataclasses.replace(runner.settings, sampling="greedy")
   costs = runner.costs
   # Copies, as the programs below take over the state that they are given.
   kept = jax.tree.map(jnp.copy, runner.state)

@@ -116,7 +116,7 @@ class Engine:
     """
     before = self.costs
     self._runner.grow(tokens + self.settings.reach)
-    self._runner.compile(("enter", "decode"))
+    self._runner.prepare()
     return self.costs.since(before)
 
   def step(self, passes: int | None = None) -> list[Answer]:
@@ -131,7 +131,7 @@ class Engine:
       self._admit()
       self._enter_some()
       if self._decoding():
-        traced = any(row and row.trace is not None for row in self._rows)
+        traced = any(row and row.request.options.trace for row in self._rows)
         self._finished += self._traced(passes or 1) if traced else self._decode(passes)
     # What ended in a step that was interrupted comes with the next one.
     finished, self._finished = self._finished, []
@@ -145,8 +145,10 @@ class Engine:
       self._runner.grow(max(map(self._places, coming)))
     requests = [row.request for row in self._rows if row] + coming
     if requests:
-      traced = any(request.options.trace for request in requests)
-      self._runner.compile(("enter", "traced" if traced else "decode"))
+      self._runner.prepare(
+        traced=any(request.options.trace for request in requests),
+        samples=any(request.options.temperature > 0 for request in requests),
+      )
 
   def entered(self, requests: Iterable[Request]) -> Runner:
     """Puts requests into free slots, runs no pass, and returns the runner: for measurements."""

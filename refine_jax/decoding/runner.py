@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,6 +65,7 @@ class Runner:
     if isinstance(leaf.sharding, NamedSharding):
       self._sharding = NamedSharding(leaf.sharding.mesh, PartitionSpec())
     self._programs: dict[Any, Callable] = {}
+    self._sampling = "any"
 
   @property
   def size(self) -> int:
@@ -149,18 +150,27 @@ class Runner:
 
   # Programs.
 
-  def compile(self, names: Iterable[str]) -> None:
-    """Makes those of "enter", "decode" and "traced" that are not there, side by side."""
+  def prepare(self, *, traced: bool = False, samples: bool = False) -> None:
+    """Makes the programs that are not there for the calls that follow.
+
+    Args:
+      traced: whether `traced_pass` is to be called, and not `decode`.
+      samples: whether a row has a temperature.
+    """
+    if jax.default_backend() == "gpu":
+      self._sampling = "sampled" if samples else "greedy"
     key = programs.context()
-    missing = [name for name in names if (name, key) not in self._programs]
+    names = ("enter", "traced" if traced else "decode")
+    missing = [name for name in names if (name, self._sampling, key) not in self._programs]
     if missing:
       made, new, seconds = programs.compiled(*map(self._job, missing))
-      self._programs |= {(name, key): one for name, one in zip(missing, made, strict=True)}
+      for name, program in zip(missing, made, strict=True):
+        self._programs[name, self._sampling, key] = program
       self.costs.programs += new
       self.costs.compile_seconds += seconds
 
   def _program(self, name: str) -> Callable:
-    return self._programs[name, programs.context()]
+    return self._programs[name, self._sampling, programs.context()]
 
   def _job(self, name: str) -> programs.Job:
     one, ended = np.int32(1), np.zeros(self.slots, bool)
@@ -171,8 +181,11 @@ class Runner:
       "decode": (sampler.decode, (ended, one, one), passes),
       "traced": (sampler.traced_pass, (ended,), passes),
     }[name]
+    # Prompts' drafts are greedy, so all have one program for them.
+    sampling = "any" if name == "enter" else self._sampling
+    settings = dataclasses.replace(self.settings, sampling=sampling)
     return programs.Job(
-      programs.jitted(function, self.config, self.settings, self._sharding),
+      programs.jitted(function, self.config, settings, self._sharding),
       (self.params, self.state, *more),
       programs.compiler_options(tokens),
       f"{name} for {self.slots} rows of {self.size} tokens",

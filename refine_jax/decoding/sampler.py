@@ -147,7 +147,7 @@ def _predict(params, state, start, config, settings):
   def choose(x_BND, first_B):
     positions = first_B[:, None] + jnp.arange(x_BND.shape[1])[None, :]
     logits = transformer.logits(params, x_BND)
-    return drafts.Predicted(*sampling.choose(logits, positions, state.choices))
+    return drafts.Predicted(*sampling.choose(logits, positions, state.choices, settings.sampling))
 
   # Only the rows that predict the block meet the head.
   own = choose(slice_rows(x, base, block), state.length)

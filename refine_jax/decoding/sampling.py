@@ -15,7 +15,7 @@ NOT_FINITE = -1
 
 
 def choose(
-  logits: jax.Array, positions_BN: jax.Array, choices: "Choices"
+  logits: jax.Array, positions_BN: jax.Array, choices: "Choices", rows: str = "any"
 ) -> tuple[jax.Array, jax.Array]:
   """A token for each place, and its probability.
 
@@ -25,6 +25,7 @@ def choose(
     logits: float32 [B, N, V].
     positions_BN: int32, where in the row each token would stand.
     choices: of the rows: seed, inverse_temperature, top_k, top_p.
+    rows: Settings.sampling.
 
   Returns:
     int32 [B, N], NOT_FINITE where there is none; and float32 [B, N]: the probability in the
@@ -38,7 +39,9 @@ def choose(
       jnp.where(samples[:, None], one, other) for one, other in zip(sampled, greedy, strict=True)
     )
 
-  return jax.lax.cond(jnp.any(samples), either, _greedy, logits)
+  if rows == "any":
+    return jax.lax.cond(jnp.any(samples), either, _greedy, logits)
+  return _greedy(logits) if rows == "greedy" else either(logits)
 
 
 def _greedy(logits):
