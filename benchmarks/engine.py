@@ -10,7 +10,8 @@ Three parts, with random weights:
   start    a new process, from a loaded model to its first token: with an empty compilation cache,
            and once more with what the first one left there (first_token_seconds).
   refill   requests whose answers differ in length through a number of slots, against batches that
-           wait for their slowest row; tokens are compared, and refill_gain is the quotient of times.
+           wait for their slowest row; the tokens are the same. refill_gain is the quotient of the
+           two times.
 """
 
 import argparse
