@@ -6,8 +6,8 @@
 Three times tell the device's part of a pass from the host's:
 
   pass_ms  a pass in a loop of fixed length, launched at once: what the device needs.
-  loop_ms  a pass in `sampler.decode`, whose loop ends when all rows are done: on a GPU the host
-           reads that flag before it launches the next pass. Decoding without stop strings.
+  loop_ms  a pass in `sampler.decode`, whose loop ends when rows are done: on a GPU the host reads
+           that before it launches the next pass. Decoding without stop strings.
   call_ms  a pass as a call of its own, the flag read in Python: streaming, one pass a piece.
 
 With --adapter_rank passes are timed without and with a gated adapter, and the modes run with it.
@@ -30,8 +30,10 @@ if not __package__:  # Python has put benchmarks/ on its path, not the folder ar
   raise SystemExit("error: run it from the repository's root as python -m benchmarks.sampler")
 
 from benchmarks import timing
-from refine_jax.decoding import compile_cache, generation, loading, sampler
-from refine_jax.decoding import settings as sampler_settings
+from refine_jax.decoding import generation, loading, programs, sampler
+from refine_jax.decoding.engine import Engine
+from refine_jax.decoding.options import Options
+from refine_jax.decoding.requests import requests
 from refine_jax.hf import export as hf_export
 from refine_jax.hf import peft
 from refine_jax.model import adapters, transformer
@@ -159,66 +161,50 @@ def pass_cost(
   return moved, rows * (tokens * (layers + scores) + predictions * head)
 
 
-def _settings(model, rows, block, draft) -> sampler_settings.Settings:
-  # As `generate` makes them: with tails, the modes find these programs again.
-  least = sampler_settings.least_window(compile_cache.bucket(rows, 1))
-  return sampler_settings.Settings(
-    mode="exact",
-    block=block,
-    draft=draft,
-    noise_token=model.config.vocab_size - 1,
-    engine=model.cache_engine,
-    least_window=least,
-  )
-
-
 def _measure_passes(model, rank, rows, block, arguments, ceilings) -> dict:
   """A row of the table; `rank` of the adapter, 0 for the base alone."""
-  config, params = model.config, model.decoding_params if rank else model.base_decoding_params
-  settings = _settings(model, rows, block, arguments.draft)
-  prefill = sampler.prefill_program(config)
-  decode = sampler.programs(config, settings)[0]
-  size = compile_cache.bucket(arguments.prompt + arguments.new + settings.reach, 16)
-  ids = np.asarray(_prompts(config, rows, arguments.prompt), np.int32)
-  full = np.full(rows, arguments.prompt, np.int32)
-  limits = np.full(rows, size - settings.reach, np.int32)
-  inputs = (params, ids, full, np.int32(settings.noise_token))
-  run_prefill, prefill_compile = compile_cache.compiled(
-    prefill,
-    inputs,
-    compile_cache.compiler_options(ids.size + rows * settings.drafts_of_prompt),
-    size=size,
-    ahead=settings.drafts_of_prompt,
-    engine=settings.engine,
+  config = model.config
+  if not rank:
+    model = dataclasses.replace(model, adapter=None)
+  options = Options(
+    mode="exact",
+    block_size=block,
+    draft=arguments.draft,
+    max_new_tokens=arguments.new,
+    noise_token=config.vocab_size - 1,
+    eos_token_id=(),
   )
-  prefill_seconds = timing.median_seconds(lambda: run_prefill(*inputs), arguments.repeats)
+  wanted = requests(model, _prompts(config, rows, arguments.prompt), options)
+  runner = Engine(model, rows, options=options).entered(wanted)
+  params = runner.params
+  settings = dataclasses.replace(runner.settings, sampling="greedy")
+  costs = runner.costs
+  # Copies, as the programs below take over the state that they are given.
+  kept = jax.tree.map(jnp.copy, runner.state)
 
   def fresh():
-    tokens, caches = run_prefill(*inputs)
-    done, seeds = np.zeros(rows, bool), np.zeros(rows, np.uint32)
-    # On the device, where the programs below are given it for good.
-    state = sampler.begin(tokens, caches, full, limits, done, seeds, settings)
-    return jax.block_until_ready(jax.tree.map(jnp.array, state))
+    return jax.block_until_ready(jax.tree.map(jnp.copy, kept))
 
-  state = fresh()
-  options = compile_cache.compiler_options(rows * settings.tokens)
-  inputs_of_one = (params, state, np.int32(1))
-  run_decode, decode_compile = compile_cache.compiled(decode, inputs_of_one, options)
+  def decode(passes):
+    runner.state = fresh()
+    start = time.perf_counter()
+    _, looped, _ = runner.decode(np.zeros(rows, bool), passes, 1)
+    return time.perf_counter() - start, int(np.max(looped))
 
   def fixed_loop(params, state):
     body = lambda _, s: sampler.one_pass(params, s, config=config, settings=settings)[0]  # noqa: E731
     return jax.lax.fori_loop(0, _PASSES, body, state)
 
-  program = jax.jit(fixed_loop, donate_argnums=1).lower(params, state).compile(options)
+  program = jax.jit(fixed_loop, donate_argnums=1).lower(params, kept)
+  program = program.compile(programs.compiler_options(rows * settings.tokens))
   seconds = {"pass": [], "loop": [], "call": []}
   # The first of each is not timed.
   for _ in range(arguments.repeats + 1):
     # A pass over rows that are done costs the same, so this loop needs no room to go on.
-    seconds["pass"].append(compile_cache.timed(program, params, fresh())[1] / _PASSES)
-    after, spent = compile_cache.timed(run_decode, params, fresh(), np.int32(_PASSES))
-    looped = int(np.max(after.passes))
+    seconds["pass"].append(programs.timed(program, params, fresh())[1] / _PASSES)
+    spent, looped = decode(_PASSES)
     seconds["loop"].append(spent / looped)
-    seconds["call"].append(_one_by_one(run_decode, params, fresh()))
+    seconds["call"].append(_one_by_one(runner, fresh()))
   times = {name: statistics.median(values[1:]) for name, values in seconds.items()}
   itemsize = params["embedding"].dtype.itemsize
   moved, flops = pass_cost(
@@ -235,7 +221,8 @@ def _measure_passes(model, rank, rows, block, arguments, ceilings) -> dict:
     "draft": arguments.draft,
     "adapter_rank": rank,
     "engine": settings.engine,
-    "prefill_ms": prefill_seconds * 1e3,
+    # Of all prompts, a few pieces at a time.
+    "prefill_ms": costs.prefill_seconds * 1e3,
     "pass_ms": times["pass"] * 1e3,
     "loop_ms": times["loop"] * 1e3,
     "call_ms": times["call"] * 1e3,
@@ -243,18 +230,18 @@ def _measure_passes(model, rank, rows, block, arguments, ceilings) -> dict:
     "stream_host_share": 1 - times["pass"] / times["call"],
     **_roofline(moved, flops, times["pass"], ceilings),
     "loop_passes": looped,
-    "compile_seconds": prefill_compile + decode_compile,
-    **timing.memory(run_decode),
+    "compile_seconds": costs.compile_seconds,
+    **timing.memory(program),
   }
 
 
-def _one_by_one(run, params, state) -> float:
-  """Seconds a pass as decoding.Decoder runs them for a stream."""
-  passes, done = 0, False
+def _one_by_one(runner, state) -> float:
+  """Seconds a pass as an engine runs them for a stream."""
+  runner.state, passes, done = state, 0, False
+  none = np.zeros(runner.slots, bool)
   start = time.perf_counter()
   while not done and passes < _PASSES:
-    state = jax.block_until_ready(run(params, state, np.int32(1)))
-    done = bool(np.asarray(state.done).all())
+    done = bool(runner.decode(none, 1, 1)[2].all())
     passes += 1
   return (time.perf_counter() - start) / passes
 

@@ -25,13 +25,13 @@ from refine_jax import files
 from refine_jax.cli import entry_point, whole_number
 from refine_jax.data import parquet
 from refine_jax.decoding import generation, loading
-from refine_jax.decoding import settings as sampler_settings
-from refine_jax.decoding.options import check_options
+from refine_jax.decoding.options import DRAFTS, Options
 from refine_jax.decoding.prompts import refusals
 from refine_jax.errors import UserError
 from refine_jax.evaluation import scoring
 
 _RELABELLED = "relabelled"
+_BATCHES_A_CALL = 32  # read and answered at a time
 _NAMED = 10  # rows in the terminal that could not be answered or scored
 
 
@@ -47,16 +47,15 @@ def relabel(model, rows: list[dict], arguments, score) -> tuple[list[str | None]
   answers, done = [None] * len(rows), ["kept: cannot be answered"] * len(rows)
   if not good:
     return answers, done, bad
-  # The last batch is filled up, so that it needs no program of its own.
-  filled = good + good[:1] * (arguments.batch_size - len(good))
   out = generation.generate(
     model,
-    [rows[i][arguments.prompt_key] for i in filled],
+    [rows[i][arguments.prompt_key] for i in good],
+    slots=arguments.batch_size,
     block_size=arguments.block_size,
     draft=arguments.draft,
     max_new_tokens=arguments.max_new_tokens,
   )
-  for i, text, stopped in zip(good, out.texts, out.stopped, strict=False):
+  for i, text, stopped in zip(good, out.texts, out.stopped, strict=True):
     try:
       done[i] = _done(rows[i], text, stopped, score)
     except scoring.Unscorable as error:
@@ -119,7 +118,7 @@ def parse() -> argparse.Namespace:
   add(
     "--draft",
     default="ngram",
-    choices=sampler_settings.DRAFTS,
+    choices=DRAFTS,
     help="of the exact mode; the text is the same",
   )
   add("--max_new_tokens", type=whole_number("--max_new_tokens", 1), default=512)
@@ -127,7 +126,7 @@ def parse() -> argparse.Namespace:
   add("--dtype", help="of the parameters; default: as stored")
   arguments = parser.parse_args()
   options = {name: getattr(arguments, name) for name in ("block_size", "draft", "max_new_tokens")}
-  check_options(**generation.DEFAULTS | options)
+  Options(**options)
   arguments.output = files.local_path(arguments.output, "--output")
   arguments.data = files.local_path(arguments.data, "--data")
   files.refuse_used(arguments.output, "--output")
@@ -161,7 +160,7 @@ def write(model, arguments, schema, score, output: Path) -> collections.Counter:
     tqdm(total=file.metadata.num_rows, unit="row") as bar,
   ):
     first = 0
-    for batch in file.iter_batches(arguments.batch_size):
+    for batch in file.iter_batches(arguments.batch_size * _BATCHES_A_CALL):
       part = list(itertools.islice(rows, batch.num_rows))
       answers, done, bad = relabel(model, part, arguments, score)
       writer.write_batch(with_responses(batch, schema, arguments.response_key, answers))

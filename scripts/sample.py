@@ -6,10 +6,11 @@
     python scripts/sample.py --model=DIR --prompt="What is 2+2?" --html=passes.html
 
 Prompts are lines, of a file or of standard input: text, or JSON {"prompt": ..} with a string, chat
-messages or token ids. Answers go to standard output, each with its batch; a batch of one prompt
-streams. Numbers go to standard error. --html writes how the answers came to be, pass by pass, to
-be opened in a browser. --check decodes once more, one token a pass, and says where answers part.
-A prompt that cannot be answered has an error in its place, and the exit status is 1 at the end.
+messages or token ids. Answers go to standard output in their order, each as soon as it is there;
+one prompt at a time streams. Numbers go to standard error. --html writes how the answers came to
+be, pass by pass, to be opened in a browser. --check decodes once more, one token a pass, and says
+where answers part. A prompt that cannot be answered has an error in its place, and the exit status
+is 1 at the end.
 """
 
 import argparse
@@ -20,9 +21,10 @@ from typing import NamedTuple
 
 from refine_jax.cli import entry_point
 from refine_jax.decoding import comparison, generation, loading, result, trace_html
-from refine_jax.decoding import settings as sampler_settings
-from refine_jax.decoding.options import check_options
+from refine_jax.decoding.call import Call
+from refine_jax.decoding.options import DRAFTS, MODES, Options
 from refine_jax.decoding.prompts import refusals
+from refine_jax.decoding.requests import requests
 from refine_jax.errors import UserError
 from refine_jax.files import local_path
 from refine_jax.hf import export as hf_export
@@ -50,7 +52,7 @@ def parse() -> tuple[argparse.Namespace, dict]:
   add("--prompt", help="one prompt")
   add("--prompts_file", help="a prompt a line, text or JSON; default: standard input")
   add("--chat_template", default="", help="a Jinja template, for a model that has none")
-  add("--batch_size", type=int, default=8, help="prompts decoded together (8)")
+  add("--batch_size", type=int, default=8, help="prompts decoded at a time (8)")
   add("--chat", action="store_true", help=f"turns; {_FORGET} starts over, Ctrl-C cuts an answer")
   add("--jsonl", action="store_true", help="write a JSON object an answer")
   add("--html", help="a new file for the passes, coloured")
@@ -58,10 +60,10 @@ def parse() -> tuple[argparse.Namespace, dict]:
   group = parser.add_argument_group("decoding", "the same for all prompts")
   add = group.add_argument
   names = [
-    add("--mode", default="exact", help=f"{', '.join(sampler_settings.MODES)} (exact)"),
+    add("--mode", default="exact", help=f"{', '.join(MODES)} (exact)"),
     add("--block_size", type=int, help="tokens that a pass can commit (as trained, or 8)"),
     add("--max_new_tokens", type=int, default=256, help="an answer, EOS counted (256)"),
-    add("--draft", help=f"{', '.join(sampler_settings.DRAFTS)} (by mode and training)"),
+    add("--draft", help=f"{', '.join(DRAFTS)} (by mode and training)"),
     add("--refine_iter", type=int, default=2, help="passes a block, mode fixed (2)"),
     add("--tau", type=float, default=0.9, help="probability, mode threshold (0.9)"),
     add("--temperature", type=float, default=0.0, help="0 is greedy (0)"),
@@ -76,7 +78,7 @@ def parse() -> tuple[argparse.Namespace, dict]:
 
 def check(arguments, options):
   """Raises UserError for what would fail after the model is loaded."""
-  check_options(**options)
+  Options(**options)
   given = [
     n
     for n in ("prompt", "prompts_file", "jsonl", "html", "check")
@@ -231,36 +233,58 @@ def answer(model, prompts, arguments, options) -> int:
   """
   bad = refused(model, prompts, arguments.chat_template)
   waiting = dict(bad)
-  good = [i for i in range(len(prompts)) if i not in bad]
-  parts = []
-  for start in range(0, len(good), arguments.batch_size):
-    places = good[start : start + arguments.batch_size]
-    batch = [prompts[i] for i in places]
-    options |= {"first_row": start, "trace": bool(arguments.html)}
-    if arguments.check:
-      compared = comparison.compare_with_ar(model, batch, **options)
-      print_answers(prompts, places, waiting, compared.answers, arguments.jsonl, compared.rows)
-      for number, row in enumerate(compared.rows, start + 1):
-        print(f"answer {number}: {row}", file=sys.stderr)
-      parts.append(compared.answers)
-    elif len(batch) == 1 and not arguments.jsonl:
-      print_refused(prompts, places[0], waiting, arguments.jsonl)
-      stream = generation.generate(model, batch, stream=True, **options)
+  places = [i for i in range(len(prompts)) if i not in bad]
+  options |= {"trace": bool(arguments.html)}
+  if arguments.check:
+    out = check_all(model, prompts, places, waiting, arguments, options)
+  elif min(arguments.batch_size, len(places)) == 1 and not arguments.jsonl:
+    parts = []
+    for number, place in enumerate(places):
+      print_refused(prompts, place, waiting, arguments.jsonl)
+      one = options | {"first_row": number}
+      stream = generation.generate(model, [prompts[place]], stream=True, **one)
       show(stream)
       parts.append(stream.result)
       if len(prompts) > 1:
         print("---", flush=True)
-    else:
-      parts.append(generation.generate(model, batch, **options))
-      print_answers(prompts, places, waiting, parts[-1], arguments.jsonl)
+    out = result.joined(parts)
+  else:
+    out = decode_all(model, prompts, places, waiting, arguments, options)
   print_refused(prompts, len(prompts), waiting, arguments.jsonl)
-  out = result.joined(parts)
   print(f"[{out.numbers}]", file=sys.stderr)
   if arguments.html:
     trace_html.write(out, arguments.html)
   if bad:
     print(f"error: {len(bad)} of {len(prompts)} prompts cannot be answered.", file=sys.stderr)
   return 1 if bad else 0
+
+
+def decode_all(model, prompts, places, waiting, arguments, options) -> result.Generation:
+  """Decodes the prompts at these places together, and prints each as soon as its turn has come."""
+  wanted = requests(model, [prompts[i] for i in places], Options(**options))
+  call = Call(model, wanted, slots=arguments.batch_size)
+  ended, printed = {}, 0
+  while call.busy:
+    ended |= {answer.request: answer for answer in call.step()}
+    while printed < len(wanted) and wanted[printed] in ended:
+      one = ended[wanted[printed]]
+      shown = (one.text, one.tokens, one.passes, one.stopped)
+      print_answer(prompts, places[printed], waiting, *shown, arguments.jsonl)
+      printed += 1
+  return call.result()
+
+
+def check_all(model, prompts, places, waiting, arguments, options) -> result.Generation:
+  """Decodes the prompts at these places twice, and says where answers part from "ar"."""
+  good = [prompts[i] for i in places]
+  compared = comparison.compare_with_ar(model, good, slots=arguments.batch_size, **options)
+  out = compared.answers
+  columns = zip(places, out.texts, out.tokens, out.passes, out.stopped, compared.rows, strict=True)
+  for place, *answer, row in columns:
+    print_answer(prompts, place, waiting, *answer, arguments.jsonl, row)
+  for number, row in enumerate(compared.rows, 1):
+    print(f"answer {number}: {row}", file=sys.stderr)
+  return out
 
 
 def print_refused(prompts, before: int, waiting: dict[int, str], as_json: bool):
@@ -272,21 +296,20 @@ def print_refused(prompts, before: int, waiting: dict[int, str], as_json: bool):
     print(json.dumps(entry) if as_json else f"error: {entry['error']}\n---", flush=True)
 
 
-def print_answers(prompts, places, waiting, out, as_json, differences=None):
-  """Prints a batch's answers; before each, the errors that wait for their place."""
-  for i, place in enumerate(places):
-    print_refused(prompts, place, waiting, as_json)
-    line = {
-      "prompt": prompts[place],
-      "text": out.texts[i],
-      "tokens": len(out.tokens[i]),
-      "passes": out.passes[i],
-      "stopped": out.stopped[i],
-    }
-    if differences:
-      line |= {"differs_from_ar_at": differences[i].offset, "margin": differences[i].margin}
-    # Flushed, so that a reader sees each batch, and one that has left is noticed here.
-    print(_as_json(line) if as_json else f"{line['text']}\n---", flush=True)
+def print_answer(prompts, place, waiting, text, tokens, passes, stopped, as_json, difference=None):
+  """Prints an answer; before it, the errors that wait for their place."""
+  print_refused(prompts, place, waiting, as_json)
+  line = {
+    "prompt": prompts[place],
+    "text": text,
+    "tokens": len(tokens),
+    "passes": passes,
+    "stopped": stopped,
+  }
+  if difference:
+    line |= {"differs_from_ar_at": difference.offset, "margin": difference.margin}
+  # Flushed, so that a reader sees each answer, and one that has left is noticed here.
+  print(_as_json(line) if as_json else f"{line['text']}\n---", flush=True)
 
 
 def _as_json(value: dict) -> str:

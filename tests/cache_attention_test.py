@@ -10,8 +10,9 @@ import train_fixtures as tiny
 
 from refine_jax.attention import cached, cached_triton
 from refine_jax.batch import Batch
-from refine_jax.decoding import drafts, sampler
+from refine_jax.decoding import drafts, programs, sampler
 from refine_jax.decoding import settings as sampler_settings
+from refine_jax.decoding import state as state_lib
 from refine_jax.model import layout
 
 PLACES = 32
@@ -88,7 +89,9 @@ def test_the_kernel_gives_branches_what_xla_does(rows, window):
   base = jnp.asarray(np.random.default_rng(2).integers(0, 3, rows))
   positions, reach = cached.following(start, block)
   tokens = Batch(jnp.zeros_like(positions), positions, is_noise=positions < 0)
-  tokens, reach = drafts.KINDS["branches"].extend(tokens, reach, base, block, noise_token=1)
+  tokens, reach = drafts.KINDS["branches"].extend(
+    tokens, reach, base, block, jnp.ones(rows, jnp.int32)
+  )
   new = tokens.positions, reach
   shapes = [(rows, block * block, n, 16) for n in (heads, kv_heads, kv_heads)]
   shapes += [(rows, kv_heads, places, 16)] * 2
@@ -140,13 +143,10 @@ def test_a_pass_copies_no_cache(rows):
   config = tiny.tiny_config()
   params = layout.join_projections(layout.unstack_layers(tiny.tiny_params(config)))
   settings, size = sampler_settings.Settings(block=4), 512
-  prompts, full = np.ones((rows, 16), np.int32), np.full(rows, 16, np.int32)
-  tokens, caches = sampler.prefill_program(config)(params, prompts, full, np.int32(1), size=size)
-  state = sampler.begin(
-    tokens, caches, full, full + 40, np.zeros(rows, bool), np.zeros(rows, np.uint32), settings
-  )
-  decode = sampler.programs(config, settings)[0]
-  text = decode.lower(params, state, np.int32(3)).compile().as_text()
+  state = state_lib.empty(config, settings, rows, size, jnp.float32)
+  decode = programs.jitted(sampler.decode, config, settings, None)
+  one = np.int32(1)
+  text = decode.lower(params, state, np.zeros(rows, bool), one, one).compile().as_text()
   cache_size = rows * size * config.kv_heads * config.head_dim
   moved = []
   for line in text.splitlines():

@@ -8,6 +8,7 @@ import pytest
 import sampler_fixtures
 
 from refine_jax.decoding import drafts, sampler, settings
+from refine_jax.decoding import state as state_lib
 from refine_jax.model import transformer
 
 # The model never predicts it, and no prompt holds it.
@@ -28,16 +29,14 @@ def passes(monkeypatch, count, **options):
     return jax.jit(lambda *args: (function(*args), given.pop()))
 
   monkeypatch.setattr(transformer, "hidden_states", spy)
-  bound = settings.Settings(block=BLOCK, noise_token=NOISE, eos_ids=(39,), **options)
-  lengths = np.array([5, 3], np.int32)
-  prompts = np.full((ROWS, 8), 1, np.int32)
-  for row, length in enumerate(lengths):
-    prompts[row, :length] = np.arange(length) % 3 + 10 * row + 2  # repeats, for n-grams
-  more = {"config": model.config, "size": 64, "ahead": bound.drafts_of_prompt}
-  prefill = compiled(functools.partial(sampler.prefill, **more))
-  (tokens, caches), batch = prefill(model.decoding_params, prompts, lengths, NOISE)
-  done, seeds = np.zeros(ROWS, bool), np.zeros(ROWS, np.uint32)
-  state = sampler.begin(tokens, caches, lengths, lengths + 20, done, seeds, bound)
+  static = {name: options.pop(name) for name in ("mode", "draft") if name in options}
+  bound = settings.Settings(block=BLOCK, **static)
+  # They repeat, for n-grams.
+  prompts = [[i % 3 + 10 * row + 2 for i in range(length)] for row, length in enumerate((5, 3))]
+  enter = compiled(functools.partial(state_lib.enter, config=model.config, settings=bound))
+  arguments = (model.decoding_params, model.config, bound, prompts)
+  rows = {"size": 64, "new": 20, "noise": NOISE, "eos": [39], "enter": enter}
+  state, batch = sampler_fixtures.entered(*arguments, **rows, **options)
   seen = [batch]
   one_pass = compiled(functools.partial(sampler.one_pass, config=model.config, settings=bound))
   for _ in range(count):

@@ -15,6 +15,7 @@ _LEAVES = {"errors", "tree", "files", "records"}
 MAY_IMPORT = {
   "errors": set(),
   "batch": set(),
+  "compile_cache": set(),
   "tree": set(),
   "files": {"errors"},
   "records": {"files"},
@@ -29,13 +30,15 @@ MAY_IMPORT = {
   "objective": {"batch", "config", "errors"},
   "data": _LEAVES | {"batch", "config", "text"},
   "hf": _LEAVES | {"model", "objective", "text"},
-  "decoding": _LEAVES | {"attention", "batch", "checkpoint", "hf", "interrupt", "model", "text"},
+  "decoding": _LEAVES
+  | {"attention", "batch", "checkpoint", "compile_cache", "hf", "interrupt", "model", "text"},
   "evaluation": _LEAVES | {"cli", "data", "decoding", "hf", "model", "text"},
   "training": _LEAVES
   | {
     "attention",
     "batch",
     "checkpoint",
+    "compile_cache",
     "config",
     "data",
     "decoding",

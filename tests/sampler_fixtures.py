@@ -1,5 +1,6 @@
 """Models and prompts for the tests of decoding, and transformers' greedy answers."""
 
+import functools
 import json
 
 import data_fixtures
@@ -9,7 +10,9 @@ import torch
 import train_fixtures as tiny
 from hf_fixtures import tiny_hf_model
 
-from refine_jax.decoding import loading
+from refine_jax.decoding import loading, state
+from refine_jax.decoding.options import Options
+from refine_jax.decoding.requests import Request
 
 EOS = 2
 
@@ -64,3 +67,31 @@ def greedy(theirs, prompt, new):
       pad_token_id=0,
     )
   return out[0, len(prompt) :].tolist()
+
+
+def entered(
+  params, config, settings, prompts, *, size, new, noise=0, eos=(), enter=None, **options
+):
+  """The State of rows whose prompts are in the cache, each by a piece of 16 tokens.
+
+  Args:
+    new: tokens of each row's answer.
+    enter: state.enter, or a function that gives what it gives.
+    options: of all rows (Options), with a seed of its own for each.
+  """
+  rows, dtype = len(prompts), jax.tree.leaves(params["layers"][0])[0].dtype
+  pieces = state.empty_pieces(settings, rows, rows, 16)
+  for row, prompt in enumerate(prompts):
+    request = Request(list(prompt), Options(**options), row, False, noise, tuple(eos), ())
+    for column, value in (
+      (pieces.slot, row),
+      (pieces.count, len(prompt)),
+      (pieces.last, True),
+      (pieces.limit, len(prompt) + new),
+      *zip(pieces.choices, request.choices(settings.eos_places), strict=True),
+    ):
+      column[row] = value
+    pieces.ids[row, : len(prompt)] = prompt
+  empty = state.empty(config, settings, rows, size, dtype)
+  enter = enter or jax.jit(functools.partial(state.enter, config=config, settings=settings))
+  return enter(params, empty, pieces)

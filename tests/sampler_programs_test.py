@@ -10,7 +10,7 @@ import sampler_fixtures
 import train_fixtures as tiny
 
 import refine_jax
-from refine_jax.decoding import comparison, compile_cache, loading
+from refine_jax.decoding import comparison, loading, programs
 from refine_jax.errors import UserError
 
 EOS, DAMAGED = sampler_fixtures.EOS, 9
@@ -52,24 +52,27 @@ def test_a_new_value_compiles_nothing(model, options, name, values):
 
 
 def test_programs_are_kept_by_their_last_use(monkeypatch):
-  monkeypatch.setattr(compile_cache, "MOST_PROGRAMS", 2)
-  monkeypatch.setattr(compile_cache, "_PROGRAMS", type(compile_cache._PROGRAMS)())
+  monkeypatch.setattr(programs, "MOST_PROGRAMS", 2)
+  monkeypatch.setattr(programs, "_PROGRAMS", type(programs._PROGRAMS)())
   function = jax.jit(lambda x: x + 1)
 
   def is_new(size):
-    return compile_cache.compiled(function, (np.zeros(size),))[1] > 0
+    _, new, seconds = programs.compiled(programs.Job(function, (np.zeros(size),)))
+    assert (seconds > 0) == new
+    return new == 1
 
   assert [is_new(size) for size in (1, 2, 1, 3, 1, 2)] == [True, True, False, True, False, True]
-  assert len(compile_cache._PROGRAMS) == 2
+  assert len(programs._PROGRAMS) == 2
 
 
 def test_another_matmul_precision_is_another_program():
   function, x = jax.jit(lambda x: x @ x), np.ones((4, 4), np.float32)
-  plain, _ = compile_cache.compiled(function, (x,))
+  job = programs.Job(function, (x,))
+  (plain,), _, _ = programs.compiled(job)
   with jax.default_matmul_precision("bfloat16"):
-    other, seconds = compile_cache.compiled(function, (x,))
-  assert other is not plain and seconds > 0
-  assert compile_cache.compiled(function, (x,)) == (plain, 0.0)
+    (other,), new, _ = programs.compiled(job)
+  assert other is not plain and new == 1
+  assert programs.compiled(job) == ([plain], 0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """Rows that are done change nothing, and no row depends on its company."""
 
+import jax
 import numpy as np
 import pytest
 import sampler_fixtures
 from hf_fixtures import tiny_hf_model
 
 import refine_jax
-from refine_jax.decoding import sampler
-from refine_jax.decoding import settings as sampler_settings
+from refine_jax.decoding import programs, sampler
+from refine_jax.decoding.engine import Engine
+from refine_jax.decoding.options import Options
+from refine_jax.decoding.requests import requests
+from refine_jax.decoding.settings import Settings
 
 # Every mode and every draft once, and a sample.
 OPTIONS = (
@@ -27,47 +31,24 @@ def model(tmp_path_factory):
 
 def state_after(model, options, passes):
   """The state of four rows after some passes, as numpy, and the settings."""
-  settings = sampler_settings.Settings(
-    block=5, noise_token=EOS, eos_ids=(EOS,), **({"draft": "noise"} | options)
-  )
-  rows, width, size = 4, 16, 64
-  prompts = np.zeros((rows, width), np.int32)
-  lengths = np.zeros(rows, np.int32)
-  for row, prompt in enumerate(sampler_fixtures.unequal_prompts(rows, model.config.vocab_size)):
-    prompts[row, : len(prompt)], lengths[row] = prompt, len(prompt)
-  prefill = sampler.prefill_program(model.config)
-  tokens, caches = prefill(
-    model.decoding_params,
-    prompts,
-    lengths,
-    np.int32(EOS),
-    size=size,
-    ahead=settings.drafts_of_prompt,
-  )
-  state = sampler.begin(
-    tokens,
-    caches,
-    lengths,
-    lengths + 24,
-    np.zeros(rows, bool),
-    np.arange(rows, dtype=np.uint32),
-    settings,
-  )
+  static = {name: options[name] for name in ("mode", "draft") if name in options}
+  settings = Settings(block=5, **({"draft": "noise"} | static))
+  prompts = sampler_fixtures.unequal_prompts(4, model.config.vocab_size)
+  arguments = (model.decoding_params, model.config, settings, prompts)
+  row = {"size": 64, "new": 24, "noise": EOS, "eos": [EOS]}
+  state = as_numpy(sampler_fixtures.entered(*arguments, **row, **options))
   for _ in range(passes):
     state = one_pass(model, settings, state)
   return state, settings
 
 
 def one_pass(model, settings, state):
-  run = sampler.programs(model.config, settings)[1]
-  return as_numpy(run(model.decoding_params, state)[0])
+  run = programs.jitted(sampler.traced_pass, model.config, settings, None)
+  return as_numpy(run(model.decoding_params, state, np.zeros(len(state.done), bool))[0])
 
 
 def as_numpy(state):
-  caches = [(np.array(k), np.array(v)) for k, v in state.caches]
-  return sampler.State(*(x if x is state.caches else np.array(x) for x in state))._replace(
-    caches=caches
-  )
+  return jax.tree.map(np.array, state)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -77,14 +58,15 @@ def test_done_rows_change_nothing(model, options):
   over = np.array([False, True, False, True])
   live = one_pass(model, settings, as_numpy(state))
   half = one_pass(model, settings, as_numpy(state._replace(done=over)))
-  for name in ("tokens", "length", "cached", "limit", "turn", "passes", "seeds"):
+  for name in ("tokens", "length", "cached", "limit", "turn", "passes"):
     before, after, alone = (getattr(s, name) for s in (state, half, live))
     np.testing.assert_array_equal(after[over], before[over], err_msg=name)
     np.testing.assert_array_equal(after[~over], alone[~over], err_msg=name)
   assert half.done[over].all()
   committed = (live.length - state.length)[~over]
   gained = half.accepted - state.accepted
-  np.testing.assert_array_equal(gained, [(committed > place).sum() for place in range(5)])
+  assert not gained[over].any()
+  np.testing.assert_array_equal(gained[~over], committed[:, None] > np.arange(5))
   for before, after in zip(state.caches, half.caches, strict=True):
     for one, other in zip(before, after, strict=True):
       for row in np.flatnonzero(over):
@@ -119,9 +101,72 @@ def test_a_rows_tokens_passes_and_counts_are_its_own(model, options):
 
 def test_more_passes_than_needed_are_not_run(model):
   state, settings = state_after(model, OPTIONS[0], passes=0)
-  decode = sampler.programs(model.config, settings)[0]
-  ended = as_numpy(decode(model.decoding_params, state, np.int32(1000)))
+  decode = programs.jitted(sampler.decode, model.config, settings, None)
+
+  def run(state, passes=1000, least=1):
+    none = np.zeros(len(state.done), bool)
+    after, report = decode(model.decoding_params, state, none, np.int32(passes), np.int32(least))
+    np.testing.assert_array_equal(report, [after.length, after.passes, after.done])
+    return as_numpy(after)
+
+  ended = run(as_numpy(state))
   assert ended.done.all() and ended.passes.max() <= 24
-  again = as_numpy(decode(model.decoding_params, as_numpy(ended), np.int32(1000)))
-  for one, other in zip(ended[:-2], again[:-2], strict=True):
-    np.testing.assert_array_equal(one, other)
+  again = run(as_numpy(ended))
+  for one, other in zip(ended[:-1], again[:-1], strict=True):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+  # It stops as soon as fewer rows than asked for are on their way.
+  one_less = run(as_numpy(state), least=4)
+  assert one_less.done.any() and not one_less.done.all()
+  assert one_less.passes.max() == np.min(ended.passes)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_rows_that_enter_and_leave_change_no_answer(model, options):
+  """Few slots, prompts of many pieces, any order: tokens, passes and samples are the same."""
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(3, 61, n).tolist() for n in (3, 210, 7, 129, 1, 128, 40, 200, 12)]
+  budget = {"block_size": 4, "eos_token_id": EOS, "noise_token": EOS} | options
+  want = [
+    refine_jax.generate(model, [prompt], first_row=row, max_new_tokens=5 + 3 * row, **budget)
+    for row, prompt in enumerate(prompts)
+  ]
+  engine = Engine(model, 3, options=Options(**budget))
+  order = rng.permutation(len(prompts)).tolist()
+  found = {}
+  for row in order:
+    each = Options(max_new_tokens=5 + 3 * row, **budget)
+    (request,) = requests(model, [prompts[row]], each, rows=[row])
+    found[request] = row
+    engine.submit(request)
+  answers = {}
+  while engine.busy:
+    answers |= {found[answer.request]: answer for answer in engine.step(2)}
+  for row, alone in enumerate(want):
+    assert answers[row].tokens == alone.tokens[0]
+    assert [answers[row].passes] == alone.passes
+    assert answers[row].text is None or answers[row].text == alone.texts[0]
+
+
+def test_rows_of_one_batch_may_differ_in_every_value(model):
+  """Greedy next to samples, each with its own stop ids, noise and threshold: as each is alone."""
+  prompts = sampler_fixtures.unequal_prompts(5, model.config.vocab_size, seed=2)
+  values = [
+    {},
+    {"temperature": 0.7, "seed": 1},
+    {"temperature": 2.0, "top_k": 3, "eos_token_id": [4, 5]},
+    {"tau": 0.05, "noise_token": 7},
+    {"temperature": 1.0, "top_p": 0.5, "tau": 0.5, "max_new_tokens": 3},
+  ]
+  engine, alone, found = None, [], {}
+  for row, (prompt, value) in enumerate(zip(prompts, values, strict=True)):
+    options = {"mode": "threshold", "block_size": 4, "max_new_tokens": 12, "tau": 0.2} | value
+    alone.append(refine_jax.generate(model, [prompt], first_row=row, **options))
+    engine = engine or Engine(model, 8, options=Options(**options))
+    (request,) = requests(model, [prompt], Options(**options), rows=[row])
+    found[request] = row
+    engine.submit(request)
+  answers = {}
+  while engine.busy:
+    answers |= {found[answer.request]: answer.tokens for answer in engine.step()}
+  assert [answers[row] for row in range(5)] == [one.tokens[0] for one in alone]
+  assert engine.costs.programs <= 3

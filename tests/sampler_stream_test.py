@@ -1,5 +1,7 @@
 """Text that grows: what is given out is never taken back, and joined it is the whole text."""
 
+import signal
+
 import data_fixtures
 import numpy as np
 import pytest
@@ -8,8 +10,8 @@ import tokenizers
 import transformers
 
 import refine_jax
-from refine_jax.decoding import decoder as decoding
 from refine_jax.decoding import generation
+from refine_jax.decoding.runner import Runner
 from refine_jax.text import detokenize
 from refine_jax.text.detokenize import GrowingAnswer, GrowingText
 
@@ -218,23 +220,37 @@ def test_a_special_token_can_be_a_stop_string(model):
   assert out.stopped == [True] and text not in out.texts[0]
 
 
-def test_an_interrupt_leaves_what_was_there(monkeypatch):
-  """A notebook cell that is stopped while it waits for a pass."""
-  model = sampler_fixtures.copier_model()
-  decoder = None
+@pytest.mark.parametrize("when", ["enter", "decode", "fetch"])
+@pytest.mark.parametrize("stop", [(), ("e", "th")])
+def test_an_interrupt_leaves_whole_answers_and_an_engine_that_goes_on(
+  model, monkeypatch, when, stop
+):
+  """A notebook cell that is stopped at any moment of a step."""
+  options = {"max_new_tokens": 60, "temperature": 1.5, "stop": stop}
+  prompts = [[5 + i] for i in range(3)]
+  want = refine_jax.generate(model, prompts, **options)
+  calls, make, real, count = [], generation.Call, getattr(Runner, when), 0
 
-  def interrupted(*arguments, **options):
-    nonlocal decoder
-    decoder = decoding.Decoder(*arguments, **options)
+  def spy(*arguments, **more):
+    calls.append(make(*arguments, **more))
+    return calls[-1]
 
-    def wait(_):
-      raise KeyboardInterrupt
+  def interrupted(*arguments):
+    nonlocal count
+    count += 1
+    if count == 1:
+      signal.raise_signal(signal.SIGINT)
+    return real(*arguments)
 
-    monkeypatch.setattr(decoding.jax, "block_until_ready", wait)
-    return decoder
-
-  monkeypatch.setattr(generation, "Decoder", interrupted)
+  monkeypatch.setattr(generation, "Call", spy)
+  monkeypatch.setattr(Runner, when, interrupted)
   with pytest.raises(KeyboardInterrupt):
-    refine_jax.generate(model, [[3, 4]], max_new_tokens=6)
-  monkeypatch.undo()
-  assert decoder.result().tokens == [[5, 6, 7, 8, 9, 10]]
+    refine_jax.generate(model, prompts, slots=2, **options)
+  so_far = calls[0].result()
+  for tokens, text, whole in zip(so_far.tokens, so_far.texts, want.texts, strict=True):
+    assert text == detokenize.decode(model.tokenizer, tokens) or text in whole
+    assert not any(s in text for s in stop)
+  assert any(so_far.tokens) and so_far.tokens != want.tokens
+  while calls[0].busy:
+    calls[0].step()
+  assert calls[0].result().tokens == want.tokens and calls[0].result().texts == want.texts

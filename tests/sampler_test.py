@@ -10,8 +10,7 @@ from hf_fixtures import tiny_hf_model
 from sampler_fixtures import EOS, greedy, unequal_prompts
 
 import refine_jax
-from refine_jax.decoding import decoder as decoding
-from refine_jax.decoding import generation, loading
+from refine_jax.decoding import generation, loading, pool
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 
@@ -226,21 +225,22 @@ def test_what_a_model_was_trained_with_is_the_default(monkeypatch):
   """The noise token and the block size; exact takes smaller blocks for many rows."""
   copier = sampler_fixtures.copier_model()
   trained = dataclasses.replace(copier, refinement=loading.Refinement(noise_token=2, block_size=16))
-  seen = []
+  seen, take = [], pool.take
 
-  def decoder(*arguments, **options):
-    seen.append(decoding.Decoder(*arguments, **options))
-    return seen[-1]
+  def spy(model, requests, slots):
+    seen.append((take(model, requests, slots).settings, requests[0].noise_token))
+    return take(model, requests, slots)
 
-  monkeypatch.setattr(generation, "Decoder", decoder)
+  monkeypatch.setattr(pool, "take", spy)
 
   def settings(model, rows=1, mode="exact"):
     refine_jax.generate(model, [[3, 5, 7]] * rows, mode=mode, max_new_tokens=2)
-    return seen[-1].settings
+    return seen[-1][0]
 
   plain, alone = settings(copier), settings(trained)
-  assert (plain.block, plain.draft, plain.noise_token) == (8, "tail", copier.eos_token_ids[0])
-  assert (alone.block, alone.draft, alone.noise_token) == (16, "branches", 2)
+  assert (plain.block, plain.draft) == (8, "tail")
+  assert (alone.block, alone.draft) == (16, "branches")
+  assert [noise for _, noise in seen] == [copier.eos_token_ids[0], 2]
   many = {mode: settings(trained, 32, mode) for mode in ("exact", "threshold", "fixed")}
   assert {mode: (s.block, s.draft) for mode, s in many.items()} == {
     "exact": (8, "branches"),

@@ -1,6 +1,7 @@
 """Annotations are complete; basedpyright (scripts/test.sh) says whether they are true."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import typing
@@ -64,9 +65,14 @@ def test_editors_see_what_the_package_loads_when_it_is_used():
     assert getattr(refine_jax, name) is getattr(home, name)
 
 
-def test_the_typed_options_are_those_of_generate():
+def test_help_shows_every_option_of_generate():
   parameters = inspect.signature(generation.generate).parameters.keys()
-  assert Options.__annotations__.keys() == parameters - {"model", "prompts", "stream"}
+  assert {field.name for field in dataclasses.fields(Options)} == parameters - {
+    "model",
+    "prompts",
+    "slots",
+    "stream",
+  }
 
 
 def test_the_package_says_that_it_is_typed():

@@ -11,12 +11,12 @@ import torch
 import transformers
 import uno_decode
 from adapter_fixtures import AdapterRun
-from sampler_fixtures import EOS, greedy, unequal_prompts
+from sampler_fixtures import EOS, entered, greedy, unequal_prompts
 
 import refine_jax
 from refine_jax.attention import packed
 from refine_jax.batch import Batch
-from refine_jax.decoding import sampler
+from refine_jax.decoding.settings import Settings
 from refine_jax.hf.export_adapter import export_adapter
 from refine_jax.model import adapters, transformer
 
@@ -85,12 +85,10 @@ def test_drafts_after_a_prompt_are_those_of_two_passes(exported):
   output, _, theirs = exported("llama")
   model = refine_jax.load(output)
   prompts = unequal_prompts(3, 61)
-  ids = np.zeros((3, 12), np.int32)
-  for row, prompt in enumerate(prompts):
-    ids[row, : len(prompt)] = prompt
-  lengths = np.array([len(p) for p in prompts], np.int32)
-  prefill = sampler.prefill_program(model.config)
-  tokens, _ = prefill(model.decoding_params, ids, lengths, NOISE, size=32, ahead=BLOCK)
+  settings = Settings(block=BLOCK + 1, draft="branches")
+  assert settings.drafts_of_prompt == BLOCK
+  arguments = (model.decoding_params, model.config, settings, prompts)
+  tokens = np.asarray(entered(*arguments, size=64, new=NEW, noise=NOISE).tokens)
   for row, prompt in enumerate(prompts):
     drafts = tokens[row, len(prompt) : len(prompt) + BLOCK].tolist()
     assert drafts == uno_decode.drafts(theirs, prompt, [NOISE] * (BLOCK - 1))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refine_jax.decoding import compile_cache
+from refine_jax.decoding import programs
 from refine_jax.decoding.generation import generate
 from refine_jax.decoding.loading import Model, hidden_states
 from refine_jax.decoding.result import Generation
@@ -113,7 +113,7 @@ def _difference(model, prompt, tokens, ar_tokens) -> Difference:
   pairs = zip(tokens, ar_tokens, strict=False)
   offset = next((i for i, (a, b) in enumerate(pairs) if a != b), shared)
   text = [*prompt, *tokens[:offset]]
-  ids = np.zeros((1, compile_cache.bucket(len(text), _SMALLEST_BUCKET)), np.int32)
+  ids = np.zeros((1, programs.bucket(len(text), _SMALLEST_BUCKET)), np.int32)
   ids[0, : len(text)] = text  # a causal model: what follows does not reach the last token
   logits = np.asarray(_logits_at(model.params, ids, len(text) - 1, model.config))
   if not np.isfinite(logits).all():

@@ -1,20 +1,34 @@
 """What users call: `generate` and `stream` for texts or ids, `iterative_generate` for arrays."""
 
+import dataclasses
 import inspect
 import numbers
-from collections.abc import Iterator, Sequence
-from typing import Literal, Unpack, overload
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, overload
 
 import numpy as np
 from jax.typing import ArrayLike
 
-from refine_jax.decoding.decoder import Decoder
+from refine_jax.decoding.call import Call
 from refine_jax.decoding.loading import Model
-from refine_jax.decoding.options import Options, check_options, require
+from refine_jax.decoding.options import Options, require
+from refine_jax.decoding.requests import requests
 from refine_jax.decoding.result import Generation
 from refine_jax.errors import UserError
 
-_PASSES_BETWEEN_STOPS = 8
+
+def _with_options(function: Callable) -> Callable:
+  """Shows every field of Options in a function's signature, where help and editors look."""
+  signature = inspect.signature(function)
+  named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+  fields = [
+    inspect.Parameter(
+      field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
+    )
+    for field in dataclasses.fields(Options)
+  ]
+  setattr(function, "__signature__", signature.replace(parameters=named + fields))  # noqa: B010
+  return function
 
 
 @overload
@@ -22,105 +36,61 @@ def generate(
   model: Model,
   prompts: Sequence,
   *,
+  slots: int = 0,
   stream: Literal[False] = False,
-  **options: Unpack[Options],
+  **options: Any,
 ) -> Generation: ...
 
 
 @overload
 def generate(
-  model: Model, prompts: Sequence, *, stream: Literal[True] | int, **options: Unpack[Options]
-) -> "Stream": ...
-
-
-def generate(
   model: Model,
   prompts: Sequence,
   *,
-  mode: str = "exact",
-  block_size: int | None = None,
-  max_new_tokens: int = 256,
-  draft: str | None = None,
-  refine_iter: int = 2,
-  tau: float = 0.9,
-  temperature: float = 0.0,
-  top_k: int = 0,
-  top_p: float = 1.0,
-  seed: int = 0,
-  first_row: int = 0,
-  noise_token: int | None = None,
-  eos_token_id: int | Sequence[int] | None = None,
-  stop: Sequence[str] = (),
-  chat_template: str = "",
-  trace: bool = False,
-  stream: bool | int = False,
+  slots: int = 0,
+  stream: Literal[True] | int,
+  **options: Any,
+) -> "Stream": ...
+
+
+@_with_options
+def generate(
+  model: Model, prompts: Sequence, *, slots: int = 0, stream: bool | int = False, **options: Any
 ) -> "Generation | Stream":
   """Decodes answers to prompts, a block of tokens a pass.
 
   Args:
     prompts: strings or chats (lists of {"role", "content"}), through the chat template; or lists
       of token ids, as they are.
-    mode: one of MODES of sampler_settings, whose Settings say what they and the next keys do.
-    block_size: tokens that a pass can commit; 1 is autoregressive decoding. Default: what the model
-      was trained with (noise.kind "block"; fewer for many rows in "exact"), else 8.
-    max_new_tokens: for each row, never overshot; EOS counts.
-    draft: one of its DRAFTS; default: for "fixed" "noise", for a model trained with blocks
-      "branches", else "tail".
-    seed: a row's sample depends on it and on the row's place among the prompts alone.
-    first_row: the place of the first prompt, where the prompts come in several calls.
-    noise_token: default: that of the training, or the first EOS id. With a model that was trained
-      on noise of any id, an id given here stands for all of them.
-    eos_token_id: any of these ends a row; default: the model's.
-    stop: strings that end a row where they first appear in its text, which they stay out of;
-      a special token ends it as EOS does. Looked for on the host: without a stream, after every
-      8 passes, so that a row may take part in a few more than it needed.
-    chat_template: for tokenizers without one.
-    trace: keep what each pass predicted, to be shown. A pass then is a call of its own, which
-      takes longer; the tokens are the same.
+    slots: how many rows decode at a time; the others wait for one that ends. Default: as many as
+      there are prompts, at most 64, and fewer where memory is short.
     stream: what `stream` does: True for a piece after every pass, or after how many.
+    options: the fields of options.Options, which says what they mean.
 
   Returns:
     a Generation; with `stream` a Stream, which is iterated over.
 
   Raises:
-    UserError: an option that cannot be, an empty or too long prompt, text without a tokenizer.
+    UserError: an option that cannot be, an empty or too long prompt, text without a tokenizer,
+      memory that the device does not have.
   """
   good = isinstance(stream, numbers.Integral) and stream >= 0
   require("stream", stream, good, "True, or how many passes make a piece")
+  good = isinstance(slots, numbers.Integral) and slots >= 0
+  require("slots", slots, good, "a whole number, 0 for the default")
   if stream:
     model.require_tokenizer()
-  decoder = Decoder(
-    model,
-    prompts,
-    mode=mode,
-    block_size=block_size,
-    max_new_tokens=max_new_tokens,
-    draft=draft,
-    refine_iter=refine_iter,
-    tau=tau,
-    temperature=temperature,
-    top_k=top_k,
-    top_p=top_p,
-    seed=seed,
-    first_row=first_row,
-    noise_token=noise_token,
-    eos_token_id=eos_token_id,
-    stop=stop,
-    chat_template=chat_template,
-    trace=trace,
-    follow=bool(stream),
-  )
+  wanted = requests(model, _listed(prompts), Options(**options), follow=bool(stream))
+  call = Call(model, wanted, slots=int(slots))
   if stream:
-    return Stream(decoder, int(stream))
-  chunk = _PASSES_BETWEEN_STOPS if stop else np.iinfo(np.int32).max
-  while not decoder.step(chunk):
-    pass
-  return decoder.result()
+    return Stream(call, int(stream))
+  while call.busy:
+    call.step()
+  return call.result()
 
 
-def stream(
-  model: Model, prompts: Sequence, *, passes: int = 1, **options: Unpack[Options]
-) -> "Stream":
+@_with_options
+def stream(model: Model, prompts: Sequence, *, passes: int = 1, **options: Any) -> "Stream":
   """Decodes as `generate` does, and gives the text as it is committed.
 
   Args:
@@ -138,11 +108,10 @@ def stream(
   return generate(model, prompts, stream=int(passes), **options)
 
 
-# Of the options that `options.check_options` can check before there is a model.
-DEFAULTS = {
-  name: inspect.signature(generate).parameters[name].default
-  for name in inspect.signature(check_options).parameters
-}
+def _listed(prompts) -> list:
+  if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+    raise UserError(f"prompts is {prompts!r}; give a list of prompts.")
+  return list(prompts)
 
 
 class Stream:
@@ -151,8 +120,8 @@ class Stream:
   Joined, a row's pieces are its text.
   """
 
-  def __init__(self, decoder: Decoder, passes: int) -> None:
-    self._decoder = decoder
+  def __init__(self, call: Call, passes: int) -> None:
+    self._call = call
     self._pieces = self._run(passes)
 
   def __iter__(self) -> "Stream":
@@ -164,15 +133,13 @@ class Stream:
   @property
   def result(self) -> Generation:
     """The answers as far as they are, and their numbers."""
-    return self._decoder.result()
+    return self._call.result()
 
   def _run(self, passes) -> Iterator[list[str]]:
-    answers = self._decoder.answers or []
-    shown = [0] * len(answers)
-    finished = False
-    while not finished:
-      finished = self._decoder.step(passes)
-      texts = [answer.text for answer in answers]
+    shown = [0] * len(self._call.requests)
+    while self._call.busy:
+      self._call.step(passes)
+      texts = self._call.texts()
       yield [text[count:] for text, count in zip(texts, shown, strict=True)]
       shown = [len(text) for text in texts]
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from refine_jax import files
+from refine_jax import compile_cache, files
 from refine_jax.attention import cached, packed
 from refine_jax.batch import Array, Batch
 from refine_jax.decoding import sources
@@ -64,6 +64,11 @@ class Model:
     return _logits(self.params, ids, segment_ids, self.config)
 
   @functools.cached_property
+  def idle_engines(self) -> list:
+    """Engines of past calls with their caches, for the next ones (pool.py)."""
+    return []
+
+  @functools.cached_property
   def base_decoding_params(self) -> dict:
     """The parameters, unstacked and joined (layout.py), made when first needed."""
     return layout.decoding_form(self.params)
@@ -76,7 +81,8 @@ class Model:
       return base
     dtype = jax.tree.leaves(base["layers"][0])[0].dtype
     factors = adapters.working_copy(self.adapter.factors, self.adapter.shape, dtype)
-    return adapters.attach(base, layout.unstack_layers(factors), self.config)
+    attached = adapters.attach(base, layout.unstack_layers(factors), self.config)
+    return jax.jit(adapters.fuse)(attached)
 
   @functools.cached_property
   def cache_engine(self) -> str:
@@ -131,6 +137,7 @@ def load(name: str | Path, *, dtype: DTypeLike | None = None, step: int | None =
     floating = False
   if not floating:
     raise UserError(f"dtype={dtype!r} is none of float32, bfloat16 and float16.")
+  compile_cache.enable()
   place = files.local_path(str(name), "model")
   if (place / "checkpoints").is_dir() and (place / "model").is_dir():
     found = sources.from_workdir(place, step)

@@ -1,45 +1,116 @@
-"""Which options a call may give, and what stands for those that it does not."""
+"""Which options a row is decoded with: the one list, with defaults, meanings and checks."""
 
+import dataclasses
 import numbers
 from collections.abc import Sequence
-from typing import TypedDict
 
 import numpy as np
 
 from refine_jax.decoding.drafts import KINDS
-from refine_jax.decoding.settings import DRAFTS, MODES
 from refine_jax.errors import UserError
 from refine_jax.hf.generation_config import Refinement
 
-_SMALLEST_BUCKET = 16
+MODES = ("exact", "fixed", "threshold", "ar")
+DRAFTS = tuple(KINDS)
 
 _BLOCK_SIZE = 8
-
-
 # Most tokens that a pass takes in by default. Branches of N tokens come to N^2 a row, so with many
 # rows blocks become smaller, and never smaller than the least.
 _ROOM, _LEAST_BLOCK = 2048, 4
 
 
-class Options(TypedDict, total=False):
-  """The options of `generation.generate`, which says what they mean, but for `stream`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """How a row is decoded.
 
-  mode: str
-  block_size: int | None
-  max_new_tokens: int
-  draft: str | None
-  refine_iter: int
-  tau: float
-  temperature: float
-  top_k: int
-  top_p: float
-  seed: int
-  first_row: int
-  noise_token: int | None
-  eos_token_id: int | Sequence[int] | None
-  stop: Sequence[str]
-  chat_template: str
-  trace: bool
+  mode, draft and block_size decide which program runs, and are the same for all rows of an engine.
+  All else are values of a row: rows of one batch may differ in them, and none compiles anything.
+
+  Attributes:
+    mode: "exact" commits the drafts that one pass verifies, and one token more: the text of greedy
+      autoregressive decoding. "fixed" commits a block after `refine_iter` passes over it (the
+      document's algorithm). "threshold" commits while the probability is at least `tau`. "ar" is
+      one token a pass.
+    block_size: tokens that a pass can commit; 1 is autoregressive decoding. Default: what the model
+      was trained with (noise.kind "block"; fewer for many rows in "exact"), else 8.
+    draft: "tail" keeps the last pass's predictions, "noise" puts the noise token, "ngram" continues
+      as the text did after its last two tokens occurred before, "branches" runs over noise for
+      every length of the verified text. Default: for "fixed" "noise", for a model trained with
+      blocks "branches", else "tail".
+    max_new_tokens: never overshot; EOS counts.
+    refine_iter, tau: of "fixed" and "threshold".
+    temperature: 0 for greedy. Otherwise a token is the argmax of logits / temperature plus Gumbel
+      noise that depends on (seed, row, position) alone: a sample of the model's distribution that
+      is a function of the tokens before it, so "exact" stays exact and equal to "ar".
+    top_k, top_p: 0 and 1: off.
+    seed: a row's sample depends on it and on the row's place among the prompts alone.
+    first_row: the place of the first prompt, where the prompts come in several calls.
+    noise_token: default: that of the training, or the first EOS id. With a model that was trained
+      on noise of any id, an id given here stands for all of them.
+    eos_token_id: any of these ends a row; default: the model's.
+    stop: strings that end a row where they first appear in its text, which they stay out of;
+      a special token ends it as EOS does. Looked for on the host: without a stream, after every
+      8 passes, so that a row may take part in a few more than it needed.
+    chat_template: for tokenizers without one.
+    trace: keep what each pass predicted, to be shown. A pass then is a call of its own, which
+      takes longer; the tokens are the same.
+
+  Raises:
+    UserError: names the option, its value and what it may be.
+  """
+
+  mode: str = "exact"
+  block_size: int | None = None
+  draft: str | None = None
+  max_new_tokens: int = 256
+  refine_iter: int = 2
+  tau: float = 0.9
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  seed: int = 0
+  first_row: int = 0
+  noise_token: int | None = None
+  eos_token_id: int | Sequence[int] | None = None
+  stop: str | Sequence[str] = ()
+  chat_template: str = ""
+  trace: bool = False
+
+  def __post_init__(self) -> None:
+    require("mode", self.mode, self.mode in MODES, f"one of {', '.join(MODES)}")
+    require("draft", self.draft, self.draft in (None, *DRAFTS), f"one of {', '.join(DRAFTS)}")
+    if self.mode == "fixed" and self.draft and KINDS[self.draft].needs_verifying:
+      raise UserError(
+        f"draft={self.draft!r} needs a mode that verifies, and mode='fixed' does not."
+      )
+    block_size = _BLOCK_SIZE if self.block_size is None else self.block_size
+    for name, value, least in (
+      ("block_size", block_size, 1),
+      ("max_new_tokens", self.max_new_tokens, 1),
+      ("refine_iter", self.refine_iter, 1),
+      ("top_k", self.top_k, 0),
+      ("seed", self.seed, 0),
+      ("first_row", self.first_row, 0),
+    ):
+      good = isinstance(value, numbers.Integral) and value >= least
+      require(name, value, good, f"a whole number of at least {least}")
+    # Beyond these, what is allocated from them is more than a machine has.
+    for name, value, most in (
+      ("block_size", block_size, 2**12),
+      ("first_row", self.first_row, 2**24),
+    ):
+      require(name, value, value <= most, f"at most {most}")
+    require("tau", self.tau, self.tau >= 0, "a probability")
+    require(
+      "temperature", self.temperature, 0 <= self.temperature < np.inf, "0 or a positive number"
+    )
+    require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+    if self.stop == "" or "" in tuple(self.stop or ()):
+      raise UserError("A stop string is empty; it would end every answer at once.")
+
+  @property
+  def stops(self) -> tuple[str, ...]:
+    return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 def default_draft(trained: Refinement | None, mode: str) -> str:
@@ -60,51 +131,6 @@ def default_block_size(trained: Refinement | None, mode: str, draft: str | None,
       break
     size -= 1
   return size
-
-
-def check_options(
-  *,
-  mode: str,
-  block_size: int | None,
-  max_new_tokens: int,
-  draft: str | None,
-  refine_iter: int,
-  tau: float,
-  temperature: float,
-  top_k: int,
-  top_p: float,
-  seed: int,
-  stop: str | Sequence[str],
-  first_row: int = 0,
-) -> None:
-  """What can be told of options before there is a model.
-
-  Raises:
-    UserError: names the option, its value and what it may be.
-  """
-  require("mode", mode, mode in MODES, f"one of {', '.join(MODES)}")
-  require("draft", draft, draft in (None, *DRAFTS), f"one of {', '.join(DRAFTS)}")
-  if mode == "fixed" and draft and KINDS[draft].needs_verifying:
-    raise UserError(f"draft={draft!r} needs a mode that verifies, and mode='fixed' does not.")
-  block_size = _BLOCK_SIZE if block_size is None else block_size
-  for name, value, least in (
-    ("block_size", block_size, 1),
-    ("max_new_tokens", max_new_tokens, 1),
-    ("refine_iter", refine_iter, 1),
-    ("top_k", top_k, 0),
-    ("seed", seed, 0),
-    ("first_row", first_row, 0),
-  ):
-    good = isinstance(value, numbers.Integral) and value >= least
-    require(name, value, good, f"a whole number of at least {least}")
-  # Beyond these, what is allocated from them is more than a machine has.
-  for name, value, most in (("block_size", block_size, 2**12), ("first_row", first_row, 2**24)):
-    require(name, value, value <= most, f"at most {most}")
-  require("tau", tau, tau >= 0, "a probability")
-  require("temperature", temperature, 0 <= temperature < np.inf, "0 or a positive number")
-  require("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")
-  if stop == "" or "" in tuple(stop or ()):
-    raise UserError("A stop string is empty; it would end every answer at once.")
 
 
 def require(name: str, value: object, good: bool, what: str) -> None:

@@ -51,8 +51,9 @@ class Generation:
     stopped: whether each row ended by EOS or a stop string, and not by its limit.
     accepted: for each offset in the block, the share of passes that committed it.
     prefill_seconds, decode_seconds: wall clock, without compilation.
-    compile_seconds: 0 where the program was there already.
+    compile_seconds: 0 where the programs were there already.
     trace: where it was asked for.
+    programs: how many were compiled.
   """
 
   prompts: list[list[int]]
@@ -65,6 +66,7 @@ class Generation:
   decode_seconds: float
   compile_seconds: float
   trace: Trace | None = dataclasses.field(default=None, repr=False)
+  programs: int = 0
 
   @property
   def tokens_per_pass(self) -> float:
@@ -81,7 +83,8 @@ class Generation:
     return (
       f"{sum(map(len, self.tokens))} tokens, {self.tokens_per_pass:.2f} a pass,"
       f" {self.tokens_per_second:.0f} a second; prefill {self.prefill_seconds:.3g} s, decode"
-      f" {self.decode_seconds:.3g} s, compilation {self.compile_seconds:.3g} s"
+      f" {self.decode_seconds:.3g} s, compilation of {self.programs} programs"
+      f" {self.compile_seconds:.3g} s"
       f"\npasses that committed each offset of the block: {shares}"
     )
 
@@ -131,6 +134,7 @@ def joined(parts: list[Generation]) -> Generation:
     texts=[text for some in texts for text in some] if len(texts) == len(parts) else None,
     accepted=accepted,
     trace=trace,
+    programs=sum(part.programs for part in parts),
     **lists,
     **seconds,
   )

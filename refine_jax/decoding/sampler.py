@@ -1,4 +1,4 @@
-"""Block decoding with a KV cache: the jitted engine under `generation.generate`.
+"""Block decoding with a KV cache: the passes that an engine runs over its rows.
 
 A row is a buffer of tokens of which the first `length` are committed; drafts follow them. One
 pass runs the model over a window of the buffer and predicts the tokens at length, length + 1, ..;
@@ -16,59 +16,19 @@ base's, as no noise token is ever verified, and what a noise token leaves in the
 overwritten before a committed token could see it.
 """
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from refine_jax.attention import cached
 from refine_jax.attention.cached import slice_rows, write_rows
 from refine_jax.batch import Array, Batch
-from refine_jax.decoding import compile_cache, drafts, sampling
+from refine_jax.decoding import drafts, sampling
 from refine_jax.decoding.settings import Settings
+from refine_jax.decoding.state import State, run
 from refine_jax.model import adapters, transformer
 from refine_jax.model.transformer import ModelConfig
-
-
-class State(NamedTuple):
-  """One entry a row.
-
-  Attributes:
-    tokens: int32 [B, S].
-    length: int32 [B], committed tokens, prompt included.
-    cached: int32 [B], leading tokens whose cache rows are right.
-    drafted: int32 [B], leading tokens that are text or predictions; noise tokens follow.
-    limit: int32 [B], the most that length may become.
-    done: bool [B].
-    turn: int32 [B], passes over the current block ("fixed").
-    passes: int32 [B].
-    accepted: int32 [Settings.most], how often a pass committed the place at this offset.
-    refine_iter, tau: int32 and float32 [B], of Settings, as the next three.
-    inverse_temperature: float32 [B], 1 for greedy.
-    top_k, top_p: int32 and float32 [B].
-    caches: for each layer keys and values (cached.empty_caches).
-    seeds: uint32 [B], for sampling.
-  """
-
-  tokens: Array
-  length: Array
-  cached: Array
-  drafted: Array
-  limit: Array
-  done: Array
-  turn: Array
-  passes: Array
-  accepted: Array
-  refine_iter: Array
-  tau: Array
-  inverse_temperature: Array
-  top_k: Array
-  top_p: Array
-  caches: list
-  seeds: Array
 
 
 class Seen(NamedTuple):
@@ -85,95 +45,51 @@ class Seen(NamedTuple):
   count: jax.Array
 
 
-def prefill(
+def decode(
   params: dict,
-  prompts_BP: Array,
-  lengths: Array,
-  noise_token: Array,
+  state: State,
+  ended: Array,
+  max_passes: Array,
+  least_active: Array,
   *,
   config: ModelConfig,
-  size: int,
-  ahead: int = 0,
-  engine: str = "xla",
-  random_noise: bool = False,
-) -> tuple:
-  """The prompts, int32 [B, P] padded on the right, in buffers of `size`: (tokens, caches).
+  settings: Settings,
+) -> tuple[State, jax.Array]:
+  """Passes while enough rows go on, at most `max_passes` of them.
 
   Args:
-    ahead: this many greedy drafts after each prompt, made from noise tokens there; 0: none, noise
-      tokens are left in their place.
-    random_noise: as in Settings.
+    ended: bool [B], rows that the host ends.
+    least_active: int32, at least 1: with fewer rows on their way the loop ends.
+
+  Returns:
+    the state; and int32 [3, B], its length, passes and done, for the host to look at.
   """
-  rows, width = prompts_BP.shape
-  dtype = jax.tree.leaves(params["layers"][0])[0].dtype
-  caches = cached.empty_caches(config, rows, size, dtype)
-  inside = jnp.arange(width)[None, :] < lengths[:, None]
-  tokens = jnp.broadcast_to(noise_token, (rows, size)).astype(jnp.int32)
-  tokens = tokens.at[:, :width].set(jnp.where(inside, prompts_BP, noise_token))
-  start_B = jnp.zeros(rows, jnp.int32)
-  count = width + max(ahead - 1, 0)
-  positions, reach = cached.following(start_B, count)
-  window = Batch(tokens[:, :count], positions, is_noise=positions >= lengths[:, None])
-  if random_noise:
-    window = sampling.with_random_noise(window, config.vocab_size)
-  x, caches = _run(params, config, window, start_B, reach, caches, engine)
-  if ahead:
-    drafted = jnp.argmax(transformer.logits(params, slice_rows(x, lengths - 1, ahead)), axis=-1)
-    tokens = write_rows(tokens, drafted, lengths)
-  return tokens, caches
-
-
-def begin(
-  tokens: jax.Array,
-  caches: list,
-  lengths: np.ndarray,
-  limits: np.ndarray,
-  done: np.ndarray,
-  seeds: np.ndarray,
-  settings: Settings,
-) -> State:
-  """The state after `prefill`."""
-
-  def each(value, dtype):
-    return np.full(len(lengths), value, dtype)
-
-  # An array for each field: `decode` takes their memory over.
-  return State(
-    tokens=tokens,
-    length=np.array(lengths),
-    cached=np.array(lengths),
-    drafted=lengths + np.int32(settings.drafts_of_prompt),
-    limit=limits,
-    done=done,
-    turn=np.zeros_like(lengths),
-    passes=np.zeros_like(lengths),
-    accepted=np.zeros(settings.most, np.int32),
-    refine_iter=each(settings.refine_iter, np.int32),
-    tau=each(settings.tau, np.float32),
-    # A product with it is what XLA makes of a division by a constant.
-    inverse_temperature=each(1 / np.float32(settings.temperature or 1), np.float32),
-    top_k=each(min(settings.top_k, np.iinfo(np.int32).max), np.int32),
-    top_p=each(settings.top_p, np.float32),
-    caches=caches,
-    seeds=seeds,
-  )
-
-
-def decode(
-  params: dict, state: State, max_passes: jax.Array, *, config: ModelConfig, settings: Settings
-) -> State:
-  """Passes until every row is done, at most `max_passes` of them."""
 
   def unfinished(carry):
     count, state = carry
-    return (count < max_passes) & ~jnp.all(state.done)
+    return (count < max_passes) & (jnp.sum(~state.done) >= least_active)
 
   def body(carry):
     count, state = carry
     # Without its second result, what computes only that is removed by XLA.
     return count + 1, one_pass(params, state, config=config, settings=settings)[0]
 
-  return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+  state = state._replace(done=state.done | ended)
+  state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+  return state, _report(state)
+
+
+def traced_pass(
+  params: dict, state: State, ended: Array, *, config: ModelConfig, settings: Settings
+) -> tuple[State, jax.Array, Seen]:
+  """One pass as `decode` runs it, and what it saw."""
+  state = state._replace(done=state.done | ended)
+  state, seen = one_pass(params, state, config=config, settings=settings)
+  return state, _report(state), seen
+
+
+def _report(state: State) -> jax.Array:
+  return jnp.stack([state.length, state.passes, state.done.astype(jnp.int32)])
 
 
 def one_pass(
@@ -181,6 +97,7 @@ def one_pass(
 ) -> tuple[State, Seen]:
   """One forward pass over each row's window, and what the mode commits of it."""
   start = jnp.minimum(state.cached, state.length - 1)
+  noise_B = state.choices.noise_token
   tokens, drafted = settings.kind.fill(state.tokens, state.drafted, state.length, settings.block)
   filled = state._replace(tokens=tokens, drafted=drafted)
   (predicted, probability), verified, caches = _predict(params, filled, start, config, settings)
@@ -188,7 +105,7 @@ def one_pass(
 
   # The end of a row: an EOS among the committed, its limit, or that the model says nothing more.
   count = jnp.minimum(count, state.limit - state.length)
-  is_eos = jnp.isin(predicted, jnp.asarray(settings.eos_ids, jnp.int32))
+  is_eos = jnp.any(predicted[:, :, None] == state.choices.eos_ids[:, None, :], axis=-1)
   before_eos = _leading(~is_eos & (predicted != sampling.NOT_FINITE))
   ends = before_eos < count
   count = jnp.where(ends, before_eos + 1, count)
@@ -198,7 +115,7 @@ def one_pass(
 
   # "fixed" refines what it predicted, wherever a block's first drafts come from.
   after = drafts.KINDS["tail"] if settings.mode == "fixed" else settings.kind
-  keep, drafted = after.following(predicted, count, state.length, settings.noise_token)
+  keep, drafted = after.following(predicted, count, state.length, noise_B)
   written = write_rows(tokens, keep, state.length)
   new = state._replace(
     tokens=jnp.where(state.done[:, None], state.tokens, written),
@@ -209,8 +126,7 @@ def one_pass(
     done=done,
     turn=jnp.where(state.done, state.turn, turn),
     passes=state.passes + ~state.done,
-    accepted=state.accepted
-    + jnp.sum(jnp.arange(settings.most)[None, :] < count[:, None], axis=0, dtype=jnp.int32),
+    accepted=state.accepted + (jnp.arange(settings.most)[None, :] < count[:, None]),
     caches=caches,
   )
   return new, Seen(predicted, probability, count)
@@ -223,15 +139,15 @@ def _predict(params, state, start, config, settings):
   positions, reach = cached.following(start, settings.window)
   ids = slice_rows(state.tokens, start, settings.window)
   window = Batch(ids, positions, is_noise=positions >= state.drafted[:, None])
-  window, reach = kind.extend(window, reach, base, block, settings.noise_token)
+  window, reach = kind.extend(window, reach, base, block, state.choices.noise_token)
   if settings.random_noise:
     window = sampling.with_random_noise(window, config.vocab_size)
-  x, caches = _run(params, config, window, start, reach, state.caches, settings.engine)
+  x, caches = run(params, config, window, start, reach, state.caches, settings.engine)
 
   def choose(x_BND, first_B):
     positions = first_B[:, None] + jnp.arange(x_BND.shape[1])[None, :]
     logits = transformer.logits(params, x_BND)
-    return drafts.Predicted(*sampling.choose(logits, positions, state, settings))
+    return drafts.Predicted(*sampling.choose(logits, positions, state.choices, settings.sampling))
 
   # Only the rows that predict the block meet the head.
   own = choose(slice_rows(x, base, block), state.length)
@@ -251,49 +167,16 @@ def _commit_count(verified, probability, state, settings):
   if settings.mode == "fixed":
     turn = turn + 1
     # A pass that changes no draft has reached the fixed point: further ones would repeat it.
-    full = (turn >= state.refine_iter) | (verified == settings.block - 1)
+    full = (turn >= state.choices.refine_iter) | (verified == settings.block - 1)
     return jnp.where(full, settings.block, 0), jnp.where(full, 0, turn)
   if settings.mode == "threshold":
-    sure = settings.kind.may_commit(probability >= state.tau[:, None], verified, settings.block)
+    sure = settings.kind.may_commit(
+      probability >= state.choices.tau[:, None], verified, settings.block
+    )
     return jnp.maximum(verified + 1, _leading(sure)), turn
   return verified + 1, turn
-
-
-def _run(params, config, window: Batch, start_B, reach, caches, engine):
-  """Hidden states of a window after the first `start` places of the caches, and these with it."""
-  return transformer.hidden_states(
-    params,
-    config,
-    window,
-    cached.attend_with(start_B, window.positions, reach, engine),
-    dtype=caches[0][0].dtype,
-    caches=caches,
-  )
 
 
 def _leading(flags_BN):
   """How many flags are true before the first that is not: int32 [B]."""
   return jnp.sum(jnp.cumprod(flags_BN.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
-
-
-def programs(config: ModelConfig, settings: Settings) -> tuple:
-  """The jitted (decode, one_pass) of a model's shape; parameters are an argument."""
-  return _programs(config, settings.program)
-
-
-@functools.lru_cache(compile_cache.MOST_PROGRAMS)
-def _programs(config, settings):
-  bound = {"config": config, "settings": settings}
-  return tuple(
-    jax.jit(functools.partial(function, **bound), donate_argnums=1)
-    for function in (decode, one_pass)
-  )
-
-
-@functools.lru_cache(compile_cache.MOST_PROGRAMS)
-def prefill_program(config: ModelConfig) -> Callable:
-  """The jitted `prefill`, whose options are static."""
-  return jax.jit(
-    functools.partial(prefill, config=config),
-    static_argnames=("size", "ahead", "engine", "random_noise"),
-  )

@@ -6,69 +6,85 @@ import jax
 import jax.numpy as jnp
 
 from refine_jax.batch import Batch
-from refine_jax.decoding.compile_cache import bucket
-from refine_jax.decoding.settings import Settings
 
 if TYPE_CHECKING:
-  from refine_jax.decoding.sampler import State
+  from refine_jax.decoding.state import Choices
 
 # In the place of a token where the model says nothing: a logit is NaN, or the best is infinite.
 NOT_FINITE = -1
 
 
 def choose(
-  logits: jax.Array, positions_BN: jax.Array, state: "State", settings: Settings
+  logits: jax.Array, positions_BN: jax.Array, choices: "Choices", rows: str = "any"
 ) -> tuple[jax.Array, jax.Array]:
   """A token for each place, and its probability.
+
+  What no row asks for is not computed: Gumbel noise, and the order of the logits.
 
   Args:
     logits: float32 [B, N, V].
     positions_BN: int32, where in the row each token would stand.
-    state: sampler.State: seeds, inverse_temperature, top_k, top_p.
-    settings: Settings; whether it samples and filters, not the values.
+    choices: of the rows: seed, inverse_temperature, top_k, top_p.
+    rows: Settings.sampling.
 
   Returns:
     int32 [B, N], NOT_FINITE where there is none; and float32 [B, N]: the probability in the
     distribution that was chosen from.
   """
-  if settings.temperature > 0:
-    best = jnp.max(logits, axis=-1, keepdims=True)
-    # The best at 0, so that no temperature makes them infinite.
-    logits = (logits - best) * state.inverse_temperature[:, None, None]
-    logits = _filter(logits, state, settings)
+  samples = choices.inverse_temperature > 0
 
-    def gumbel(seed, position):
-      key = jax.random.fold_in(jax.random.key(seed), position)
-      return jax.random.gumbel(key, logits.shape[-1:])
+  def either(logits):
+    greedy, sampled = _greedy(logits), _sample(logits, positions_BN, choices)
+    return tuple(
+      jnp.where(samples[:, None], one, other) for one, other in zip(sampled, greedy, strict=True)
+    )
 
-    noise = jax.vmap(jax.vmap(gumbel, in_axes=(None, 0)))(state.seeds, positions_BN)
-    chosen = jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
-    logit = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
-    finite = jnp.isfinite(best[..., 0])
-  else:
-    # The first NaN where there is one.
-    chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logit = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
-    finite = jnp.isfinite(logit)
+  if rows == "any":
+    return jax.lax.cond(jnp.any(samples), either, _greedy, logits)
+  return _greedy(logits) if rows == "greedy" else either(logits)
+
+
+def _greedy(logits):
+  # The first NaN where there is one.
+  chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  logit = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
   probability = jnp.exp(logit - jax.nn.logsumexp(logits, axis=-1))
-  return jnp.where(finite, chosen, NOT_FINITE), probability
+  return jnp.where(jnp.isfinite(logit), chosen, NOT_FINITE), probability
 
 
-def _filter(logits, state, settings):
+def _sample(logits, positions_BN, choices):
+  best = jnp.max(logits, axis=-1, keepdims=True)
+  # The best at 0, so that no temperature makes them infinite.
+  logits = (logits - best) * choices.inverse_temperature[:, None, None]
+  filters = jnp.any((choices.top_k > 0) | (choices.top_p < 1))
+  logits = jax.lax.cond(filters, lambda x: _filter(x, choices), lambda x: x, logits)
+
+  def gumbel(seed, position):
+    key = jax.random.fold_in(jax.random.key(seed), position)
+    return jax.random.gumbel(key, logits.shape[-1:])
+
+  noise = jax.vmap(jax.vmap(gumbel, in_axes=(None, 0)))(choices.seed, positions_BN)
+  chosen = jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+  logit = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
+  probability = jnp.exp(logit - jax.nn.logsumexp(logits, axis=-1))
+  return jnp.where(jnp.isfinite(best[..., 0]), chosen, NOT_FINITE), probability
+
+
+def _filter(logits, choices):
   """Top-k, then top-p (Holtzman et al. 2020, arXiv:1904.09751): the rest becomes -inf."""
-  if settings.top_k:
-    most = jax.lax.top_k(logits, min(bucket(settings.top_k, 1), logits.shape[-1]))[0]
-    last = jnp.clip(state.top_k - 1, 0, most.shape[-1] - 1)
-    index = jnp.broadcast_to(last[:, None, None], (*most.shape[:-1], 1))
-    kth = jnp.take_along_axis(most, index, axis=-1)
-    logits = jnp.where(logits < kth, -jnp.inf, logits)
-  if settings.top_p < 1:
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = jnp.where(before < state.top_p[:, None, None], ordered, jnp.inf)
-    logits = jnp.where(logits < jnp.min(kept, axis=-1, keepdims=True), -jnp.inf, logits)
-  return logits
+  ordered = jnp.sort(logits, axis=-1, descending=True)
+  last = jnp.clip(choices.top_k - 1, 0, logits.shape[-1] - 1)
+  index = jnp.broadcast_to(last[:, None, None], (*logits.shape[:-1], 1))
+  kth = jnp.take_along_axis(ordered, index, axis=-1)
+  least = jnp.where((choices.top_k > 0)[:, None, None], kth, -jnp.inf)
+  ordered = jnp.where(ordered < least, -jnp.inf, ordered)
+  probabilities = jax.nn.softmax(ordered, axis=-1)
+  before = jnp.cumsum(probabilities, axis=-1) - probabilities
+  kept = jnp.where(before < choices.top_p[:, None, None], ordered, jnp.inf)
+  nucleus = jnp.min(kept, axis=-1, keepdims=True)
+  # Of all of them rounding would leave out the last.
+  nucleus = jnp.where((choices.top_p < 1)[:, None, None], nucleus, -jnp.inf)
+  return jnp.where(logits < jnp.maximum(least, nucleus), -jnp.inf, logits)
 
 
 def with_random_noise(window: Batch, vocab_size: int) -> Batch:

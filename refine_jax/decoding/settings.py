@@ -1,71 +1,52 @@
-"""How a call decodes: the static choices that its compiled programs are made for."""
+"""What an engine's programs are made for: the static part of the options."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 
 from refine_jax.decoding import drafts
-from refine_jax.decoding.compile_cache import bucket
+from refine_jax.decoding.options import Options, default_block_size, default_draft
+from refine_jax.decoding.programs import bucket
+
+if TYPE_CHECKING:
+  from refine_jax.decoding.loading import Model
 
 # On a GPU, products of fewer rows than this take longer, not less.
 _LEAST_ROWS = 16
-
-MODES = ("exact", "fixed", "threshold", "ar")
-DRAFTS = tuple(drafts.KINDS)
+# Places for EOS ids in a row; more of them are another program.
+_EOS_PLACES = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """How one call decodes.
-
-  Values are arrays of the state (sampler.State), so that a new one compiles nothing; the rest is
-  static, and `program` is what a program is compiled for.
+  """What an engine's programs are made for.
 
   Attributes:
-    mode: "exact"; "fixed" (refine_iter passes a block, then commit it: the document's
-      algorithm); "threshold" (commit while the probability is at least tau); "ar".
+    mode: "exact", "fixed" or "threshold"; "ar" is "exact" with blocks of one.
     block: tokens that a pass can commit, block - 1 of them drafts ("threshold" may go on in the
       kind's extra predictions: `most`).
-    draft: one of DRAFTS, whose files say what they do: "tail" keeps the last pass's predictions,
-      "noise" puts the noise token, "ngram" continues as the text did after its last two tokens
-      occurred before, "branches" runs over noise for every length of the verified text.
-    refine_iter, tau: for "fixed" and "threshold".
-    temperature: 0 for greedy. Otherwise a token is the argmax of logits / temperature plus Gumbel
-      noise that depends on (seed, row, position) alone: a sample of the model's distribution that
-      is a function of the tokens before it, so "exact" stays exact and equal to "ar".
-    top_k, top_p: 0 and 1: off.
-    random_noise: noise tokens are drawn from the vocabulary; noise_token only marks their places.
-    engine: of cache_attention.
+    draft: one of options.DRAFTS.
+    adapted: whether the adapter of a model that has one takes part.
+    random_noise: noise tokens are drawn from the vocabulary; a row's noise token only marks their
+      places.
+    eos_places: how many EOS ids a row may have.
+    sampling: "any" decides in every pass whether a row samples. On a GPU the host would wait for
+      that in every pass (0.15 ms of 0.94 on an H200), so there "greedy" and "sampled" are programs
+      of their own, of which the second knows greedy rows too.
+    engine: of cached.attend_with.
     least_window: see `least_window`.
   """
 
   mode: str = "exact"
   block: int = 8
   draft: str = "tail"
-  refine_iter: int = 2
-  tau: float = 0.9
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  noise_token: int = 0
+  adapted: bool = True
   random_noise: bool = False
-  eos_ids: tuple[int, ...] = ()
+  eos_places: int = _EOS_PLACES
+  sampling: str = "any"
   engine: str = "xla"
   least_window: int = 1
-
-  @property
-  def program(self) -> "Settings":
-    """These settings with one value in the place of all that the same program serves."""
-    samples = self.temperature > 0
-    return dataclasses.replace(
-      self,
-      refine_iter=1,
-      tau=0.0,
-      temperature=1.0 if samples else 0.0,
-      # How many logits are sorted out; the state says how many of them stay.
-      top_k=bucket(self.top_k, 1) if samples and self.top_k else 0,
-      top_p=0.5 if samples and self.top_p < 1 else 1.0,
-    )
 
   @property
   def window(self) -> int:
@@ -107,6 +88,31 @@ class Settings:
   def reach(self) -> int:
     """Places of the cache after the committed tokens that a pass may write."""
     return self.tokens + (0 if self.extra_tokens else self.block)
+
+
+def settings_for(model: "Model", options: Options, slots: int, eos_ids: int = 0) -> Settings:
+  """The settings of rows with these options.
+
+  Args:
+    slots: rows of a pass; with many of them default blocks are smaller.
+    eos_ids: how many a row has at most.
+  """
+  trained = model.refinement
+  block = options.block_size
+  if block is None:
+    block = default_block_size(trained, options.mode, options.draft, slots)
+  ar = options.mode == "ar"
+  return Settings(
+    mode="exact" if ar else options.mode,
+    block=1 if ar else int(block),
+    draft="tail" if ar else options.draft or default_draft(trained, options.mode),
+    # One token a pass needs no drafts, and so no adapter.
+    adapted=not ar,
+    random_noise=options.noise_token is None and trained is not None and trained.random_noise,
+    eos_places=bucket(eos_ids, _EOS_PLACES),
+    engine=model.cache_engine,
+    least_window=least_window(slots),
+  )
 
 
 def least_window(rows: int) -> int:

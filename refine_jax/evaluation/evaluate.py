@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 from refine_jax.cli import entry_point, whole_number
 from refine_jax.decoding import generation, loading
 from refine_jax.decoding.loading import Model
-from refine_jax.decoding.options import check_options
+from refine_jax.decoding.options import DRAFTS, MODES, Options
 from refine_jax.decoding.prompts import refusals
-from refine_jax.decoding.settings import DRAFTS, MODES
 from refine_jax.errors import UserError
 from refine_jax.evaluation import reading, report, scoring
 from refine_jax.hf import export as hf_export
@@ -71,7 +70,7 @@ def settings(modes: str, block_sizes: str) -> list[Setting]:
     for size in ([1] if text == "ar" else sizes)
   ]
   for index, setting in enumerate(result):
-    check_options(**generation.DEFAULTS | setting.options)
+    Options(**setting.options)
     if setting in result[:index]:
       raise UserError(
         f"--modes={modes} with --block_sizes={block_sizes} has {setting.name} with blocks of"
@@ -100,6 +99,7 @@ def evaluate(
   """Answers and scores all rows with one setting of `generation.generate`.
 
   Args:
+    batch_size: how many decode at a time; a row that ends makes room for the next.
     refused: why rows, by their index, cannot be answered (`prompts.refusals`). They take no part
       in decoding, and count as not solved.
 
@@ -111,26 +111,21 @@ def evaluate(
   """
   outcomes = [_outcome(row, prompt_key, refused.get(i)) for i, row in enumerate(rows)]
   answered = [i for i in range(len(rows)) if i not in refused]
-  seconds = 0.0
-  for start in range(0, len(answered), batch_size):
-    batch = answered[start : start + batch_size]
-    # The last batch is filled up, so that it needs no program of its own.
-    filled = batch + batch[:1] * (batch_size - len(batch))
-    prompts = [rows[i][prompt_key] for i in filled]
-    out = generation.generate(model, prompts, first_row=start, **options)
-    seconds += out.prefill_seconds + out.decode_seconds
-    texts = out.texts or [""] * len(filled)
-    for place, i in enumerate(batch):
-      outcomes[i] |= {
-        "text": texts[place],
-        "stopped": out.stopped[place],
-        "tokens": len(out.tokens[place]),
-        "passes": out.passes[place],
-      }
-      try:
-        outcomes[i]["solved"] = score(texts[place], rows[i])
-      except scoring.Unscorable as error:
-        outcomes[i]["reason"] = str(error)
+  prompts = [rows[i][prompt_key] for i in answered]
+  out = generation.generate(model, prompts, slots=min(batch_size, len(prompts)), **options)
+  texts = out.texts or [""] * len(prompts)
+  for place, i in enumerate(answered):
+    outcomes[i] |= {
+      "text": texts[place],
+      "stopped": out.stopped[place],
+      "tokens": len(out.tokens[place]),
+      "passes": out.passes[place],
+    }
+    try:
+      outcomes[i]["solved"] = score(texts[place], rows[i])
+    except scoring.Unscorable as error:
+      outcomes[i]["reason"] = str(error)
+  seconds = out.prefill_seconds + out.decode_seconds
   return _numbers(outcomes, len(answered), seconds), outcomes
 
 

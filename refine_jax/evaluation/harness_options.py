@@ -6,8 +6,7 @@ import numbers
 
 import jax
 
-from refine_jax.decoding import generation
-from refine_jax.decoding.options import check_options, require
+from refine_jax.decoding.options import Options, require
 from refine_jax.errors import UserError
 
 BATCH_SIZE = 16
@@ -51,8 +50,7 @@ def check_model_args(pretrained: object, device: object, options: dict) -> None:
       f"--device {device} is not what JAX runs on here ({jax.default_backend()}); leave it out, and"
       " choose with JAX_PLATFORMS and CUDA_VISIBLE_DEVICES."
     )
-  check = {name: value for name, value in options.items() if name != "noise_token"}
-  check_options(**generation.DEFAULTS | check)
+  Options(**options)
 
 
 def read_batch_size(value: object, most: object = None) -> int:
@@ -118,7 +116,7 @@ def read_gen_kwargs(given: dict, most_new: int) -> dict:
   if "top_k" in kwargs:
     # -1 is how others say "all".
     result["top_k"] = 0 if kwargs["top_k"] == -1 else kwargs["top_k"]
-  check_options(**generation.DEFAULTS | result)
+  Options(**result)
   return result
 
 

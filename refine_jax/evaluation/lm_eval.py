@@ -32,7 +32,11 @@ except ImportError:
   ) from None
 
 from refine_jax.cli import entry_point
-from refine_jax.decoding import compile_cache, generation, loading
+from refine_jax.decoding import loading, programs
+from refine_jax.decoding.call import Call
+from refine_jax.decoding.options import Options
+from refine_jax.decoding.requests import Request
+from refine_jax.decoding.requests import requests as decoding_requests
 from refine_jax.errors import UserError
 from refine_jax.evaluation import harness_options
 from refine_jax.model import head, transformer
@@ -54,7 +58,7 @@ class RefineLM(TemplateLM):
     max_gen_toks: new tokens where the task does not say.
     dtype: of the parameters; default: as stored.
     device: the harness's --device; its default, or what JAX runs on anyway.
-    options: of generation.generate, those in harness_options.DECODING.
+    options: of decoding.options, those in harness_options.DECODING.
 
   Raises:
     UserError: an argument that is not known, or cannot be; before the model is loaded.
@@ -134,7 +138,7 @@ class RefineLM(TemplateLM):
     limit = self.model.config.max_length
     # The last token is predicted and not read.
     rows = [(context + answer)[-(limit + 1) :] for context, answer in pairs]
-    width = compile_cache.bucket(max(map(len, rows)) - 1, _SMALLEST_BUCKET)
+    width = programs.bucket(max(map(len, rows)) - 1, _SMALLEST_BUCKET)
     ids = np.zeros((self.batch_size, width), np.int32)
     targets, weights = np.zeros_like(ids), np.zeros(ids.shape, np.float32)
     for b, (row, (_, answer)) in enumerate(zip(rows, pairs, strict=True)):
@@ -168,7 +172,7 @@ class RefineLM(TemplateLM):
     return results
 
   def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-    """Answers up to the task's stop strings; requests of one kind go in batches."""
+    """Answers up to the task's stop strings, of all requests together."""
     results: list[Any] = [None] * len(requests)
     groups: dict = {}
     arguments: list[Any] = [request.args for request in requests]
@@ -179,19 +183,28 @@ class RefineLM(TemplateLM):
       kind: self.options | harness_options.read_gen_kwargs(arguments[i[0]][1], self.max_gen_toks)
       for kind, i in groups.items()
     }
+    wanted = {
+      request: i
+      for kind, indices in groups.items()
+      for request, i in zip(
+        self._requests([arguments[i][0] for i in indices], options[kind], indices),
+        indices,
+        strict=True,
+      )
+    }
+    slots = min(self.batch_size, len(wanted))
+    call = Call(self.model, list(wanted), slots=slots)
     with tqdm(total=len(requests), disable=disable_tqdm) as bar:
-      for kind, indices in groups.items():
-        for part in _chunks(indices, self.batch_size):
-          contexts = [arguments[i][0] for i in part]
-          answers = self._answers(contexts, options[kind] | {"first_row": part[0]})
-          for i, text in zip(part, answers, strict=True):
-            self.cache_hook.add_partial("generate_until", arguments[i], text)
-            results[i] = text
-          bar.update(len(part))
+      while call.busy:
+        for answer in call.step():
+          i = wanted[answer.request]
+          results[i] = answer.text
+          self.cache_hook.add_partial("generate_until", arguments[i], answer.text)
+          bar.update()
     return results
 
-  def _answers(self, contexts, options):
-    """Texts of one batch; a context keeps its end where it is too long.
+  def _requests(self, contexts, options, rows) -> list[Request]:
+    """Requests of one kind; a context keeps its end where it is too long.
 
     An answer has max_new_tokens of the model's positions for itself, but never more than half of
     them: beyond that, it ends where the positions do.
@@ -207,9 +220,7 @@ class RefineLM(TemplateLM):
         *(cut, len(prompts), room, length),
       )
     prompts = [p[-room:] for p in prompts]
-    # Filled up, so that the last batch needs no program of its own.
-    prompts += prompts[:1] * (self.batch_size - len(prompts))
-    return generation.generate(self.model, prompts, **options).texts[: len(contexts)]
+    return decoding_requests(self.model, prompts, Options(**options), rows=rows)
 
 
 def _prefix(tokenizer) -> list[int]:

@@ -123,17 +123,45 @@ def attach_layer(layer: dict, factors: dict, config: ModelConfig) -> dict:
   return result
 
 
+def fuse(params: dict) -> dict:
+  """Joins each kernel with the first factor next to it: one product of their input for both.
+
+  Args:
+    params: of `attach`, for the decoder's passes, which wait for kernels more than for arithmetic.
+  """
+
+  def fused(node):
+    if not isinstance(node, dict):
+      return [fused(x) for x in node] if isinstance(node, list) else node
+    if "a" not in node:
+      return {name: fused(x) for name, x in node.items()}
+    rest = {name: x for name, x in node.items() if name not in ("kernel", "a")}
+    return rest | {"kernel_a": jnp.concatenate([node["kernel"], node["a"]], axis=-1)}
+
+  return params | {"layers": fused(params["layers"])}
+
+
 def is_attached(params: dict) -> bool:
   """Whether the decoder's parameters hold the factors of an adapter."""
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params["layers"])]
-  return any(path[-1].key == "a" for path in paths)
+  return any(path[-1].key in ("a", "kernel_a") for path in paths)
 
 
 def _joined(changes: dict, joined: str, parts: tuple, config: ModelConfig) -> dict:
-  """One pair of factors for a joined projection: A side by side, B on a diagonal of blocks."""
+  """One pair of factors for a joined projection: A side by side, B on a diagonal of blocks.
+
+  Where the parts are as wide as one another and all have a change, B is as many matrices.
+  """
   query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
   sizes = {"query": query, "key": key, "value": key}
   widths = [sizes.get(name, config.feed_forward) for name in parts]
+  if len(set(widths)) == 1 and all(name in changes for name in parts):
+    return {
+      joined: {
+        "a": jnp.concatenate([changes[name]["a"] for name in parts], axis=-1),
+        "b": jnp.stack([changes[name]["b"] for name in parts], axis=-3),
+      }
+    }
   firsts, seconds = [], []
   for i, name in enumerate(parts):
     if name in changes:

@@ -57,13 +57,29 @@ class Projection(nn.Dense):
   """A matrix product, and its low-rank change where the parameters hold factors (adapters.py)."""
 
   def __call__(self, x: jax.Array, gate: Gate = False) -> jax.Array:
-    y = super().__call__(x)
-    if gate is False or not self.has_variable("params", "a"):
+    if self.has_variable("params", "kernel_a"):  # adapters.fuse
+      y, change = jnp.split(x @ self.get_variable("params", "kernel_a"), [self.features], axis=-1)
+      if self.use_bias:
+        y = y + self.get_variable("params", "bias").reshape((1,) * (y.ndim - 1) + (-1,))
+    else:
+      y = super().__call__(x)
+      if gate is False or not self.has_variable("params", "a"):
+        return y
+      change = x @ self.get_variable("params", "a")
+    if gate is False:
       return y
-    change = x @ self.get_variable("params", "a")
     if gate is not True:
       change = change * gate.astype(change.dtype)
-    return y + change @ self.get_variable("params", "b")
+    return y + _second_factor(change, self.get_variable("params", "b"))
+
+
+def _second_factor(change: jax.Array, b: jax.Array) -> jax.Array:
+  """The change [.., r] times B [r, outputs], or times as many of them as parts are joined."""
+  if b.ndim == 2:
+    return change @ b
+  change = change.reshape(*change.shape[:-1], *b.shape[:2])
+  y = jnp.einsum("...pr,pro->...po", change, b)
+  return y.reshape(*y.shape[:-2], -1)
 
 
 def _dense(config: ModelConfig, features: int, bias: bool, dtype, name: str):

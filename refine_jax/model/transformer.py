@@ -9,6 +9,7 @@ Legend, used in names throughout the project:
   width, V vocabulary, L layers, N tokens in a flat list or a block.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -145,6 +146,8 @@ def hidden_states(
 
   if isinstance(params["layers"], list):
     layers, new_caches = list(params["layers"]), caches and list(caches)
+    if caches:
+      layer = _traced_once(layer)
     for i in range(len(layers)):
       late = i + backward_slack
       if late < len(layers):
@@ -173,6 +176,17 @@ def rotations(config: ModelConfig, positions_BT: jax.Array) -> Callable:
     return lambda window: rotation
   sliding = rope_lib.rotation(config.sliding_rope, config.head_dim, positions_BT)
   return lambda window: rotation if window is None else sliding
+
+
+def _traced_once(layer: Callable) -> Callable:
+  """The layer, whose Python runs once for each window and shape, not once for each layer.
+
+  XLA inlines the calls, so that the program is the same.
+  """
+  jitted = functools.cache(
+    lambda window: jax.jit(lambda x, layer_params, cache: layer(x, layer_params, cache, window))
+  )
+  return lambda x, layer_params, cache, window: jitted(window)(x, layer_params, cache)
 
 
 # The identity, whose gradients wait for one another. Without it XLA puts off to the end what gives

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
-from typing import Any
 
 import grain
 import jax
@@ -178,15 +176,6 @@ def save_hf(workdir: Path, step: int, params: dict, identity: dict) -> Path | No
   from refine_jax.hf.export_step import export_step
 
   return export_step(workdir, step, params, identity=identity)
-
-
-def enable_compilation_cache() -> None:
-  """Keeps compiled steps between runs, where the user has not chosen a place for them."""
-  settings: Any = jax.config
-  if not settings.jax_compilation_cache_dir and jax.default_backend() != "cpu":
-    home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    path = Path(home).expanduser() / "refine_jax" / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(path))
 
 
 def describe(

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from refine_jax import files, interrupt, sharding
+from refine_jax import compile_cache, files, interrupt, sharding
 from refine_jax.checkpoint.checkpointer import Checkpointer
 from refine_jax.config import Config
 from refine_jax.errors import UserError
@@ -38,7 +38,7 @@ def run(config: Config, workdir: str) -> int:
 
 
 def _run(config: Config, workdir: Path) -> int:
-  startup.enable_compilation_cache()
+  compile_cache.enable()
   mesh = sharding.make_mesh(config.mesh)
   source = read_source(config)
   sharding.check_fit(

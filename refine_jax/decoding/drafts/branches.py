@@ -32,14 +32,14 @@ class BranchDrafts(TailDrafts):
     return block - 1
 
   def extend(
-    self, window: Batch, reach: Reach, base_B: jax.Array, block: int, noise_token: int
+    self, window: Batch, reach: Reach, base_B: jax.Array, block: int, noise_B: jax.Array
   ) -> tuple[Batch, Reach]:
     rows, width = window.ids.shape
     branch, index = jnp.divmod(jnp.arange(self.extra_tokens(block)), block - 1)
     ends = base_B[:, None] + branch[None]  # the last token that the branch takes for right
     positions = window.positions[:, :1] + ends + 1 + index[None]
     first = width + branch * (block - 1)
-    noise = jnp.full(positions.shape, noise_token, window.ids.dtype)
+    noise = jnp.broadcast_to(noise_B[:, None], positions.shape)
 
     def both(own, added):
       return jnp.concatenate([own, added], axis=1)

@@ -68,7 +68,7 @@ class DraftKind(Protocol):
     ...
 
   def extend(
-    self, window: Batch, reach: Reach, base_B: jax.Array, block: int, noise_token: int
+    self, window: Batch, reach: Reach, base_B: jax.Array, block: int, noise_B: jax.Array
   ) -> tuple[Batch, Reach]:
     """Adds the extra tokens to a pass, and says who sees whom.
 
@@ -76,6 +76,7 @@ class DraftKind(Protocol):
       window: ids, positions and is_noise of the window [B, W].
       reach: who sees whom in it.
       base_B: int32, where in the window the last committed token stands.
+      noise_B: int32, the rows' noise tokens.
     """
     ...
 
@@ -108,12 +109,13 @@ class DraftKind(Protocol):
     ...
 
   def following(
-    self, predicted: jax.Array, accepted_B: jax.Array, length_B: jax.Array, noise_token: int
+    self, predicted: jax.Array, accepted_B: jax.Array, length_B: jax.Array, noise_B: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     """Decides what stands from position length on for the next pass.
 
     Args:
       predicted: int32 [B, n], this pass's predictions, the first `accepted` of them committed.
+      noise_B: int32, the rows' noise tokens.
 
     Returns:
       int32 [B, n]; and int32 [B], the position from which on a row holds noise tokens then.

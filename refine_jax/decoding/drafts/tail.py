@@ -31,7 +31,7 @@ class TailDrafts:
     return tokens, drafted_B
 
   def extend(
-    self, window: Batch, reach: Reach, base_B: jax.Array, block: int, noise_token: int
+    self, window: Batch, reach: Reach, base_B: jax.Array, block: int, noise_B: jax.Array
   ) -> tuple[Batch, Reach]:
     return window, reach
 
@@ -49,6 +49,6 @@ class TailDrafts:
     return sure
 
   def following(
-    self, predicted: jax.Array, accepted_B: jax.Array, length_B: jax.Array, noise_token: int
+    self, predicted: jax.Array, accepted_B: jax.Array, length_B: jax.Array, noise_B: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     return predicted, length_B + predicted.shape[1]

@@ -1,0 +1,302 @@
+"""Rows in slots: prompts enter by pieces, rows decode together, a slot that ends is refilled."""
+
+import collections
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+
+from refine_jax.decoding import state as state_lib
+from refine_jax.decoding.loading import Model
+from refine_jax.decoding.options import Options
+from refine_jax.decoding.requests import Answer, Request, Row
+from refine_jax.decoding.result import Pass
+from refine_jax.decoding.runner import Costs, Runner
+from refine_jax.decoding.settings import Settings, settings_for
+from refine_jax.errors import UserError
+from refine_jax.interrupt import held_back
+
+# Passes between two looks of the host: at texts that may hold a stop string, and at all others.
+_PASSES_BETWEEN_STOPS, _PASSES = 8, 32
+_DEFAULTS = Options()
+
+
+class Engine:
+  """Answers requests in a fixed number of slots, as many at a time.
+
+  All rows share the model, the mode, the draft kind and the block size, which make its programs;
+  every other option is a row's own. Three programs serve all: one puts pieces of prompts into the
+  caches, one runs passes, and one runs a pass that is traced. Caches have as many places as the
+  longest row needs, a power of two, and grow.
+
+  An interrupt (SIGINT) waits for the end of a step: then answers are whole, and the engine can go
+  on. One thread may use an engine at a time.
+  """
+
+  def __init__(
+    self,
+    model: Model,
+    slots: int = 8,
+    context: int | None = None,
+    options: Options = _DEFAULTS,
+    *,
+    eos_ids: int = 0,
+  ) -> None:
+    """Makes an engine; memory is taken when the first request enters.
+
+    Args:
+      slots: rows that decode at a time.
+      context: the most tokens of a row, prompt included; default: the model's.
+      options: whose mode, draft and block_size it has.
+      eos_ids: how many a row has at most, where that is more than eight.
+    """
+    self.model = model
+    self.slots = slots
+    self.context = min(context or model.config.max_length, model.config.max_length)
+    self._runner = Runner(model, slots, settings_for(model, options, slots, eos_ids))
+    self._waiting: collections.deque[Request] = collections.deque()
+    self._rows: list[Row | None] = [None] * slots
+    self._finished: list[Answer] = []
+    self._lengths = np.ones(slots, np.int32)
+    self._ended = np.zeros(slots, bool)  # rows that the device does not know to be done
+
+  @property
+  def settings(self) -> Settings:
+    """What its programs are made for."""
+    return self._runner.settings
+
+  @property
+  def costs(self) -> Costs:
+    """What it has spent so far."""
+    return dataclasses.replace(self._runner.costs)
+
+  @property
+  def busy(self) -> bool:
+    """Whether a request waits or is on its way."""
+    return bool(self._waiting or self._finished) or any(self._rows)
+
+  def submit(self, request: Request) -> None:
+    """Adds a request, which enters when a slot is free.
+
+    Raises:
+      UserError: as in `check`.
+    """
+    self.check(request)
+    self._waiting.append(request)
+
+  def check(self, request: Request) -> None:
+    """Raises UserError where a request needs what the engine or the device does not have.
+
+    That is other programs, more places than the context has, or more memory.
+    """
+    wanted = settings_for(self.model, request.options, self.slots, len(request.eos_ids))
+    places = self.settings.eos_places
+    if dataclasses.replace(wanted, eos_places=places) != self.settings:
+      raise UserError(
+        f"A request's mode, draft, block_size and noise make {wanted}, and the engine has"
+        f" {self.settings}."
+      )
+    if wanted.eos_places > places:
+      raise UserError(
+        f"A request has {len(request.eos_ids)} EOS ids, and the engine has room for {places};"
+        f" make it with eos_ids={len(request.eos_ids)}."
+      )
+    if len(request.prompt) >= self.context:
+      raise UserError(
+        f"A prompt has {len(request.prompt)} tokens, which leaves no room in the engine's"
+        f" context of {self.context}."
+      )
+    self._runner.check_memory(self._places(request))
+
+  def warm_up(self, tokens: int = 0) -> Costs:
+    """Compiles the programs for rows of up to so many tokens, before there are requests.
+
+    Returns:
+      what that took.
+    """
+    before = self.costs
+    self._runner.grow(tokens + self.settings.reach)
+    self._runner.prepare()
+    return self.costs.since(before)
+
+  def step(self, passes: int | None = None) -> list[Answer]:
+    """Lets waiting requests enter, runs some passes, and returns the answers that ended.
+
+    Args:
+      passes: at most; fewer where a slot becomes free that a request waits for. Default: 32, and 8
+        where the host has to look for stop strings.
+    """
+    self.prepare()
+    with held_back():
+      self._admit()
+      self._enter_some()
+      if self._decoding():
+        traced = any(row and row.request.options.trace for row in self._rows)
+        self._finished += self._traced(passes or 1) if traced else self._decode(passes)
+    # What ended in a step that was interrupted comes with the next one.
+    finished, self._finished = self._finished, []
+    return finished
+
+  def prepare(self) -> None:
+    """Grows the caches and compiles what the next step needs; an interrupt here loses nothing."""
+    free = self._rows.count(None)
+    coming = [self._waiting[i] for i in range(min(free, len(self._waiting)))]
+    if coming:
+      self._runner.grow(max(map(self._places, coming)))
+    requests = [row.request for row in self._rows if row] + coming
+    if requests:
+      self._runner.prepare(
+        traced=any(request.options.trace for request in requests),
+        samples=any(request.options.temperature > 0 for request in requests),
+      )
+
+  def entered(self, requests: Iterable[Request]) -> Runner:
+    """Puts requests into free slots, runs no pass, and returns the runner: for measurements."""
+    for request in requests:
+      self.submit(request)
+    self.prepare()
+    self._admit()
+    while entering := self._entering():
+      self._enter(entering[: self._runner.pieces])
+    return self._runner
+
+  def progress(self) -> dict[Request, Answer]:
+    """The requests that have a slot, and what there is of their answers."""
+    with held_back():
+      decoding = self._decoding()
+      tokens, accepted = self._runner.fetch() if decoding else (None, None)
+      found = {}
+      for slot, row in enumerate(self._rows):
+        if row is None:
+          continue
+        if tokens is not None and accepted is not None and slot in decoding:
+          row.see(self._new_tokens(tokens, slot), False)
+          found[row.request] = row.answer(False, accepted[slot].tolist())
+        else:
+          found[row.request] = row.answer(False, [0] * self.settings.most)
+      return found
+
+  def certain_text(self, request: Request) -> str:
+    """What no further token can change of the text of a request that has a slot."""
+    return next((r.certain_text for r in self._rows if r and r.request is request), "")
+
+  def cancel(self, request: Request) -> None:
+    """Ends a request without an answer; its slot is free for the next one."""
+    with held_back():
+      if request in self._waiting:
+        self._waiting.remove(request)
+      for slot, row in enumerate(self._rows):
+        if row is not None and row.request is request:
+          self._rows[slot], self._ended[slot] = None, True
+
+  def _admit(self) -> None:
+    for slot, row in enumerate(self._rows):
+      if row is None and self._waiting:
+        self._rows[slot] = Row(self.model, self._waiting.popleft(), self.context)
+
+  def _enter_some(self) -> None:
+    """Enters pieces of prompts: until most rows decode, or once beside those that do."""
+    while entering := self._entering():
+      self._enter(entering[: self._runner.pieces])
+      if len(self._decoding()) >= len(self._entering()):
+        break
+
+  def _enter(self, slots: list[int]) -> None:
+    size = self._runner.piece
+    pieces = state_lib.empty_pieces(self.settings, self.slots, self._runner.pieces, size)
+    ahead = self.settings.drafts_of_prompt
+    for i, slot in enumerate(slots):
+      row = self._row(slot)
+      prompt, start = row.request.prompt, row.entered
+      # The last piece has room for the drafts that it makes.
+      left = len(prompt) - start
+      last = left + max(ahead - 1, 0) <= size
+      count = left if last else min(size, left - 1)
+      for column, value in (
+        (pieces.slot, slot),
+        (pieces.start, start),
+        (pieces.count, count),
+        (pieces.last, last),
+        (pieces.limit, row.limit),
+        *zip(pieces.choices, row.request.choices(self.settings.eos_places), strict=True),
+      ):
+        column[i] = value
+      pieces.ids[i, :count] = prompt[start : start + count]
+      row.entered += count
+      self._ended[slot] = False
+      self._lengths[slot] = len(prompt)
+    self._runner.enter(pieces)
+
+  def _decode(self, passes: int | None) -> list[Answer]:
+    if passes is None:
+      watched = any(row and row.request.watched for row in self._rows)
+      passes = _PASSES_BETWEEN_STOPS if watched else _PASSES
+    least = 1
+    if self._entering():
+      passes = 1  # beside the next piece
+    elif self._waiting:
+      # As many rows as a pass over pieces takes, but never many slots at rest.
+      enough = min(self._runner.pieces, self.slots // 8, len(self._waiting))
+      least = max(len(self._decoding()) - max(enough, 1) + 1, 1)
+    return self._collect(self._runner.decode(self._ended, passes, least))
+
+  def _traced(self, passes: int) -> list[Answer]:
+    finished = []
+    while passes and not finished and self._decoding():
+      before = self._lengths.copy()
+      report, seen = self._runner.traced_pass(self._ended)
+      for slot in self._decoding():
+        row, start = self._row(slot), int(before[slot])
+        if row.trace is not None:
+          room = row.limit - start
+          row.trace.append(
+            Pass(
+              start - len(row.request.prompt),
+              seen.predicted[slot, :room].tolist(),
+              seen.probability[slot, :room].tolist(),
+              int(seen.count[slot]),
+            )
+          )
+      finished = self._collect(report)
+      passes -= 1
+    return finished
+
+  def _collect(self, report: np.ndarray) -> list[Answer]:
+    """Looks at the rows after passes, and frees the slots of those that ended."""
+    self._ended[:] = False
+    lengths, passes, done = report
+    decoding = self._decoding()
+    self._lengths[decoding] = lengths[decoding]
+    for slot in decoding:
+      self._row(slot).passes = int(passes[slot])
+    seen = [slot for slot in decoding if done[slot] or self._row(slot).request.watched]
+    if not seen:
+      return []
+    tokens, accepted = self._runner.fetch()
+    finished = []
+    for slot in seen:
+      row, ended = self._row(slot), bool(done[slot])
+      if row.see(self._new_tokens(tokens, slot), ended) or ended:
+        finished.append(row.answer(True, accepted[slot].tolist()))
+        self._rows[slot], self._ended[slot] = None, not ended
+    return finished
+
+  def _decoding(self) -> list[int]:
+    return [slot for slot, row in enumerate(self._rows) if row and row.decodes]
+
+  def _entering(self) -> list[int]:
+    return [slot for slot, row in enumerate(self._rows) if row and not row.decodes]
+
+  def _row(self, slot: int) -> Row:
+    row = self._rows[slot]
+    assert row is not None
+    return row
+
+  def _new_tokens(self, tokens: np.ndarray, slot: int) -> list[int]:
+    return tokens[slot, len(self._row(slot).request.prompt) : self._lengths[slot]].tolist()
+
+  def _places(self, request: Request) -> int:
+    """Places of the cache that a request needs: what its last passes, or its last piece, write."""
+    count = len(request.prompt)
+    limit = min(count + min(int(request.options.max_new_tokens), self.context), self.context)
+    return max(limit + self.settings.reach, count + self._runner.piece)

@@ -1,0 +1,200 @@
+"""The device's side of an engine: its rows, their growth, and the programs that run over them."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from refine_jax.decoding import device_memory, programs, sampler
+from refine_jax.decoding import state as state_lib
+from refine_jax.decoding.loading import Model
+from refine_jax.decoding.settings import Settings
+from refine_jax.decoding.state import Pieces, State
+from refine_jax.interrupt import held_back
+
+# Tokens of a piece of a prompt, and pieces of a pass over them.
+_PIECE, _PIECES = 128, 4
+# Places of the smallest cache. The kernel reads none that is empty, the other engine reads all.
+_LEAST_PLACES = {"kernel": 4096, "xla": 512}
+
+
+@dataclasses.dataclass
+class Costs:
+  """What an engine has spent.
+
+  Attributes:
+    prefill_seconds, decode_seconds: wall clock of programs, without compilation.
+    compile_seconds, programs: of programs that were not there.
+  """
+
+  prefill_seconds: float = 0.0
+  decode_seconds: float = 0.0
+  compile_seconds: float = 0.0
+  programs: int = 0
+
+  def since(self, before: "Costs") -> "Costs":
+    pairs = zip(dataclasses.astuple(self), dataclasses.astuple(before), strict=True)
+    return Costs(*(now - then for now, then in pairs))
+
+
+class Runner:
+  """Rows on a device, and the programs that put prompts into them and run passes.
+
+  Attributes:
+    settings: what the programs are made for.
+    slots: rows.
+    pieces, piece: how many pieces of prompts a pass takes, and how many tokens each.
+    state: State; None before the first row.
+    costs: what was spent.
+  """
+
+  def __init__(self, model: Model, slots: int, settings: Settings) -> None:
+    self.config, self.slots, self.settings = model.config, slots, settings
+    self.params = model.decoding_params if settings.adapted else model.base_decoding_params
+    self.pieces = min(_PIECES, slots)
+    self.piece = max(_PIECE, programs.bucket(settings.drafts_of_prompt + 1, 1))
+    self.state: State | None = None
+    self.costs = Costs()
+    leaf = jax.tree.leaves(self.params["layers"][0])[0]
+    self._dtype, self._sharding = leaf.dtype, leaf.sharding
+    if isinstance(leaf.sharding, NamedSharding):
+      self._sharding = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    self._programs: dict[Any, Callable] = {}
+    self._sampling = "any"
+
+  @property
+  def size(self) -> int:
+    """Places of each row's cache."""
+    return 0 if self.state is None else self.state.tokens.shape[1]
+
+  def enter(self, pieces: Pieces) -> None:
+    """Runs state.enter."""
+    arguments = (self.params, self.state, pieces)
+    self.state, seconds = programs.timed(self._program("enter"), *arguments)
+    self.costs.prefill_seconds += seconds
+
+  def decode(self, ended: np.ndarray, passes: int, least_active: int) -> np.ndarray:
+    """Runs sampler.decode; returns its report, int32 [3, B]."""
+    more = (ended, np.int32(passes), np.int32(least_active))
+    start = time.perf_counter()
+    self.state, report = self._program("decode")(self.params, self.state, *more)
+    report = np.asarray(report)
+    self.costs.decode_seconds += time.perf_counter() - start
+    return report
+
+  def traced_pass(self, ended: np.ndarray) -> tuple[np.ndarray, sampler.Seen]:
+    """Runs sampler.traced_pass; returns its report and what it saw, on the host."""
+    start = time.perf_counter()
+    self.state, *seen = self._program("traced")(self.params, self.state, ended)
+    report, seen = jax.device_get(seen)
+    self.costs.decode_seconds += time.perf_counter() - start
+    return report, seen
+
+  def fetch(self) -> tuple[np.ndarray, np.ndarray]:
+    """The rows' tokens [B, S] and accepted counts [B, most], on the host."""
+    assert self.state is not None
+    return jax.device_get((self.state.tokens, self.state.accepted))
+
+  # Memory.
+
+  def check_memory(self, places: int) -> None:
+    """Raises UserError where the device has no room for rows of so many tokens."""
+    size = self._size_for(places)
+    if size > self.size:
+      device_memory.require(
+        self._bytes(size) - self._bytes(self.size),
+        self._device,
+        f"The caches of {self.slots} rows of {size} tokens",
+        "decode fewer rows at a time (batch_size, slots), or fewer tokens (max_new_tokens)",
+      )
+
+  def grow(self, places: int) -> None:
+    """Gives every row at least so many places."""
+    size = self._size_for(places)
+    if size <= self.size:
+      return
+    self._programs.clear()
+    if self.state is None:
+      more = {"rows": self.slots, "size": size, "dtype": self._dtype}
+      make = functools.partial(state_lib.empty, self.config, self.settings, **more)
+      self.state = self._once(make)()
+      return
+    tokens = (self.state.tokens, self.state.choices.noise_token)
+    grow_tokens = self._once(functools.partial(state_lib.grow_tokens, size=size), *tokens)
+    caches = list(self.state.caches)
+    grow_cache = self._once(functools.partial(state_lib.grow_cache, size=size), caches[0])
+    with held_back():
+      # A layer at a time, so that both sizes of all layers are never there together.
+      for i in range(len(caches)):
+        self.state.caches[i] = caches[i] = grow_cache(caches[i])
+      self.state = self.state._replace(tokens=grow_tokens(*tokens), caches=caches)
+
+  def _size_for(self, places: int) -> int:
+    least = _LEAST_PLACES[self.settings.engine]
+    # Fewer where many would take much of the memory.
+    while least > 512 and self._bytes(least) > device_memory.total(self._device) // 8:
+      least //= 2
+    return programs.bucket(places, least)
+
+  def _bytes(self, size: int) -> int:
+    return state_lib.cache_bytes(self.config, self.slots, size, self._dtype)
+
+  @property
+  def _device(self) -> jax.Device:
+    return min(self._sharding.device_set, key=lambda device: device.id)
+
+  # Programs.
+
+  def prepare(self, *, traced: bool = False, samples: bool = False) -> None:
+    """Makes the programs that are not there for the calls that follow.
+
+    Args:
+      traced: whether `traced_pass` is to be called, and not `decode`.
+      samples: whether a row has a temperature.
+    """
+    if jax.default_backend() == "gpu":
+      self._sampling = "sampled" if samples else "greedy"
+    key = programs.context()
+    names = ("enter", "traced" if traced else "decode")
+    missing = [name for name in names if (name, self._sampling, key) not in self._programs]
+    if missing:
+      made, new, seconds = programs.compiled(*map(self._job, missing))
+      for name, program in zip(missing, made, strict=True):
+        self._programs[name, self._sampling, key] = program
+      self.costs.programs += new
+      self.costs.compile_seconds += seconds
+
+  def _program(self, name: str) -> Callable:
+    return self._programs[name, self._sampling, programs.context()]
+
+  def _job(self, name: str) -> programs.Job:
+    one, ended = np.int32(1), np.zeros(self.slots, bool)
+    pieces = state_lib.empty_pieces(self.settings, self.slots, self.pieces, self.piece)
+    passes = self.slots * self.settings.tokens
+    function, more, tokens = {
+      "enter": (state_lib.enter, (pieces,), self.pieces * self.piece),
+      "decode": (sampler.decode, (ended, one, one), passes),
+      "traced": (sampler.traced_pass, (ended,), passes),
+    }[name]
+    # Prompts' drafts are greedy, so all have one program for them.
+    sampling = "any" if name == "enter" else self._sampling
+    settings = dataclasses.replace(self.settings, sampling=sampling)
+    return programs.Job(
+      programs.jitted(function, self.config, settings, self._sharding),
+      (self.params, self.state, *more),
+      programs.compiler_options(tokens),
+      f"{name} for {self.slots} rows of {self.size} tokens",
+    )
+
+  def _once(self, function: Callable, *arguments: Any) -> Callable:
+    """A program for one use, counted."""
+    start = time.perf_counter()
+    program = jax.jit(function, out_shardings=self._sharding).lower(*arguments).compile()
+    self.costs.compile_seconds += time.perf_counter() - start
+    self.costs.programs += 1
+    return program
