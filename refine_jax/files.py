@@ -2,12 +2,10 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -228,45 +226,3 @@ def _remove(path: Path):
     shutil.rmtree(path, ignore_errors=True)
   else:
     path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def lock(path: Path, what: str) -> Iterator[None]:
-  """Holds the lock file `path` during the block; a process that dies lets go of it.
-
-  Args:
-    what: what it stands for, for the message.
-
-  Raises:
-    UserError: another process holds it, which is named; it cannot be written.
-  """
-  with write_errors(path):
-    descriptor = _locked(path, what)
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-  try:
-    yield
-  finally:
-    path.unlink(missing_ok=True)
-    os.close(descriptor)
-
-
-def _locked(path: Path, what: str) -> int:
-  while True:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
-      os.close(descriptor)
-      raise UserError(f"{what} is in use by {holder}; wait for it, or choose another.") from None
-    except OSError as error:
-      os.close(descriptor)
-      if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-        raise
-      # A file system without locks: nothing tells two processes apart there.
-      return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    # The one before may have removed the file between our opening and our locking it.
-    if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
-      return descriptor
-    os.close(descriptor)

@@ -20,6 +20,7 @@ MAY_IMPORT = {
   "records": {"files"},
   "cli": {"errors", "files"},
   "interrupt": set(),
+  "lock": {"errors", "files"},
   "config": _LEAVES,
   "sharding": _LEAVES | {"batch", "config"},
   "text": _LEAVES,
@@ -42,6 +43,7 @@ MAY_IMPORT = {
     "evaluation",
     "hf",
     "interrupt",
+    "lock",
   }
   | {"model", "objective", "sharding", "text"},
 }

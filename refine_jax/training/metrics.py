@@ -11,7 +11,7 @@ from typing import Self, SupportsFloat
 import jax
 from tqdm import tqdm
 
-from refine_jax import files
+from refine_jax import files, lock
 from refine_jax.config import LogConfig, NoiseConfig, ObjectiveConfig
 from refine_jax.errors import UserError
 from refine_jax.objective import block_metrics
@@ -195,10 +195,16 @@ class Writers:
 
   @contextlib.contextmanager
   def keeping_failures(self, place: Path) -> Iterator[None]:
-    """Keeps an error in writing `place`, or a UserError, as `failure`; the first one stays."""
+    """Keeps an error in writing `place`, or a UserError, as `failure`; the first one stays.
+
+    Raises:
+      lock.InUseError: the workdir is another run's, and not even a checkpoint may be saved there.
+    """
     try:
       with files.write_errors(place):
         yield
+    except lock.InUseError:
+      raise
     except UserError as error:
       self.failure = self.failure or error
 

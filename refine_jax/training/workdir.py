@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from refine_jax import files
+from refine_jax import files, lock
 from refine_jax.checkpoint.directory import check_writable_name, checkpoint_directory, steps
 from refine_jax.config import Config
 from refine_jax.errors import UserError
@@ -54,8 +54,10 @@ def check_workdir(workdir: Path, config: Config) -> None:
 
 
 @contextlib.contextmanager
-def hold(workdir: Path) -> Iterator[None]:
+def hold(workdir: Path) -> Iterator[lock.Lock | None]:
   """Makes the workdir and keeps other processes out of it during the block.
+
+  Gives the lock, None in processes that do not hold it.
 
   Of a job of several processes the first one holds it. A workdir that is still empty at the end,
   after a start that failed, is removed.
@@ -64,18 +66,35 @@ def hold(workdir: Path) -> Iterator[None]:
     UserError: it cannot be made, or another process holds it, which is named.
   """
   if jax.process_index() != 0:
-    yield
+    yield None
     return
   made = [p for p in (workdir, *workdir.parents) if not p.exists()]
   try:
     with files.write_errors(workdir):
       workdir.mkdir(parents=True, exist_ok=True)
-    with files.lock(workdir / _LOCK, f"--workdir={workdir}"):
-      yield
+    with lock.lock(workdir / _LOCK, f"--workdir={workdir}") as held:
+      yield held
   finally:
     with contextlib.suppress(OSError):  # not empty, or not made
       for path in made:
         path.rmdir()
+
+
+def check_held(workdir: Path, held: lock.Lock | None) -> None:
+  """Looks whether the workdir is still there, and makes it anew where it is not.
+
+  Args:
+    held: what `hold` gave.
+
+  Raises:
+    UserError: it was removed, moved or replaced.
+    lock.InUseError: and another process holds what is there now.
+  """
+  if held is not None and not held.keep():
+    raise UserError(
+      f"--workdir={workdir} was removed or moved while the run went on, and was made anew for a"
+      " last checkpoint."
+    )
 
 
 def read_config(workdir: Path) -> dict | None:
