@@ -194,6 +194,17 @@ def test_a_data_position_that_is_not_the_steps_is_set_aside(used, configure):
   assert checkpointer.steps(used / "checkpoints") == [2, 3]
 
 
+def test_a_run_writes_to_folders_that_were_made_or_linked_for_it(tmp_path, configure):
+  workdir = tmp_path / "run"
+  for folder in (workdir / "log", tmp_path / "large"):
+    folder.mkdir(parents=True)
+  (workdir / "checkpoints").symlink_to(tmp_path / "large")
+  assert train.run(configure(checkpoint__save_hf=False), str(workdir)) == 0
+  assert checkpointer.steps(tmp_path / "large") == [2, 3]
+  (workdir / "config.json").unlink()
+  assert train.run(configure(checkpoint__save_hf=False), str(workdir)) == 0
+
+
 def test_a_directory_that_is_not_a_runs_is_refused_and_left_alone(place, tmp_path, configure):
   home = tmp_path / "home"
   (home / ".ssh").mkdir(parents=True)

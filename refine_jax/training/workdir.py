@@ -21,6 +21,7 @@ _LOCK = ".lock"
 # What a directory may hold and still be new: the lock, what a killed start left, and logs, because
 # a batch system writes its own before the run starts.
 _NEW = re.compile(r"\.lock|\..*\.\d+\.new|\.gitkeep|\.DS_Store|.*\.(log|out|err)")
+_FOLDERS = {"checkpoints", "log", "profile", "tensorboard"}
 _SECTIONS = {"data", "model", "objective", "noise", "optim"}
 
 
@@ -38,7 +39,9 @@ def check_workdir(workdir: Path, config: Config) -> None:
   if not workdir.is_dir():
     return
   with files.write_errors(workdir):
-    strange = sorted(p.name for p in workdir.iterdir() if not _NEW.fullmatch(p.name))
+    strange = sorted(
+      p.name for p in workdir.iterdir() if not (_NEW.fullmatch(p.name) or _is_made_ready(p))
+    )
   if strange and not steps(directory) and read_config(workdir) is None:
     shown = ", ".join(strange[:3]) + (", .." if len(strange) > 3 else "")
     raise UserError(
@@ -51,6 +54,11 @@ def check_workdir(workdir: Path, config: Config) -> None:
       f"{workdir} holds checkpoints and config.checkpoint.resume_mode is 'disable';"
       " choose another --workdir, or resume_mode='auto' to go on from them."
     )
+
+
+def _is_made_ready(path: Path) -> bool:
+  """Whether it is an empty directory of a run's, or a link to one: another disk for checkpoints."""
+  return path.name in _FOLDERS and path.is_dir() and not any(path.iterdir())
 
 
 @contextlib.contextmanager
