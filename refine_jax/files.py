@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from refine_jax.errors import UserError
+from refine_jax.quoting import reason
 
 # Also what pathlib makes of "gs://bucket": "gs:/bucket".
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
@@ -95,20 +96,8 @@ def write_errors(path: Path, *, what: str = "", advice: str = "") -> Iterator[No
   except Exception as error:
     if not isinstance(error, OSError) and not _OS_ERROR.search(str(error)):
       raise
-    message = f"{what or path} could not be written ({reason_of(error)}); {free_space(path)}."
+    message = f"{what or path} could not be written ({reason(error)}); {free_space(path)}."
     raise UserError(f"{message} {advice}") from error
-
-
-def reason_of(error: Exception) -> str:
-  """The first line of what a library said, without TensorStore's specification."""
-  if isinstance(error, OSError) and error.strerror:
-    # Where it is another file than the one that is being written, its name is the news.
-    return error.strerror + (f": {error.filename}" if error.filename else "")
-  line = f"{type(error).__name__}: {error}".splitlines()[0]
-  for tail in (" [tensorstore_spec", " See full TensorStore details"):
-    line = line.split(tail)[0]
-  # TensorStore puts the cause last, after each layer that it went through.
-  return line if len(line) <= 300 else f"{line[:100]} ... {line[-180:]}"
 
 
 def free_space(path: Path) -> str:

@@ -11,12 +11,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "refine_jax"
 
 # A folder (or a module next to them) -> the folders that it may import from, itself included.
-_LEAVES = {"errors", "tree", "files", "records"}
+_LEAVES = {"errors", "tree", "files", "records", "quoting"}
 MAY_IMPORT = {
   "errors": set(),
   "batch": set(),
   "tree": set(),
-  "files": {"errors"},
+  "quoting": set(),
+  "files": {"errors", "quoting"},
   "records": {"files"},
   "cli": {"errors", "files"},
   "interrupt": set(),

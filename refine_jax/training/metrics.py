@@ -19,6 +19,7 @@ from refine_jax.objective import noise as noise_lib
 from refine_jax.objective import plan as plan_lib
 from refine_jax.objective.draft_gradients import DRAFT
 from refine_jax.objective.plan import CLEAN, Plan
+from refine_jax.quoting import reason
 from refine_jax.training import sinks
 
 # On the console, in this order; the rest goes to the files.
@@ -217,7 +218,7 @@ class Writers:
       sys.stdout.flush()
     except OSError as error:  # a file on a full disk, a pipe whose reader is gone
       self._mute = True
-      error = UserError(f"The output could not be written ({files.reason_of(error)}).")
+      error = UserError(f"The output could not be written ({reason(error)}).")
       self.failure = self.failure or error
 
   def write(self, step: int, metrics: dict, *, line: bool = True) -> None:

@@ -15,6 +15,7 @@ from refine_jax.config import Config
 from refine_jax.errors import UserError
 from refine_jax.hf import model_files
 from refine_jax.objective import noise
+from refine_jax.quoting import reason, some
 from refine_jax.training.source import Source
 
 _LOCK = ".lock"
@@ -43,10 +44,9 @@ def check_workdir(workdir: Path, config: Config) -> None:
       p.name for p in workdir.iterdir() if not (_NEW.fullmatch(p.name) or _is_made_ready(p))
     )
   if strange and not steps(directory) and read_config(workdir) is None:
-    shown = ", ".join(strange[:3]) + (", .." if len(strange) > 3 else "")
     raise UserError(
-      f"--workdir={workdir} is not of a run and holds {shown}; name a directory of its own for"
-      " each run, which is made where it is missing."
+      f"--workdir={workdir} is not of a run and holds {some(strange)}; name a directory of its own"
+      " for each run, which is made where it is missing."
     )
   used = directory.is_dir() and any(directory.iterdir())
   if used and config.checkpoint.resume_mode == "disable":
@@ -117,7 +117,9 @@ def read_config(workdir: Path) -> dict | None:
   except FileNotFoundError:
     return None
   except (OSError, ValueError) as error:
-    raise UserError(f"{path} cannot be read ({error}); mend it or move it elsewhere.") from None
+    raise UserError(
+      f"{path} cannot be read ({reason(error)}); mend it or move it elsewhere."
+    ) from None
   return config if isinstance(config, dict) and config.keys() >= _SECTIONS else None
 
 
