@@ -11,15 +11,17 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "refine_jax"
 
 # A folder (or a module next to them) -> the folders that it may import from, itself included.
-_LEAVES = {"errors", "tree", "files", "records"}
+_LEAVES = {"errors", "tree", "files", "records", "quoting"}
 MAY_IMPORT = {
   "errors": set(),
   "batch": set(),
   "tree": set(),
-  "files": {"errors"},
+  "quoting": set(),
+  "files": {"errors", "quoting"},
   "records": {"files"},
   "cli": {"errors", "files"},
   "interrupt": set(),
+  "lock": {"errors", "files"},
   "config": _LEAVES,
   "sharding": _LEAVES | {"batch", "config"},
   "text": _LEAVES,
@@ -42,6 +44,7 @@ MAY_IMPORT = {
     "evaluation",
     "hf",
     "interrupt",
+    "lock",
   }
   | {"model", "objective", "sharding", "text"},
 }
