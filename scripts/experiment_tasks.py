@@ -29,8 +29,8 @@ _MODES = {
   # On the base that ar_sft of the same seed gives; `ar` is that base's own text.
   "gated": ("ar,exact:branches", None),
 }
-# What tells from the others where results are read.
-_RESULT_NAMES = {"blocks": "best"}
+# What older files of results call a recipe.
+_OLDER_NAMES = {"best": "blocks", "document": "uniform"}
 # What is averaged over the seeds -> its name in an evaluation.
 _NUMBERS = {
   name: name for name in ("solved", "tokens_per_pass", "seconds_per_problem", "not_stopped")
@@ -89,7 +89,7 @@ def _on_base(arguments, seed: str) -> list[str]:
 
 
 def wall_clock(arguments) -> dict:
-  """Seconds a problem, one at a time in bfloat16, of the first seed's best: ar next to exact."""
+  """Seconds a problem, one at a time in bfloat16, of the first seed's blocks: ar next to exact."""
   workdir = Path(arguments.runs) / f"blocks-{arguments.seeds.split(',')[0]}"
   output = workdir / "one_at_a_time"
   if not (output / "results.json").exists():
@@ -132,11 +132,11 @@ def summarise(results: dict, block_size: int) -> dict:
   """recipe -> mode -> means over the seeds, with the seeds' own values.
 
   The first setting of a mode with blocks of block_size stands under the mode's name ("exact"), the
-  others under their own ("exact_tail", "exact_branches@8"); recipe "blocks" stands under "best".
+  others under their own ("exact_tail", "exact_branches@8").
   """
   summary: dict = {}
   for recipe, by_seed in results.items():
-    entries = summary.setdefault(_RESULT_NAMES.get(recipe, recipe), {})
+    entries = summary.setdefault(recipe, {})
     for i, setting in enumerate(next(iter(by_seed.values()))):
       mode, block = setting["mode"], setting["block_size"]
       name, others = mode.split(":")[0], block not in (1, block_size)
@@ -151,6 +151,19 @@ def summarise(results: dict, block_size: int) -> dict:
         entry.setdefault("seeds", {})[number] = dict(zip(by_seed, values, strict=True))
       entries[name] = entry
   return summary
+
+
+def read_summary(path: Path) -> dict:
+  """A summary that an earlier call wrote, its recipes under their names of today.
+
+  Raises:
+    UserError: no such file, or it is no summary.
+  """
+  try:
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    return {_OLDER_NAMES.get(recipe, recipe): dict(modes) for recipe, modes in summary.items()}
+  except (OSError, ValueError, AttributeError, TypeError) as error:
+    raise UserError(f"{path} is no file of results to be drawn: {error}") from error
 
 
 def plot(summary: dict, path: Path) -> bool:
@@ -184,7 +197,7 @@ def table(summary: dict) -> str:
 @entry_point
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--runs", required=True, help="a directory for all runs")
+  parser.add_argument("--runs", default="runs/experiment", help="a directory for all runs")
   parser.add_argument("--output", required=True, help="JSON; replaced by each call")
   parser.add_argument("--config", default="configs/smollm2_tasks.py")
   parser.add_argument("--test", default="data/tasks/test.parquet")
@@ -197,13 +210,23 @@ def main():
   parser.add_argument("--max_new_tokens", type=int, default=256)
   parser.add_argument("--batch_size", type=int, default=128)
   parser.add_argument("--timed", type=int, default=100, help="problems for wall-clock; 0: none")
+  parser.add_argument(
+    "--redraw",
+    action="store_true",
+    help="run nothing: table and plot of what --output holds, recipes by their names of today",
+  )
   arguments, extra = parser.parse_known_args()
-  summary = summarise(run_all(arguments, extra), arguments.block_size)
   output = files.local_path(arguments.output, "--output")
+  if arguments.redraw:
+    if extra:
+      parser.error(f"--redraw trains nothing that {' '.join(extra)} could go to")
+    summary = read_summary(output)
+  else:
+    summary = summarise(run_all(arguments, extra), arguments.block_size)
   files.write_json(output, summary)
   plot(summary, output.with_suffix(".png"))
   print(table(summary))
-  if "blocks" in arguments.recipes.split(",") and arguments.timed:
+  if "blocks" in arguments.recipes.split(",") and arguments.timed and not arguments.redraw:
     timed = wall_clock(arguments)
     files.write_json(output.with_name("one_at_a_time.json"), timed)
     print(f"one at a time: exact answers {timed['speedup']:.2f} times as fast as ar")
