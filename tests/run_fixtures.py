@@ -8,6 +8,7 @@ import os
 import runpy
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -82,7 +83,7 @@ def train(place, workdir, *extra, check=True) -> Ended:
   workdir_flag = flags.DEFINE_string("workdir", None, "", flag_values=flag_values)
   distributed = flags.DEFINE_bool("distributed", False, "", flag_values=flag_values)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(flags, "FLAGS", flag_values)
+    patch.setattr(main_lib, "flags", types.SimpleNamespace(FLAGS=flag_values))
     patch.setattr(main_lib, "_WORKDIR", workdir_flag)
     patch.setattr(main_lib, "_DISTRIBUTED", distributed)
     one = () if any("mesh.data" in a for a in extra) else ("--config.mesh.data=1",)
