@@ -33,8 +33,8 @@ _MODES = {
   # On the base that ar_sft of the same seed gives; `ar` is that base's own text.
   "gated": ("ar,exact:branches", None),
 }
-# What tells from the others where results are read.
-_RESULT_NAMES = {"blocks": "best"}
+# What older files of results call a recipe.
+_OLDER_NAMES = {"best": "blocks", "document": "uniform"}
 # What is averaged over the seeds -> its name in an evaluation.
 _NUMBERS = {
   name: name for name in ("solved", "tokens_per_pass", "seconds_per_problem", "not_stopped")
@@ -147,11 +147,11 @@ def summarise(results: dict, block_size: int) -> dict:
   """recipe -> mode -> means over the seeds, with the seeds' own values.
 
   The first setting of a mode with blocks of block_size stands under the mode's name ("exact"), the
-  others under their own ("exact_tail", "exact_branches@8"); recipe "blocks" stands under "best".
+  others under their own ("exact_tail", "exact_branches@8").
   """
   summary: dict = {}
   for recipe, by_seed in results.items():
-    entries = summary.setdefault(_RESULT_NAMES.get(recipe, recipe), {})
+    entries = summary.setdefault(recipe, {})
     for i, setting in enumerate(next(iter(by_seed.values()))):
       mode, block = setting["mode"], setting["block_size"]
       name, others = mode.split(":")[0], block not in (1, block_size)
@@ -166,6 +166,19 @@ def summarise(results: dict, block_size: int) -> dict:
         entry.setdefault("seeds", {})[number] = dict(zip(by_seed, values, strict=True))
       entries[name] = entry
   return summary
+
+
+def read_summary(path: Path) -> dict:
+  """A summary that an earlier call wrote, its recipes under their names of today.
+
+  Raises:
+    UserError: no such file, or it is no summary.
+  """
+  try:
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    return {_OLDER_NAMES.get(recipe, recipe): dict(modes) for recipe, modes in summary.items()}
+  except (OSError, ValueError, AttributeError, TypeError) as error:
+    raise UserError(f"{path} is no file of results to be drawn: {error}") from error
 
 
 def plot(summary: dict, path: Path) -> bool:
@@ -204,7 +217,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
   """
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   add = parser.add_argument
-  add("--runs", required=True, help="a directory for all runs")
+  add("--runs", default="runs/experiment", help="a directory for all runs")
   add("--output", required=True, help="JSON; replaced by each call")
   add("--config", default="configs/smollm2_tasks.py")
   add("--test", default="data/tasks/test.parquet")
@@ -227,11 +240,20 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     default=100,
     help="problems answered one at a time for wall-clock; 0: none",
   )
+  add(
+    "--redraw",
+    action="store_true",
+    help="run nothing: table and plot of what --output holds, recipes by their names of today",
+  )
   arguments, extra = parser.parse_known_args()
+  if arguments.redraw and extra:
+    parser.error(f"--redraw trains nothing that {' '.join(extra)} could go to")
   arguments.runs = files.local_path(arguments.runs, "--runs")
   arguments.output = files.local_path(arguments.output, "--output")
   arguments.recipes = [recipes.canonical(name) for name in arguments.recipes.split(",")]
   arguments.seeds = [whole_number("--seeds", 0)(seed) for seed in arguments.seeds.split(",")]
+  if arguments.redraw:
+    return arguments, extra
   for recipe in arguments.recipes:
     evaluate.settings(_MODES[recipe][0], arguments.block_sizes)
   hf_export.check_dtype(arguments.dtype)
@@ -243,14 +265,17 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 @entry_point
 def main():
   arguments, extra = parse()
-  summary = summarise(run_all(arguments, extra), arguments.block_size)
+  if arguments.redraw:
+    summary = read_summary(arguments.output)
+  else:
+    summary = summarise(run_all(arguments, extra), arguments.block_size)
   files.write_json(arguments.output, summary)
   plot(summary, arguments.output.with_suffix(".png"))
   print(table(summary))
   timed = {
-    _RESULT_NAMES.get(recipe, recipe): wall_clock(arguments, recipe)
+    recipe: wall_clock(arguments, recipe)
     for recipe in arguments.recipes
-    if recipe in ("blocks", "gated") and arguments.timed
+    if recipe in ("blocks", "gated") and arguments.timed and not arguments.redraw
   }
   if timed:
     files.write_json(arguments.output.with_stem(f"{arguments.output.stem}_one_at_a_time"), timed)

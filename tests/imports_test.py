@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -145,3 +146,10 @@ def test_generating_loads_no_library_of_training():
 def test_no_file_is_long():
   for path in PACKAGE.rglob("*.py"):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 300, path
+
+
+def test_the_page_of_tests_names_every_file():
+  here = Path(__file__).parent
+  words = set(re.findall(r"\w+", (here / "README.md").read_text(encoding="utf-8")))
+  names = {p.name.removesuffix("_test.py") for p in here.glob("*_test.py")}
+  assert sorted(names - words - {n for n in names if n.endswith("_fuzz")}) == []

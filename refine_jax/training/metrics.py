@@ -251,7 +251,7 @@ class Writers:
 
 
 def format_line(step: int, total: int, metrics: dict) -> str:
-  """One line: losses by round first, then the rest of the document's metrics."""
+  """One line: losses by round first, then the other metrics."""
   prefix = "eval/" if any(name.startswith("eval/") for name in metrics) else ""
   plain = {n[len(prefix) :]: v for n, v in metrics.items() if n.startswith(prefix)}
   rounds = ["loss_clean", *sorted(n for n in plain if n.startswith("loss_s"))]
