@@ -40,7 +40,7 @@ from refine_jax.model import adapters, transformer
 from refine_jax.training import flops as flops_lib
 
 _PASSES = 32
-# The document's add_eos_length of 7.
+# add_eos_length=7, with which the method was first described.
 _FIXED_BLOCK, _FIXED_PASSES = 8, 2
 
 

@@ -39,7 +39,7 @@ def greedy(model, ids, new: int):
 
 @torch.no_grad()
 def refine(model, ids, new: int, *, block: int, passes: int, noise_token: int):
-  """Block refinement without a cache, as the document describes it: [B, new].
+  """Block refinement without a cache, as the method was first described: [B, new].
 
   Each block starts as noise, all tokens run through the model in every pass, and what the last
   pass predicts is committed.

@@ -2,16 +2,15 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from refine_jax.errors import UserError
+from refine_jax.quoting import reason
 
 # Also what pathlib makes of "gs://bucket": "gs:/bucket".
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
@@ -97,20 +96,8 @@ def write_errors(path: Path, *, what: str = "", advice: str = "") -> Iterator[No
   except Exception as error:
     if not isinstance(error, OSError) and not _OS_ERROR.search(str(error)):
       raise
-    message = f"{what or path} could not be written ({reason_of(error)}); {free_space(path)}."
+    message = f"{what or path} could not be written ({reason(error)}); {free_space(path)}."
     raise UserError(f"{message} {advice}") from error
-
-
-def reason_of(error: Exception) -> str:
-  """The first line of what a library said, without TensorStore's specification."""
-  if isinstance(error, OSError) and error.strerror:
-    # Where it is another file than the one that is being written, its name is the news.
-    return error.strerror + (f": {error.filename}" if error.filename else "")
-  line = f"{type(error).__name__}: {error}".splitlines()[0]
-  for tail in (" [tensorstore_spec", " See full TensorStore details"):
-    line = line.split(tail)[0]
-  # TensorStore puts the cause last, after each layer that it went through.
-  return line if len(line) <= 300 else f"{line[:100]} ... {line[-180:]}"
 
 
 def free_space(path: Path) -> str:
@@ -228,45 +215,3 @@ def _remove(path: Path):
     shutil.rmtree(path, ignore_errors=True)
   else:
     path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def lock(path: Path, what: str) -> Iterator[None]:
-  """Holds the lock file `path` during the block; a process that dies lets go of it.
-
-  Args:
-    what: what it stands for, for the message.
-
-  Raises:
-    UserError: another process holds it, which is named; it cannot be written.
-  """
-  with write_errors(path):
-    descriptor = _locked(path, what)
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-  try:
-    yield
-  finally:
-    path.unlink(missing_ok=True)
-    os.close(descriptor)
-
-
-def _locked(path: Path, what: str) -> int:
-  while True:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
-      os.close(descriptor)
-      raise UserError(f"{what} is in use by {holder}; wait for it, or choose another.") from None
-    except OSError as error:
-      os.close(descriptor)
-      if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-        raise
-      # A file system without locks: nothing tells two processes apart there.
-      return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    # The one before may have removed the file between our opening and our locking it.
-    if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
-      return descriptor
-    os.close(descriptor)

@@ -19,10 +19,11 @@ import sys
 from pathlib import Path
 
 from refine_jax import files
-from refine_jax.cli import entry_point
+from refine_jax.cli import entry_point, whole_number
 from refine_jax.config import recipes
 from refine_jax.errors import UserError
-from refine_jax.evaluation import report
+from refine_jax.evaluation import evaluate, reading, report, scoring
+from refine_jax.hf import export as hf_export
 
 # The modes that each recipe is decoded with, and how many of the seeds it gets.
 _MODES = {
@@ -32,8 +33,8 @@ _MODES = {
   # On the base that ar_sft of the same seed gives; `ar` is that base's own text.
   "gated": ("ar,exact:branches", None),
 }
-# What tells from the others where results are read.
-_RESULT_NAMES = {"blocks": "best"}
+# What older files of results call a recipe.
+_OLDER_NAMES = {"best": "blocks", "document": "uniform"}
 # What is averaged over the seeds -> its name in an evaluation.
 _NUMBERS = {
   name: name for name in ("solved", "tokens_per_pass", "seconds_per_problem", "not_stopped")
@@ -43,10 +44,10 @@ _NUMBERS = {
 def run_all(arguments, extra: list[str]) -> dict:
   """recipe -> seed -> the settings of its results.json."""
   results: dict = {}
-  for recipe in map(recipes.canonical, arguments.recipes.split(",")):
+  for recipe in arguments.recipes:
     modes, most = _MODES[recipe]
-    for seed in arguments.seeds.split(",")[:most]:
-      workdir = Path(arguments.runs) / f"{recipe}-{seed}"
+    for seed in arguments.seeds[:most]:
+      workdir = arguments.runs / f"{recipe}-{seed}"
       evaluation = workdir / "evaluation"
       if not (evaluation / "results.json").exists():
         _command(
@@ -70,13 +71,13 @@ def run_all(arguments, extra: list[str]) -> dict:
   return results
 
 
-def _on_base(arguments, seed: str) -> list[str]:
+def _on_base(arguments, seed: int) -> list[str]:
   """Exports the base of a gated adapter, where it is not yet, and names it to the training.
 
   Raises:
     UserError: there is no ar_sft run of that seed.
   """
-  workdir = Path(arguments.runs) / f"ar_sft-{seed}"
+  workdir = arguments.runs / f"ar_sft-{seed}"
   if not (workdir / "checkpoints").is_dir():
     raise UserError(
       f"The recipe gated trains on what ar_sft of seed {seed} gave, and {workdir} is not there;"
@@ -98,7 +99,7 @@ def wall_clock(arguments, recipe: str) -> dict:
     "seconds_per_problem", "tokens_per_pass" and, over ar, "speedup", each by the setting's name as
     `summarise` has it.
   """
-  workdir = Path(arguments.runs) / f"{recipe}-{arguments.seeds.split(',')[0]}"
+  workdir = arguments.runs / f"{recipe}-{arguments.seeds[0]}"
   output = workdir / "one_at_a_time"
   if not (output / "results.json").exists():
     _evaluate(
@@ -146,11 +147,11 @@ def summarise(results: dict, block_size: int) -> dict:
   """recipe -> mode -> means over the seeds, with the seeds' own values.
 
   The first setting of a mode with blocks of block_size stands under the mode's name ("exact"), the
-  others under their own ("exact_tail", "exact_branches@8"); recipe "blocks" stands under "best".
+  others under their own ("exact_tail", "exact_branches@8").
   """
   summary: dict = {}
   for recipe, by_seed in results.items():
-    entries = summary.setdefault(_RESULT_NAMES.get(recipe, recipe), {})
+    entries = summary.setdefault(recipe, {})
     for i, setting in enumerate(next(iter(by_seed.values()))):
       mode, block = setting["mode"], setting["block_size"]
       name, others = mode.split(":")[0], block not in (1, block_size)
@@ -165,6 +166,19 @@ def summarise(results: dict, block_size: int) -> dict:
         entry.setdefault("seeds", {})[number] = dict(zip(by_seed, values, strict=True))
       entries[name] = entry
   return summary
+
+
+def read_summary(path: Path) -> dict:
+  """A summary that an earlier call wrote, its recipes under their names of today.
+
+  Raises:
+    UserError: no such file, or it is no summary.
+  """
+  try:
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    return {_OLDER_NAMES.get(recipe, recipe): dict(modes) for recipe, modes in summary.items()}
+  except (OSError, ValueError, AttributeError, TypeError) as error:
+    raise UserError(f"{path} is no file of results to be drawn: {error}") from error
 
 
 def plot(summary: dict, path: Path) -> bool:
@@ -195,37 +209,76 @@ def table(summary: dict) -> str:
   return "\n".join(lines)
 
 
-@entry_point
-def main():
+def parse() -> tuple[argparse.Namespace, list[str]]:
+  """The command line, and what of it is the trainings'.
+
+  Raises:
+    UserError: a value that an evaluation would refuse, which comes after hours of training.
+  """
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--runs", required=True, help="a directory for all runs")
-  parser.add_argument("--output", required=True, help="JSON; replaced by each call")
-  parser.add_argument("--config", default="configs/smollm2_tasks.py")
-  parser.add_argument("--test", default="data/tasks/test.parquet")
-  parser.add_argument("--recipes", default=",".join(_MODES))
-  parser.add_argument("--seeds", default="0,1,2", help="uniform gets the first alone")
-  parser.add_argument("--block_sizes", default="8,16")
-  parser.add_argument("--block_size", type=int, default=16, help="whose results have plain names")
-  parser.add_argument("--scorer", default="auto")
-  parser.add_argument("--dtype", default="float32", help="of the parameters while decoding")
-  parser.add_argument("--max_new_tokens", type=int, default=256)
-  parser.add_argument("--batch_size", type=int, default=128)
-  parser.add_argument(
-    "--timed", type=int, default=100, help="problems answered one at a time for wall-clock; 0: none"
+  add = parser.add_argument
+  add("--runs", default="runs/experiment", help="a directory for all runs")
+  add("--output", required=True, help="JSON; replaced by each call")
+  add("--config", default="configs/smollm2_tasks.py")
+  add("--test", default="data/tasks/test.parquet")
+  add("--recipes", default=",".join(_MODES))
+  add("--seeds", default="0,1,2", help="uniform gets the first alone")
+  add("--block_sizes", default="8,16")
+  add(
+    "--block_size",
+    type=whole_number("--block_size", 1),
+    default=16,
+    help="whose results have plain names",
+  )
+  add("--scorer", default="auto")
+  add("--dtype", default="float32", help="of the parameters while decoding")
+  add("--max_new_tokens", type=whole_number("--max_new_tokens", 1), default=256)
+  add("--batch_size", type=whole_number("--batch_size", 1), default=128)
+  add(
+    "--timed",
+    type=whole_number("--timed", 0),
+    default=100,
+    help="problems answered one at a time for wall-clock; 0: none",
+  )
+  add(
+    "--redraw",
+    action="store_true",
+    help="run nothing: table and plot of what --output holds, recipes by their names of today",
   )
   arguments, extra = parser.parse_known_args()
-  summary = summarise(run_all(arguments, extra), arguments.block_size)
-  output = files.local_path(arguments.output, "--output")
-  files.write_json(output, summary)
-  plot(summary, output.with_suffix(".png"))
+  if arguments.redraw and extra:
+    parser.error(f"--redraw trains nothing that {' '.join(extra)} could go to")
+  arguments.runs = files.local_path(arguments.runs, "--runs")
+  arguments.output = files.local_path(arguments.output, "--output")
+  arguments.recipes = [recipes.canonical(name) for name in arguments.recipes.split(",")]
+  arguments.seeds = [whole_number("--seeds", 0)(seed) for seed in arguments.seeds.split(",")]
+  if arguments.redraw:
+    return arguments, extra
+  for recipe in arguments.recipes:
+    evaluate.settings(_MODES[recipe][0], arguments.block_sizes)
+  hf_export.check_dtype(arguments.dtype)
+  problems = reading.read(arguments.test, 1, "--test", ("prompt", "answer"))
+  scoring.choose(arguments.scorer, problems.columns)
+  return arguments, extra
+
+
+@entry_point
+def main():
+  arguments, extra = parse()
+  if arguments.redraw:
+    summary = read_summary(arguments.output)
+  else:
+    summary = summarise(run_all(arguments, extra), arguments.block_size)
+  files.write_json(arguments.output, summary)
+  plot(summary, arguments.output.with_suffix(".png"))
   print(table(summary))
   timed = {
-    _RESULT_NAMES.get(recipe, recipe): wall_clock(arguments, recipe)
-    for recipe in map(recipes.canonical, arguments.recipes.split(","))
-    if recipe in ("blocks", "gated") and arguments.timed
+    recipe: wall_clock(arguments, recipe)
+    for recipe in arguments.recipes
+    if recipe in ("blocks", "gated") and arguments.timed and not arguments.redraw
   }
   if timed:
-    files.write_json(output.with_stem(f"{output.stem}_one_at_a_time"), timed)
+    files.write_json(arguments.output.with_stem(f"{arguments.output.stem}_one_at_a_time"), timed)
   for recipe, numbers in timed.items():
     for name, speedup in numbers["speedup"].items():
       print(f"one at a time, {recipe}: {name} answers {speedup:.2f} times as fast as ar")

@@ -25,7 +25,7 @@ except ImportError:
   raise SystemExit("error: reasoning-gym is not installed; pip install -e '.[tasks]'") from None
 
 from refine_jax import files
-from refine_jax.cli import entry_point
+from refine_jax.cli import entry_point, whole_number
 from refine_jax.errors import UserError
 from refine_jax.evaluation import scoring
 
@@ -196,7 +196,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("output", nargs="?", default="data/tasks")
   for split, count in (("train", 20000), ("val", 500), ("test", 500)):
-    parser.add_argument(f"--{split}", type=int, default=count)
+    parser.add_argument(f"--{split}", type=whole_number(f"--{split}", 1), default=count)
   arguments = parser.parse_args()
   seen: set = set()
   totals = collections.Counter()

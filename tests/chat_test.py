@@ -9,8 +9,12 @@ from refine_jax.errors import UserError
 from refine_jax.text import chat
 
 
-def encode_response(tokenizer, response, prompt=""):
-  text = chat.response_text(response, prompt, tokenizer.eos_token)
+def response_text(response, template=data_fixtures.CHAT_TEMPLATE):
+  return chat.example_texts(make_tokenizer(template), "a", response).response
+
+
+def encode_response(tokenizer, response):
+  text = chat.example_texts(tokenizer, "a", response).response
   return chat.with_eos(chat.encode(tokenizer, [text])[0], tokenizer.eos_token_id)
 
 
@@ -68,17 +72,16 @@ def test_boundary_is_the_prompts_own_length_where_a_merge_would_cross_it():
 def test_a_leading_think_is_dropped_where_the_template_opened_it(response, kept):
   prompt = chat.prompt_text(make_tokenizer(THINK_TEMPLATE), "a")
   assert prompt.endswith("<think>\n")
-  assert chat.response_text(response, prompt) == kept
+  assert response_text(response, THINK_TEMPLATE) == kept
 
 
 def test_think_is_kept_where_the_template_does_not_open_it():
-  prompt = chat.prompt_text(make_tokenizer(), "a")
   response = "<think>\nwhy\n</think>\nfour"
-  assert chat.response_text(response, prompt) == response
+  assert response_text(response) == response
 
 
 def test_line_break_after_think_stays_where_the_prompt_has_none():
-  assert chat.response_text("<think>\nwhy", "a<think>") == "\nwhy"
+  assert response_text("<think>\nwhy", "a<think>") == "\nwhy"
 
 
 @pytest.mark.parametrize("ending", ["", EOS, EOS + "\n", EOS + EOS, f"{EOS}\n{EOS}\n"])
@@ -96,7 +99,7 @@ def test_ids_end_in_one_eos(last):
 
 
 def test_a_response_may_be_the_assistants_message():
-  assert chat.response_text([message("assistant", "four")], "") == "four"
+  assert response_text([message("assistant", "four")]) == "four"
 
 
 @pytest.mark.parametrize(
@@ -116,12 +119,12 @@ def test_a_response_may_be_the_assistants_message():
 )
 def test_a_bad_response_has_its_reason(response, reason):
   with pytest.raises(chat.BadExample, match=f"^{reason}$"):
-    chat.response_text(response, "", EOS)
+    response_text(response)
 
 
 def test_response_of_a_think_alone_is_empty():
   with pytest.raises(chat.BadExample, match="empty target"):
-    chat.response_text("<think>\n", "a<think>\n", EOS)
+    response_text("<think>\n", "a<think>\n")
 
 
 def test_null_fields_of_messages_do_not_reach_the_template():

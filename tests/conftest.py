@@ -1,6 +1,8 @@
 """Every test runs on the CPU, as eight devices, offline, with silent broadcasting forbidden."""
 
 import os
+import tempfile
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling takes most of the time, and code that is not optimised to the last does the same.
@@ -10,6 +12,11 @@ os.environ["XLA_FLAGS"] = (
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# What several tests compile is compiled once, for all processes of a run.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _compiled = tempfile.TemporaryDirectory(prefix="refine_jax-compiled-")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax  # noqa: E402  the flags above come first
 import pytest  # noqa: E402
@@ -26,6 +33,11 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_programs():
-  """A process may have 65,530 memory maps, and a compiled program takes about 160 of them."""
+  """A process may have 65,530 memory maps, and a compiled program takes about 160 of them.
+
+  Programs are dropped only where there are many, since small ones serve the next file too.
+  """
   yield
-  jax.clear_caches()
+  maps = Path("/proc/self/maps")
+  if not maps.exists() or maps.read_bytes().count(b"\n") > 15_000:
+    jax.clear_caches()

@@ -2,6 +2,7 @@
 
 import pytest
 
+from refine_jax import quoting
 from refine_jax.errors import UserError
 
 
@@ -21,3 +22,39 @@ def test_long_words_and_long_messages_are_cut_with_their_ends_kept():
   assert len(message) < 4100 and message.endswith("mend it.")
   assert "characters]" in message and message.startswith("/folder/folder")
   assert str(UserError(f"{path} is no file.")) == f"{path} is no file."
+
+
+def test_values_are_shown_short_whatever_they_are():
+  loop = []
+  loop.append(loop)
+  deep = [[[[[[["x"]]]]]]]
+  for value in ("x" * 10**6, [0] * 10**6, {str(i): i for i in range(10**5)}, loop, deep, 10**5000):
+    assert 0 < len(quoting.shown(value)) < 300
+  assert quoting.shown(("a", 1.5, None)) == "('a', 1.5, None)"
+  assert quoting.shown(-(10**5000)) == f"an integer of {(10**5000).bit_length()} bits"
+
+
+def test_many_names_are_some_and_how_many_more():
+  assert quoting.some([]) == "" and quoting.some(["a", "b"]) == "a, b"
+  assert quoting.some(list("abcdefg")) == "a, b, c, d and 3 more"
+
+
+@pytest.mark.parametrize(
+  "error, said",
+  [
+    (OSError(28, "No space left on device"), "No space left on device"),
+    (FileNotFoundError(2, "No such file", "a/b"), "No such file: a/b"),
+    (KeyError("meta"), "KeyError: 'meta'"),
+    (StopIteration(), "StopIteration"),
+    (ValueError("\n\n  it is\tno number\nmore"), "it is no number"),
+    (RuntimeError("x failed [tensorstore_spec={'driver': 'zarr'}]"), "x failed"),
+  ],
+)
+def test_what_a_library_says_is_one_line(error, said):
+  assert quoting.reason(error) == said
+
+
+def test_a_long_reason_keeps_its_two_ends():
+  said = quoting.reason(ValueError("it began; " + "through layers; " * 999 + "the cause"))
+  assert len(said) == quoting.LONGEST
+  assert said.startswith("it began") and said.endswith("the cause") and " ... " in said

@@ -169,9 +169,9 @@ def test_rows_are_read_from_parquet_and_json_lines_and_have_places(tmp_path):
   assert [row["answer"] for row in got.rows] == [1, None, 2, b"", None]
   assert got.places[3] == f"{tmp_path / 'b.jsonl'}, row 1 (from 0)"
   assert got.columns == {"prompt", "answer"}
-  assert len(evaluate.read_rows(files, 3, "--data")) == 3
+  assert len(reading.read(files, 3, "--data").rows) == 3
   with pytest.raises(UserError, match="-1 rows of --data"):
-    evaluate.read_rows(files, -1, "--data")
+    reading.read(files, -1, "--data")
 
 
 def test_any_value_of_a_table_is_written_as_json():

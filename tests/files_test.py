@@ -1,13 +1,14 @@
 """Paths that users give, and files and directories that are complete or not there."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 from data_fixtures import data_config
 
-from refine_jax import files
+from refine_jax import files, lock
 from refine_jax.checkpoint import directory
 from refine_jax.data import parquet, tokenize
 from refine_jax.errors import UserError
@@ -107,8 +108,8 @@ def test_what_cannot_be_written_is_one_line_with_the_room_that_is_left(tmp_path)
 _HOLDS = """
 import sys, time
 from pathlib import Path
-from refine_jax import files
-with files.lock(Path(sys.argv[1]), "it"):
+from refine_jax import files, lock
+with lock.lock(Path(sys.argv[1]), "it"):
   print("held", flush=True)
   time.sleep(60)
 """
@@ -120,13 +121,39 @@ def test_a_lock_names_its_holder_and_a_killed_process_lets_go(tmp_path):
   with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
     assert process.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"it is in use by process {process.pid} on "):
-      with files.lock(path, "it"):
+      with lock.lock(path, "it"):
         pass
     process.kill()
     process.wait()
-  with files.lock(path, "it"):
+  with lock.lock(path, "it"):
     assert path.exists()
   assert not path.exists()
+
+
+@pytest.mark.parametrize("gone", ["file", "directory", "replaced"])
+def test_a_lock_that_was_removed_is_taken_again_and_said(tmp_path, gone):
+  path = tmp_path / "run" / "lock"
+  path.parent.mkdir()
+  with lock.lock(path, "it") as held:
+    assert held.keep()
+    shutil.rmtree(path.parent) if gone == "directory" else path.unlink()
+    if gone == "replaced":
+      path.write_text("")
+    assert not held.keep() and held.keep()
+    with pytest.raises(lock.InUseError, match=f"it is in use by process {os.getpid()} on "):
+      lock.Lock(path, "it")
+  assert not path.exists()
+
+
+def test_a_lock_that_another_has_by_now_is_left_to_it(tmp_path):
+  path = tmp_path / "lock"
+  with lock.lock(path, "it") as held:
+    path.unlink()
+    other = lock.Lock(path, "it")
+    with pytest.raises(lock.InUseError):
+      held.keep()
+  assert other.keep()
+  other.release()
 
 
 def _reads_data(value):

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,25 +94,28 @@ def finish(place, *arguments, stdout=subprocess.PIPE, **variables):
 
 def disturbed(place, workdir, disturb, *extra):
   """A run that is disturbed after its second step: (exit status, what it printed, its errors)."""
-  process = subprocess.Popen(
-    [sys.executable, *training(workdir, *extra)],
-    cwd=place,
-    env=environment(place),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-  out = ""
-  for line in process.stdout:
-    out += line
-    if line.startswith("step 2/"):
-      disturb()
-      break
-  try:
-    rest, errors = process.communicate(timeout=120)  # a run that hangs fails here
-  finally:
-    process.kill()
-  return process.returncode, out + rest, errors
+  # Files, because pipes that nobody reads meanwhile would hold the run up.
+  paths = place / "out", place / "errors"
+  with open(paths[0], "w") as out, open(paths[1], "w") as errors:
+    process = subprocess.Popen(
+      [sys.executable, *training(workdir, *extra)],
+      cwd=place,
+      env=environment(place),
+      stdout=out,
+      stderr=errors,
+    )
+    try:
+      end = time.monotonic() + 200
+      while "\nstep 2/" not in paths[0].read_text() and process.poll() is None:
+        assert time.monotonic() < end, "it does not begin"
+        time.sleep(0.01)
+      if process.poll() is None:
+        disturb()
+      process.wait(timeout=120)  # a run that hangs or goes on fails here
+    finally:
+      process.kill()
+      process.wait()
+  return process.returncode, *(path.read_text() for path in paths)
 
 
 def one_line(errors, *words):
@@ -185,15 +189,13 @@ def test_a_full_place_of_checkpoints_ends_a_run_with_the_earlier_ones_whole(plac
   whole_checkpoints(workdir)
 
 
-@pytest.mark.parametrize("how", ["full", "read-only", "removed"])
+@pytest.mark.parametrize("how", ["full", "read-only"])
 def test_a_workdir_that_takes_nothing_more_ends_a_run_and_it_goes_on_later(place, disk, how):
   workdir = disk / "run"
 
   def disturb():
     if how == "full":
       fill(disk)
-    elif how == "removed":
-      shutil.rmtree(workdir)
     else:
       # Refused while a file is open for writing, which may be the case at one moment.
       while subprocess.run(
@@ -204,8 +206,6 @@ def test_a_workdir_that_takes_nothing_more_ends_a_run_and_it_goes_on_later(place
   code, out, errors = disturbed(place, workdir, disturb)
   assert code == 1 and "done:" not in out
   one_line(errors, "could not be written", "GiB are free there")
-  if how == "removed":
-    return
   subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
   (disk / "ballast").unlink(missing_ok=True)
   saved = whole_checkpoints(workdir)
@@ -216,7 +216,31 @@ def test_a_workdir_that_takes_nothing_more_ends_a_run_and_it_goes_on_later(place
   steps = [r["step"] for r in records.read(workdir / "metrics.jsonl") if "loss_total" in r]
   assert steps == list(range(1, 31))
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  assert [json.loads(line)["step"] for line in lines] == steps
+  assert [json.loads(line)["step"] for line in lines] == [*steps, 30]  # the last is validated
+
+
+@pytest.mark.parametrize("how", ["removed", "moved"])
+def test_a_workdir_that_is_gone_ends_a_run_and_what_is_saved_after_that_is_whole(
+  place, tmp_path, how
+):
+  workdir = tmp_path / "run"
+
+  def disturb():
+    if how == "moved":
+      workdir.rename(tmp_path / "moved")
+    else:  # file by file, and what is written meanwhile may stay
+      shutil.rmtree(workdir, ignore_errors=True)
+
+  code, out, errors = disturbed(place, workdir, disturb)
+  assert code == 1 and "done:" not in out
+  line = one_line(errors)
+  # A save that was under way when its directory went has its own words.
+  assert "was removed or moved while the run went on" in line or "could not be written" in line
+  saved = whole_checkpoints(workdir)
+  if "its newest checkpoint: step" in line:
+    assert line.endswith(f" step {saved[-1]}.")
+  if how == "moved":
+    assert whole_checkpoints(tmp_path / "moved")
 
 
 def test_output_to_a_full_disk_ends_a_run_after_a_checkpoint(place, tmp_path):

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +12,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "refine_jax"
 
 # A folder (or a module next to them) -> the folders that it may import from, itself included.
-_LEAVES = {"errors", "tree", "files", "records"}
+_LEAVES = {"errors", "tree", "files", "records", "quoting"}
 MAY_IMPORT = {
   "errors": set(),
   "batch": set(),
   "compile_cache": set(),
   "tree": set(),
-  "files": {"errors"},
+  "quoting": set(),
+  "files": {"errors", "quoting"},
   "records": {"files"},
   "cli": {"errors", "files"},
   "interrupt": set(),
+  "lock": {"errors", "files"},
   "config": _LEAVES,
   "sharding": _LEAVES | {"batch", "config"},
   "text": _LEAVES,
@@ -45,6 +48,7 @@ MAY_IMPORT = {
     "evaluation",
     "hf",
     "interrupt",
+    "lock",
   }
   | {"model", "objective", "sharding", "text"},
 }
@@ -145,3 +149,10 @@ def test_generating_loads_no_library_of_training():
 def test_no_file_is_long():
   for path in PACKAGE.rglob("*.py"):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 300, path
+
+
+def test_the_page_of_tests_names_every_file():
+  here = Path(__file__).parent
+  words = set(re.findall(r"\w+", (here / "README.md").read_text(encoding="utf-8")))
+  names = {p.name.removesuffix("_test.py") for p in here.glob("*_test.py")}
+  assert sorted(names - words - {n for n in names if n.endswith("_fuzz")}) == []

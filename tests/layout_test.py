@@ -68,6 +68,13 @@ def states_and_gradients(config, params, **options):
   return x_BTD, gradients
 
 
+@functools.cache
+def canonical_states(config):
+  """Random parameters in the canonical form, and what the model makes of them."""
+  params = random_params(config)
+  return params, *states_and_gradients(config, params)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_back_again_is_exact(config, form):
   params = random_params(config)
@@ -84,8 +91,7 @@ def assert_near(got, want):
   [("joined", "full"), ("apart", "none"), ("apart and joined", "save_attention_mlp")],
 )
 def test_forms_compute_the_same(config, form, remat):
-  params = random_params(config)
-  want, want_gradients = states_and_gradients(config, params)
+  params, want, want_gradients = canonical_states(config)
   got, gradients = states_and_gradients(config, FORMS[form](params), remat=remat)
   assert_near(got, want)
   assert_trees(assert_near, layout.canonical(gradients, config), want_gradients)
@@ -128,6 +134,15 @@ def step_on(mesh, batch, recipe, compute):
   return jax.device_get((new, metrics))
 
 
+@functools.cache
+def step_on_one_device():
+  """What is compared with: a batch, a recipe, and the step with stacked layers."""
+  # Adam divides by the gradient's size: eps keeps rounding small where that is next to nothing.
+  batch, recipe = tiny.split(tiny.packed_batch(24), 2), tiny.recipe(eps=1e-5)
+  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+  return batch, recipe, step_on(mesh, batch, recipe, tiny.compute())
+
+
 # Where matrices are split over devices, startup.choose_compute joins none.
 @pytest.mark.parametrize(
   ("sizes", "join"),
@@ -139,11 +154,9 @@ def step_on(mesh, batch, recipe, compute):
   ],
 )
 def test_the_step_is_the_same_with_layers_apart(sizes, join):
-  # Adam divides by the gradient's size: eps keeps rounding small where that is next to nothing.
-  batch, recipe = tiny.split(tiny.packed_batch(24), 2), tiny.recipe(eps=1e-5)
+  batch, recipe, want = step_on_one_device()
   axes = dict(zip(sharding.AXES, sizes, strict=True))
   mesh = sharding.make_mesh(MeshConfig(**axes), jax.devices()[: int(np.prod(sizes))])
-  want = step_on(mesh, batch, recipe, tiny.compute())
   apart = tiny.compute(unroll=2, join=join, remat="save_attention_mlp")
   assert isinstance(apart.cast(tiny.tiny_params())["layers"], list)
   got = step_on(mesh, batch, recipe, apart)

@@ -11,6 +11,7 @@ from sampler_fixtures import EOS, greedy, unequal_prompts
 import refine_jax
 from refine_jax.attention import cached, cached_triton
 from refine_jax.decoding import decoder as decoding
+from refine_jax.decoding.drafts import KINDS
 
 NEW = 20
 BLOCKS = (1, 2, 3, 5, 8, 16, 32)
@@ -36,10 +37,21 @@ def cases():
     yield variant, block, DRAFTS[(i - j + j // 2) % 4], BATCHES[(i + j) % 4]
 
 
-def test_the_cases_hold_every_pair():
+def more_cases(kinds):
+  """A few for each draft kind that is not in DRAFTS."""
+  for draft in kinds:
+    if draft not in DRAFTS:
+      yield "llama", 5, draft, BATCHES[2]
+      yield "mistral window", 8, draft, BATCHES[0]
+      yield "qwen2 window", 2, draft, BATCHES[1]
+
+
+def test_the_cases_hold_every_pair_and_every_kind():
   factors = (tuple(VARIANTS), BLOCKS, DRAFTS, BATCHES)
   for (i, first), (j, second) in itertools.combinations(enumerate(factors), 2):
     assert {(c[i], c[j]) for c in cases()} == set(itertools.product(first, second))
+  kinds = [*KINDS, "a new one"]
+  assert {c[2] for c in (*cases(), *more_cases(kinds))} == set(kinds)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +69,7 @@ def variant(tmp_path_factory):
   return make
 
 
-@pytest.mark.parametrize("name, block, draft, batches", list(cases()))
+@pytest.mark.parametrize("name, block, draft, batches", [*cases(), *more_cases(KINDS)])
 def test_exact_is_transformers_greedy(variant, name, block, draft, batches):
   ours, prompts, want = variant(name)
   for rows in batches:

@@ -30,7 +30,7 @@ def run(ours, rows, new=24, **options):
 
 
 def document_loop(ours, prompt, new, block, refine_iter, eos=EOS):
-  """The document's algorithm for one row, without a cache, on dense logits."""
+  """Decodes one row in mode "fixed" as the method was first described: dense logits, no cache."""
   text, limit = list(prompt), len(prompt) + new
   passes = 0
   while True:

@@ -12,7 +12,7 @@ from data_fixtures import write_parquet
 
 from configs import base
 from refine_jax import config as config_lib
-from refine_jax import files, interrupt
+from refine_jax import interrupt, lock
 from refine_jax.checkpoint import checkpointer
 from refine_jax.errors import UserError
 from refine_jax.training import duties, train
@@ -194,6 +194,17 @@ def test_a_data_position_that_is_not_the_steps_is_set_aside(used, configure):
   assert checkpointer.steps(used / "checkpoints") == [2, 3]
 
 
+def test_a_run_writes_to_folders_that_were_made_or_linked_for_it(tmp_path, configure):
+  workdir = tmp_path / "run"
+  for folder in (workdir / "log", tmp_path / "large"):
+    folder.mkdir(parents=True)
+  (workdir / "checkpoints").symlink_to(tmp_path / "large")
+  assert train.run(configure(checkpoint__save_hf=False), str(workdir)) == 0
+  assert checkpointer.steps(tmp_path / "large") == [2, 3]
+  (workdir / "config.json").unlink()
+  assert train.run(configure(checkpoint__save_hf=False), str(workdir)) == 0
+
+
 def test_a_directory_that_is_not_a_runs_is_refused_and_left_alone(place, tmp_path, configure):
   home = tmp_path / "home"
   (home / ".ssh").mkdir(parents=True)
@@ -233,8 +244,52 @@ def test_a_tilde_in_the_workdir_is_the_home_directory(used, configure, monkeypat
 
 
 def test_a_second_process_on_a_workdir_is_refused(used, configure):
-  with files.lock(used / ".lock", "it"), pytest.raises(UserError, match="in use by process"):
+  with lock.lock(used / ".lock", "it"), pytest.raises(UserError, match="in use by process"):
     train.run(configure(), used)
+
+
+def at_step(monkeypatch, step, do):
+  """Has `do` called while step `step` runs, after the last checkpoint before it is whole."""
+  take = train._Loop._next_batch
+
+  def next_batch(loop):
+    loop.checkpointer.wait()
+    if (loop.checkpointer.latest_step() or 0) + 1 == step:
+      do()
+    return take(loop)
+
+  monkeypatch.setattr(train._Loop, "_next_batch", next_batch)
+
+
+def test_a_workdir_moved_while_running_is_made_anew_for_a_last_checkpoint(
+  configure, tmp_path, monkeypatch
+):
+  workdir, moved = tmp_path / "run", tmp_path / "moved"
+  at_step(monkeypatch, 3, lambda: workdir.rename(moved))
+  config = configure(optim__total_steps=9, checkpoint__save_hf=False)
+  with pytest.raises(UserError, match=r"run was removed or moved .* newest checkpoint: step 3\."):
+    train.run(config, str(workdir))
+  assert checkpointer.steps(workdir / "checkpoints") == [3]
+  assert checkpointer.steps(moved / "checkpoints") == [2]
+  monkeypatch.undo()
+  assert train.run(config, str(workdir)) == 0  # goes on from there
+
+
+def test_a_run_leaves_what_another_has_at_its_place_as_it_is(configure, tmp_path, monkeypatch):
+  workdir, moved = tmp_path / "run", tmp_path / "moved"
+  others = []
+
+  def replace():
+    workdir.rename(moved)
+    workdir.mkdir()
+    others.append(lock.Lock(workdir / ".lock", "it"))
+
+  at_step(monkeypatch, 3, replace)
+  with pytest.raises(UserError, match="run is in use by process"):
+    train.run(configure(optim__total_steps=9), str(workdir))
+  assert [p.name for p in workdir.iterdir()] == [".lock"]
+  assert others[0].keep()
+  others[0].release()
 
 
 def test_a_profile_is_begun_where_the_run_goes_on_and_ended_with_it(used, configure, monkeypatch):

@@ -33,7 +33,7 @@ from refine_jax.checkpoint.directory import (
   steps,
 )
 from refine_jax.errors import UserError
-from refine_jax.files import reason_of
+from refine_jax.quoting import reason
 from refine_jax.tree import leaf_name
 
 
@@ -217,7 +217,7 @@ def _open_again(path):
       raise ValueError(f"{missing[0]} is not in it")
   except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
     raise UserError(
-      f"The checkpoint {path} was written and cannot be opened again ({reason_of(error)}); it does"
+      f"The checkpoint {path} was written and cannot be opened again ({reason(error)}); it does"
       " not count as saved. Earlier checkpoints are whole: start again from them, in another place"
       " if this one does it again."
     ) from error
@@ -257,7 +257,7 @@ def restore_params(workdir: str | Path, step: int | None = None) -> tuple[dict, 
     restored = _read(path, state=args)
     checksums.verify(restored.state, restored.record["checksums"])
   except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
-    raise UserError(f"{path} cannot be read ({reason_of(error)}); try another step.") from error
+    raise UserError(f"{path} cannot be read ({reason(error)}); try another step.") from error
   return restored.state["params"], step
 
 

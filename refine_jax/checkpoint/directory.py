@@ -11,6 +11,7 @@ from typing import Any
 
 from refine_jax import files
 from refine_jax.errors import UserError
+from refine_jax.quoting import reason
 
 _STEP = re.compile(r"0|[1-9][0-9]*")
 # Orbax looks for its files with a glob of the whole path, folders above included.
@@ -95,7 +96,7 @@ def read_newest(
   Raises:
     UserError: none can be read; or what `read` raises so.
   """
-  damaged, reason = [], "none"
+  damaged, why = [], "none"
   for candidate in steps(directory)[::-1] if step is None else [step]:
     path = directory / str(candidate)
     try:
@@ -103,11 +104,11 @@ def read_newest(
     except UserError:
       raise
     except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
-      reason = f"{path} cannot be read: {files.reason_of(error)}"
-      logging.warning("checkpoint %s", reason)
+      why = f"{path} cannot be read: {reason(error)}"
+      logging.warning("checkpoint %s", why)
       damaged.append(path)
   raise UserError(
-    f"No checkpoint in {directory} can be read ({reason}). Nothing was changed; mend it, or"
+    f"No checkpoint in {directory} can be read ({why}). Nothing was changed; mend it, or"
     " choose another --workdir to start anew."
   )
 

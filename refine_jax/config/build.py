@@ -9,9 +9,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from refine_jax.config import checks
-from refine_jax.config.key import keys_of, nearest, sections_of, shown
+from refine_jax.config.key import keys_of, nearest, sections_of
 from refine_jax.config.schema import Config
 from refine_jax.errors import UserError
+from refine_jax.quoting import shown
 
 
 def default_config() -> ConfigDict:

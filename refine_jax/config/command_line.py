@@ -13,9 +13,10 @@ from ml_collections import ConfigDict, config_flags
 
 from refine_jax import files
 from refine_jax.config.build import check_names
-from refine_jax.config.key import all_keys, nearest, shown
+from refine_jax.config.key import all_keys, nearest
 from refine_jax.config.schema import Config
 from refine_jax.errors import UserError
+from refine_jax.quoting import shown
 
 _KEY_FLAG = re.compile(r"--?(?:no)?config\.([^=]*)")
 

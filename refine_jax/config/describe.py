@@ -4,8 +4,9 @@ import textwrap
 from collections.abc import Iterator
 
 from refine_jax.config import recipes
-from refine_jax.config.key import Key, keys_of, sections_of, shown
+from refine_jax.config.key import Key, keys_of, sections_of
 from refine_jax.config.schema import Config
+from refine_jax.quoting import shown
 
 _WIDTH = 100
 _USAGE = """\

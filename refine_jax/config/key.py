@@ -4,13 +4,13 @@ import dataclasses
 import difflib
 import functools
 import math
-import reprlib
 import sys
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from refine_jax.errors import UserError
+from refine_jax.quoting import shown
 
 T = TypeVar("T")
 # Bounds that keep what is made from a key in memory that a machine can have.
@@ -19,7 +19,6 @@ MOST_ROWS = 2**24
 # What the device's arrays hold: int32 and float32.
 _LARGEST = {int: 2**31 - 1, float: 3.4e38}
 _METADATA = "refine_jax.key"
-_SHOWN = 120
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,16 +192,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
   """' Did you mean ...?' for the known name most like `name`, or ''."""
   match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
   return f" Did you mean {match[0]!r}?" if match else ""
-
-
-def shown(value: Any) -> str:
-  """repr, cut where it is long, deep or refers to itself."""
-  short = reprlib.Repr()
-  short.maxstring = short.maxother = _SHOWN
-  try:
-    return short.repr(value)
-  except ValueError:  # Python prints no integers of more than 4,300 digits
-    return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else "a value"
 
 
 def warn(message: str) -> None:

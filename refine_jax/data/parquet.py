@@ -12,7 +12,7 @@ import pyarrow.parquet
 
 from refine_jax.errors import UserError
 from refine_jax.files import local_path
-from refine_jax.text.reason import cut, reason
+from refine_jax.quoting import cut, reason
 
 _ROWS_AT_A_TIME = 1024
 _BUFFER_BYTES = 1 << 20

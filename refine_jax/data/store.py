@@ -20,6 +20,7 @@ import numpy as np
 
 from refine_jax import files
 from refine_jax.errors import UserError
+from refine_jax.quoting import reason
 
 # Name, type, columns (0: one-dimensional).
 _ARRAYS = (
@@ -191,7 +192,7 @@ def read_or_build(place: Path, build: Callable[[Writer], None]) -> tuple[Example
         raise OSError("what was written differs when read back")
   except OSError as error:
     raise UserError(
-      f"The token cache {place} cannot be written: {files.reason_of(error)};"
+      f"The token cache {place} cannot be written: {reason(error)};"
       f" {files.free_space(place)}."
       " Set config.data.cache_dir or REFINE_JAX_CACHE to a place with room."
     ) from error

@@ -153,7 +153,7 @@ def iterative_generate(
   add_eos_length: int = 127,
   refine_iter: int = 2,
 ) -> np.ndarray:
-  """The document's sampler: append add_eos_length EOS, refine, commit the block, go on.
+  """The method's first sampler: append add_eos_length EOS, refine, commit the block, go on.
 
   Args:
     input_ids: int [B, T], every row a whole prompt of T tokens.

@@ -9,8 +9,8 @@ import numpy as np
 
 from refine_jax.decoding.loading import Model
 from refine_jax.errors import UserError
+from refine_jax.quoting import cut
 from refine_jax.text.chat import encode_prompt
-from refine_jax.text.reason import cut
 from refine_jax.text.vocabulary import check_ids
 
 

@@ -165,11 +165,6 @@ def _numbers(outcomes: list[dict], answered: int, seconds: float) -> dict:
   }
 
 
-def read_rows(path: str, limit: int, option: str) -> list[dict]:
-  """The first rows of files, all where limit is 0 (reading.read)."""
-  return reading.read(path, limit, option).rows
-
-
 def unanswerable(
   model: Model, problems: reading.Rows, prompt_key: str, chat_template: str = ""
 ) -> dict[int, str]:

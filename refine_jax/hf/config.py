@@ -12,8 +12,9 @@ from pathlib import Path
 from refine_jax.errors import UserError
 from refine_jax.hf.families import Family, family_of
 from refine_jax.hf.rope import read_ropes
-from refine_jax.hf.values import MOST, count, flag, number, shown, some
+from refine_jax.hf.values import MOST, count, flag, number
 from refine_jax.model.config import ModelConfig
+from refine_jax.quoting import shown, some
 
 _READ = frozenset(
   "model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers"

@@ -15,6 +15,7 @@ from refine_jax.hf import weights as hf_weights
 from refine_jax.hf.families import family_of
 from refine_jax.hf.model_files import TEMPLATE_FOLDER
 from refine_jax.hf.rope import both_spellings
+from refine_jax.quoting import reason
 
 DTYPES = {
   "float32": np.dtype(np.float32),
@@ -62,7 +63,7 @@ def export(
       (temporary / "README.md").write_text(card, encoding="utf-8")
   except safetensors.SafetensorError as error:
     raise UserError(
-      f"{output} could not be written ({error}); {files.free_space(output)}."
+      f"{output} could not be written ({reason(error)}); {files.free_space(output)}."
     ) from error
   return output
 

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from refine_jax.errors import UserError
-from refine_jax.hf.values import shown
+from refine_jax.quoting import shown
 
 # Ours (under "layers/", where the leading axis is the layer) -> theirs (under model.layers.N.).
 # Matrices are transposed: theirs are [outputs, inputs].

@@ -18,11 +18,12 @@ from refine_jax.errors import UserError
 from refine_jax.hf.config import read_json
 from refine_jax.hf.families import Family
 from refine_jax.hf.shards import TensorFiles, all_finite
-from refine_jax.hf.values import count, number, shown
+from refine_jax.hf.values import count, number
 from refine_jax.hf.weights import find, refuse_misfits
 from refine_jax.model.adapters import PROJECTIONS, Adapter
 from refine_jax.model.config import ModelConfig
 from refine_jax.model.transformer import param_shapes
+from refine_jax.quoting import shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # The weights' metadata say under this name which kind the adapter is, which PEFT does not know of.

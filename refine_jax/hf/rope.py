@@ -5,8 +5,9 @@ from typing import Any
 
 from refine_jax.errors import UserError
 from refine_jax.hf.families import Family
-from refine_jax.hf.values import MOST, count, flag, number, shown
+from refine_jax.hf.values import MOST, count, flag, number
 from refine_jax.model.rope import RopeConfig
+from refine_jax.quoting import shown
 
 # rope type -> its parameters: those it cannot do without, and the others.
 _ROPE_FIELDS = {

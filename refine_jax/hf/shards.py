@@ -14,6 +14,7 @@ import safetensors
 
 from refine_jax.errors import UserError
 from refine_jax.hf.config import read_json
+from refine_jax.quoting import reason, some
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -62,7 +63,9 @@ class TensorFiles:
     try:
       array = self._files[name].get_tensor(name)
     except Exception as error:  # of three libraries: safetensors, numpy, ml_dtypes
-      raise UserError(f"{path}: {name} cannot be read ({error}); fetch the file again.") from error
+      raise UserError(
+        f"{path}: {name} cannot be read ({reason(error)}); fetch the file again."
+      ) from error
     if array.dtype == np.float64:
       with np.errstate(over="ignore", invalid="ignore"):  # it is infinite then, which is said below
         array = array.astype(np.float32)
@@ -129,7 +132,7 @@ def _open(path: Path):
       found.append((name, file, tuple(header.get_shape()), header.get_dtype()))
   except Exception as error:  # the library raises many kinds for a damaged header
     raise UserError(
-      f"{path} is damaged or cut short ({error}); fetch or write it again."
+      f"{path} is damaged or cut short ({reason(error)}); fetch or write it again."
     ) from error
   bad = [f"{name} ({dtype})" for name, _, _, dtype in found if dtype not in _DTYPES]
   if bad:
@@ -146,9 +149,3 @@ def all_finite(array: np.ndarray) -> bool:
   sign = bits.dtype.type(1 << (8 * array.dtype.itemsize - 1))
   infinity = np.asarray(np.inf, array.dtype).view(bits.dtype)[()]
   return all((bits[i : i + _CHUNK] & ~sign).max() < infinity for i in range(0, bits.size, _CHUNK))
-
-
-def some(names: Sequence[str], most: int = 4) -> str:
-  """The first of the names, and how many more there are."""
-  more = f" and {len(names) - most} more" if len(names) > most else ""
-  return ", ".join(names[:most]) + more

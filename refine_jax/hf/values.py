@@ -1,28 +1,13 @@
 """Values of JSON files, read strictly: of the type and between the bounds that are needed."""
 
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from refine_jax.errors import UserError
+from refine_jax.quoting import shown
 
 # Positions and places are int32.
 MOST = 2**31 - 1
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 80
-_short.maxlevel = 2
-
-
-def shown(value: object) -> str:
-  """A value as messages show it: cut where it is long or deep."""
-  return _short.repr(value)
-
-
-def some(problems: list[str], most: int = 8) -> str:
-  """The first of the problems, and how many more there are."""
-  rest = len(problems) - most
-  return ", ".join(problems[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def count(values: Mapping, key: str, where: str, *, least: int = 1, most: int = MOST) -> int:

@@ -16,9 +16,10 @@ from refine_jax.errors import UserError
 from refine_jax.files import local_path
 from refine_jax.hf.config import read_family
 from refine_jax.hf.families import Family
-from refine_jax.hf.shards import TensorFiles, all_finite, some
+from refine_jax.hf.shards import TensorFiles, all_finite
 from refine_jax.model.config import ModelConfig
 from refine_jax.model.transformer import param_shapes
+from refine_jax.quoting import some
 from refine_jax.tree import leaf_name
 
 # Constants that old files carry; the model computes them.

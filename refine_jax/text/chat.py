@@ -8,8 +8,8 @@ import dataclasses
 from typing import Any
 
 from refine_jax.errors import UserError
+from refine_jax.quoting import cut
 from refine_jax.text import template
-from refine_jax.text.reason import cut
 from refine_jax.text.tokenizer import Tokenizer, encode
 
 _THINK = "<think>"
@@ -62,36 +62,22 @@ def prompt_text(tokenizer: Tokenizer, prompt: object, fallback_template: str = "
   return _rendered(tokenizer, _conversation(prompt), fallback_template)
 
 
-def response_text(response: object, prompt: str, eos: str = "") -> str:
-  """The response's content as it follows the rendered prompt, without the EOS that it may end in.
-
-  Where the template has already opened the reasoning, a `<think>` at the response's start is
-  dropped, with its line break if the prompt has that too; everything else is kept. Templates
-  are not applied to content: some of them strip the reasoning out.
-
-  Args:
-    response: a string, or a list of one message, the assistant's. Of several, only the last
-      would follow the prompt, and the rows that have them mean different things by it.
-    prompt: as `prompt_text` gives it.
-    eos: the text of EOS.
-
-  Raises:
-    BadExample: not one of the two, or empty.
-  """
-  return _said(_target(response).get("content", ""), prompt, eos)
-
-
 def example_texts(
   tokenizer: Tokenizer, prompt: object, response: object, fallback_template: str = ""
 ) -> Texts:
-  """Prompt and response as texts.
+  """Prompt and response as texts, the response without the EOS that it may end in.
+
+  Templates are not applied to a response's content: some of them strip the reasoning out. Where
+  the prompt's text ends in a `<think>` that the template has opened, one at the response's start is
+  dropped, with its line break if the prompt has that too.
 
   A response with more than content (tool calls, reasoning) is what the chat template writes of
   it after the prompt.
 
   Args:
     prompt, fallback_template: as in `prompt_text`.
-    response: as in `response_text`.
+    response: a string, or a list of one message, the assistant's. Of several, only the last
+      would follow the prompt, and the rows that have them mean different things by it.
 
   Raises:
     BadExample: a bad prompt or response; tool calls or reasoning that the template does not write.

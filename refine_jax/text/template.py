@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 from refine_jax.errors import UserError
-from refine_jax.text.reason import reason
+from refine_jax.quoting import reason
 from refine_jax.text.tokenizer import Tokenizer
 
 # Conversations of a thousand turns take milliseconds, and four million tokens fit no model.

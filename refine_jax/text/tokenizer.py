@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from refine_jax.errors import UserError
-from refine_jax.text.reason import cut, reason
+from refine_jax.quoting import cut, reason
 
 # transformers' PreTrainedTokenizerBase, which takes seconds to import; its attributes are annotated
 # as unions of all that any tokenizer may have.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from refine_jax.errors import UserError
-from refine_jax.text.reason import cut
+from refine_jax.quoting import cut
 from refine_jax.text.tokenizer import Tokenizer
 
 

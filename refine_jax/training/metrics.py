@@ -11,7 +11,7 @@ from typing import Self, SupportsFloat
 import jax
 from tqdm import tqdm
 
-from refine_jax import files
+from refine_jax import files, lock
 from refine_jax.config import LogConfig, NoiseConfig, ObjectiveConfig
 from refine_jax.errors import UserError
 from refine_jax.objective import block_metrics
@@ -19,6 +19,7 @@ from refine_jax.objective import noise as noise_lib
 from refine_jax.objective import plan as plan_lib
 from refine_jax.objective.draft_gradients import DRAFT
 from refine_jax.objective.plan import CLEAN, Plan
+from refine_jax.quoting import reason
 from refine_jax.training import sinks
 
 # On the console, in this order; the rest goes to the files.
@@ -195,10 +196,16 @@ class Writers:
 
   @contextlib.contextmanager
   def keeping_failures(self, place: Path) -> Iterator[None]:
-    """Keeps an error in writing `place`, or a UserError, as `failure`; the first one stays."""
+    """Keeps an error in writing `place`, or a UserError, as `failure`; the first one stays.
+
+    Raises:
+      lock.InUseError: the workdir is another run's, and not even a checkpoint may be saved there.
+    """
     try:
       with files.write_errors(place):
         yield
+    except lock.InUseError:
+      raise
     except UserError as error:
       self.failure = self.failure or error
 
@@ -211,7 +218,7 @@ class Writers:
       sys.stdout.flush()
     except OSError as error:  # a file on a full disk, a pipe whose reader is gone
       self._mute = True
-      error = UserError(f"The output could not be written ({files.reason_of(error)}).")
+      error = UserError(f"The output could not be written ({reason(error)}).")
       self.failure = self.failure or error
 
   def write(self, step: int, metrics: dict, *, line: bool = True) -> None:
@@ -244,7 +251,7 @@ class Writers:
 
 
 def format_line(step: int, total: int, metrics: dict) -> str:
-  """One line: losses by round first, then the rest of the document's metrics."""
+  """One line: losses by round first, then the other metrics."""
   prefix = "eval/" if any(name.startswith("eval/") for name in metrics) else ""
   plain = {n[len(prefix) :]: v for n, v in metrics.items() if n.startswith(prefix)}
   rounds = ["loss_clean", *sorted(n for n in plain if n.startswith("loss_s"))]

@@ -16,6 +16,7 @@ from typing import Protocol
 from refine_jax import files, records
 from refine_jax.config import LogConfig
 from refine_jax.errors import UserError
+from refine_jax.quoting import reason
 
 
 class Sink(Protocol):
@@ -148,7 +149,7 @@ def _wandb_errors() -> Iterator[None]:
     yield
   except Exception as error:  # its own kinds, and those of what it uses
     raise UserError(
-      f"wandb failed ({files.reason_of(error)}); start again when it works, or without it"
+      f"wandb failed ({reason(error)}); start again when it works, or without it"
       " (config.log.logger)."
     ) from error
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from refine_jax import compile_cache, files, interrupt, sharding
+from refine_jax import compile_cache, files, interrupt, lock, sharding
 from refine_jax.checkpoint.checkpointer import Checkpointer
 from refine_jax.config import Config
 from refine_jax.errors import UserError
@@ -18,7 +18,7 @@ from refine_jax.training.flops import peak_flops
 from refine_jax.training.frozen import load_frozen
 from refine_jax.training.problems import Problems
 from refine_jax.training.source import read_source
-from refine_jax.training.workdir import check_workdir, hold, prepare_workdir
+from refine_jax.training.workdir import check_held, check_workdir, hold, prepare_workdir
 
 
 def run(config: Config, workdir: str) -> int:
@@ -33,11 +33,11 @@ def run(config: Config, workdir: str) -> int:
   place = files.local_path(workdir, "--workdir").absolute()
   noise.from_config(config.noise)  # refuses, before anything is done, what the kind cannot do
   check_workdir(place, config)
-  with hold(place):
-    return _run(config, place)
+  with hold(place) as held:
+    return _run(config, place, held)
 
 
-def _run(config: Config, workdir: Path) -> int:
+def _run(config: Config, workdir: Path, held: lock.Lock | None) -> int:
   compile_cache.enable()
   mesh = sharding.make_mesh(config.mesh)
   source = read_source(config)
@@ -65,10 +65,8 @@ def _run(config: Config, workdir: Path) -> int:
     lines = startup.describe(config, source, plan, recipe, compute, state, origin, frozen)
     for line in lines + changed:
       print(line)
-    loop = _Loop(
-      config, workdir, source, plan, recipe, compute, checkpointer, iterator, (record, identity)
-    )
-    loop.frozen = frozen
+    saved = (checkpointer, iterator, record, identity)
+    loop = _Loop(config, workdir, held, source, plan, recipe, compute, frozen, saved)
     return loop.run(state, missing)
   finally:
     checkpointer.close()
@@ -82,14 +80,11 @@ def _missing(config, workdir, plan, step):
 class _Loop:
   """One method for each thing that happens at a step."""
 
-  def __init__(
-    self, config, workdir, source, plan, recipe, compute, checkpointer, iterator, record
-  ):
-    self.config, self.workdir, self.source, self.plan = config, workdir, source, plan
+  def __init__(self, config, workdir, held, source, plan, recipe, compute, frozen, saved):
+    self.config, self.workdir, self.held = config, workdir, held
+    self.source, self.plan, self.frozen = source, plan, frozen
     self.recipe, self.compute, self.mesh = recipe, compute, compute.mesh
-    self.checkpointer, self.iterator = checkpointer, iterator
-    self.record, self.identity = record
-    self.frozen: dict | None = None
+    self.checkpointer, self.iterator, self.record, self.identity = saved
     self.total = recipe.total_steps
     bound = {"step_config": recipe, "forward": compute}
     self.eval_step = jax.jit(functools.partial(train_step.eval_step, **bound))
@@ -113,6 +108,7 @@ class _Loop:
       with interrupt.Interrupt() as requests:
         status = self._all(state, missing, writers, requests)
     except UserError as error:
+      self._look(writers)
       if writers.failure:  # what came first, and perhaps is why
         raise UserError(f"{writers.failure} {error}") from error
       raise
@@ -147,6 +143,7 @@ class _Loop:
       state, step_metrics = step_fn(state, batch, self.frozen)
       # From here to the next step the host works while the device does; it waits only for the
       # metrics of the step before.
+      self._look(writers)
       if writers.failure:
         requests.ask()
       last, stops = done == self.total, requests.requested(done)
@@ -191,6 +188,10 @@ class _Loop:
       return 1
     writers.note(f"stopped by {requests.name} after step {step}; checkpoint saved.")
     return requests.status
+
+  def _look(self, writers):
+    with writers.keeping_failures(self.workdir):
+      check_held(self.workdir, self.held)
 
   def _next_batch(self):
     host_batch = next(self.iterator)

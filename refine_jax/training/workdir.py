@@ -9,18 +9,20 @@ from pathlib import Path
 
 import jax
 
-from refine_jax import files
+from refine_jax import files, lock
 from refine_jax.checkpoint.directory import check_writable_name, checkpoint_directory, steps
 from refine_jax.config import Config
 from refine_jax.errors import UserError
 from refine_jax.hf import model_files
 from refine_jax.objective import noise
+from refine_jax.quoting import reason, some
 from refine_jax.training.source import Source
 
 _LOCK = ".lock"
 # What a directory may hold and still be new: the lock, what a killed start left, and logs, because
 # a batch system writes its own before the run starts.
 _NEW = re.compile(r"\.lock|\..*\.\d+\.new|\.gitkeep|\.DS_Store|.*\.(log|out|err)")
+_FOLDERS = {"checkpoints", "log", "profile", "tensorboard"}
 _SECTIONS = {"data", "model", "objective", "noise", "optim"}
 
 
@@ -38,12 +40,13 @@ def check_workdir(workdir: Path, config: Config) -> None:
   if not workdir.is_dir():
     return
   with files.write_errors(workdir):
-    strange = sorted(p.name for p in workdir.iterdir() if not _NEW.fullmatch(p.name))
+    strange = sorted(
+      p.name for p in workdir.iterdir() if not (_NEW.fullmatch(p.name) or _is_made_ready(p))
+    )
   if strange and not steps(directory) and read_config(workdir) is None:
-    shown = ", ".join(strange[:3]) + (", .." if len(strange) > 3 else "")
     raise UserError(
-      f"--workdir={workdir} is not of a run and holds {shown}; name a directory of its own for"
-      " each run, which is made where it is missing."
+      f"--workdir={workdir} is not of a run and holds {some(strange)}; name a directory of its own"
+      " for each run, which is made where it is missing."
     )
   used = directory.is_dir() and any(directory.iterdir())
   if used and config.checkpoint.resume_mode == "disable":
@@ -53,9 +56,16 @@ def check_workdir(workdir: Path, config: Config) -> None:
     )
 
 
+def _is_made_ready(path: Path) -> bool:
+  """Whether it is an empty directory of a run's, or a link to one: another disk for checkpoints."""
+  return path.name in _FOLDERS and path.is_dir() and not any(path.iterdir())
+
+
 @contextlib.contextmanager
-def hold(workdir: Path) -> Iterator[None]:
+def hold(workdir: Path) -> Iterator[lock.Lock | None]:
   """Makes the workdir and keeps other processes out of it during the block.
+
+  Gives the lock, None in processes that do not hold it.
 
   Of a job of several processes the first one holds it. A workdir that is still empty at the end,
   after a start that failed, is removed.
@@ -64,18 +74,35 @@ def hold(workdir: Path) -> Iterator[None]:
     UserError: it cannot be made, or another process holds it, which is named.
   """
   if jax.process_index() != 0:
-    yield
+    yield None
     return
   made = [p for p in (workdir, *workdir.parents) if not p.exists()]
   try:
     with files.write_errors(workdir):
       workdir.mkdir(parents=True, exist_ok=True)
-    with files.lock(workdir / _LOCK, f"--workdir={workdir}"):
-      yield
+    with lock.lock(workdir / _LOCK, f"--workdir={workdir}") as held:
+      yield held
   finally:
     with contextlib.suppress(OSError):  # not empty, or not made
       for path in made:
         path.rmdir()
+
+
+def check_held(workdir: Path, held: lock.Lock | None) -> None:
+  """Looks whether the workdir is still there, and makes it anew where it is not.
+
+  Args:
+    held: what `hold` gave.
+
+  Raises:
+    UserError: it was removed, moved or replaced.
+    lock.InUseError: and another process holds what is there now.
+  """
+  if held is not None and not held.keep():
+    raise UserError(
+      f"--workdir={workdir} was removed or moved while the run went on, and was made anew for a"
+      " last checkpoint."
+    )
 
 
 def read_config(workdir: Path) -> dict | None:
@@ -90,7 +117,9 @@ def read_config(workdir: Path) -> dict | None:
   except FileNotFoundError:
     return None
   except (OSError, ValueError) as error:
-    raise UserError(f"{path} cannot be read ({error}); mend it or move it elsewhere.") from None
+    raise UserError(
+      f"{path} cannot be read ({reason(error)}); mend it or move it elsewhere."
+    ) from None
   return config if isinstance(config, dict) and config.keys() >= _SECTIONS else None
 
 
