@@ -49,7 +49,8 @@ def disk(tmp_path):
   if subprocess.run(command, capture_output=True).returncode:
     pytest.skip("mounting a tmpfs is not allowed here")
   yield disk
-  subprocess.run(["umount", "--lazy", str(disk)], check=True)
+  while disk.is_mount():
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def fill(disk):
