@@ -8,13 +8,14 @@ from collections.abc import Callable
 
 from refine_jax import files
 from refine_jax.errors import UserError
+from refine_jax.quoting import reason
 
 
 def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
   """Runs `main`; a UserError becomes one line on stderr and exit status 1.
 
-  So does a full or read-only disk. An interrupt and a closed pipe end it with the status that a
-  shell gives them.
+  So does a full or read-only disk, and too little memory. An interrupt and a closed pipe end it
+  with the status that a shell gives them.
   """
 
   @functools.wraps(main)
@@ -36,6 +37,13 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
         raise
       place = f"{error.filename}: " if error.filename else ""
       _fail(f"{place}{error.strerror}; make room, or write elsewhere.")
+    except (MemoryError, RuntimeError) as error:  # JAX's errors are RuntimeErrors
+      if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      _fail(
+        f"There is too little memory ({reason(error)}); lower the batch size or the length, or take"
+        " a larger device. docs/troubleshooting.md says what else saves memory."
+      )
 
   return run
 

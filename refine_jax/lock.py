@@ -50,9 +50,13 @@ class Lock:
     return False
 
   def release(self) -> None:
-    """Lets go of it and removes the file, unless that is another's by now."""
-    if self._is_there(self._descriptor):
-      self._path.unlink(missing_ok=True)
+    """Lets go of it and removes the file, unless that is another's by now.
+
+    Raises nothing: it would hide the error that a run ends with. A file that stays holds nobody up.
+    """
+    with contextlib.suppress(OSError):  # a disk that is read-only by now
+      if self._is_there(self._descriptor):
+        self._path.unlink()
     os.close(self._descriptor)
 
   def _take(self) -> int:

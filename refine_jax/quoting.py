@@ -39,7 +39,8 @@ def reason(error: BaseException) -> str:
   if isinstance(error, OSError) and error.strerror:
     # Where it is another file than the one that is being written, its name is the news.
     return cut(error.strerror + (f": {error.filename}" if error.filename else ""))
-  text = next(filter(str.strip, str(error).splitlines()), "")
+  first, *more = [line for line in str(error).splitlines() if line.strip()] or [""]
+  text = " ".join((first, *more)) if first.rstrip().endswith(":") else first
   for tail in (" [tensorstore_spec", " See full TensorStore details"):
     text = text.split(tail)[0]
   text, kind = " ".join(text.split()), type(error).__name__

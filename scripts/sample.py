@@ -14,6 +14,7 @@ is 1 at the end.
 """
 
 import argparse
+import codecs
 import contextlib
 import json
 import sys
@@ -115,11 +116,11 @@ def read_prompts(arguments) -> list:
     data = sys.stdin.buffer.read()
   else:
     raise UserError("No prompt: give --prompt, --prompts_file, --chat, or lines on standard input.")
-  try:
-    # Not splitlines, which also splits at characters that JSON strings may hold.
-    lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
-  except UnicodeDecodeError as error:
-    raise UserError(f"The prompts are not UTF-8: {error.reason} at byte {error.start}.") from None
+  if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    raise UserError("The prompts are not UTF-8 but UTF-16; save them as UTF-8.")
+  # A line that is not UTF-8 is refused as a prompt, like any other that is no text, and ends no
+  # batch. Not splitlines, which also splits at characters that JSON strings may hold.
+  lines = data.decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n").split("\n")
   prompts = [_parse(line, number) for number, line in enumerate(lines, 1) if line.strip()]
   if not prompts:
     raise UserError("There is no prompt in the input.")

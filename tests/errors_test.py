@@ -46,6 +46,7 @@ def test_many_names_are_some_and_how_many_more():
     (FileNotFoundError(2, "No such file", "a/b"), "No such file: a/b"),
     (KeyError("meta"), "KeyError: 'meta'"),
     (StopIteration(), "StopIteration"),
+    (ValueError("one of:\n(1) a file\n(2) a name"), "one of: (1) a file (2) a name"),
     (ValueError("\n\n  it is\tno number\nmore"), "it is no number"),
     (RuntimeError("x failed [tensorstore_spec={'driver': 'zarr'}]"), "x failed"),
   ],

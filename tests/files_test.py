@@ -1,9 +1,11 @@
 """Paths that users give, and files and directories that are complete or not there."""
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from data_fixtures import data_config
@@ -143,6 +145,18 @@ def test_a_lock_that_was_removed_is_taken_again_and_said(tmp_path, gone):
     with pytest.raises(lock.InUseError, match=f"it is in use by process {os.getpid()} on "):
       lock.Lock(path, "it")
   assert not path.exists()
+
+
+def test_a_lock_whose_file_cannot_be_removed_hides_no_error(tmp_path, monkeypatch):
+  def unlink(path):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+  with pytest.raises(ZeroDivisionError), monkeypatch.context() as patch:
+    patch.setattr(Path, "unlink", unlink)
+    with lock.lock(tmp_path / "lock", "it"):
+      raise ZeroDivisionError
+  with lock.lock(tmp_path / "lock", "it"):
+    pass
 
 
 def test_a_lock_that_another_has_by_now_is_left_to_it(tmp_path):

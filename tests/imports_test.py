@@ -21,7 +21,7 @@ MAY_IMPORT = {
   "quoting": set(),
   "files": {"errors", "quoting"},
   "records": {"files"},
-  "cli": {"errors", "files"},
+  "cli": {"errors", "files", "quoting"},
   "interrupt": set(),
   "lock": {"errors", "files"},
   "config": _LEAVES,

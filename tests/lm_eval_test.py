@@ -193,6 +193,7 @@ def unloaded(monkeypatch):
     ({"max_gen_toks": -1}, "max_gen_toks=-1 cannot be"),
     ({"device": "tpu"}, "--device tpu is not what JAX runs on here"),
     ({"pretrained": None}, "needs pretrained=DIR"),
+    ({"mode": "threshold", "tau": "high"}, "tau='high' cannot be; it must be a number"),
   ],
 )
 def test_model_arguments_that_cannot_be_are_refused_before_a_model_is_loaded(
@@ -309,3 +310,22 @@ def test_a_loglikelihood_that_is_not_finite_names_its_request(ours):
     requests = [request("w5 w6", " w8"), request("w7 w6", " w9")]
     with pytest.raises(UserError, match=r"Request \d \('w. w6' -> ' w.'; 2 and 1 tokens\) .* nan"):
       ours.loglikelihood(requests, disable_tqdm=True)
+
+
+def test_rows_without_a_context_or_anything_end_no_evaluation(ours):
+  whole, empty, alone = ours.loglikelihood(
+    [request("w5", " w6"), request("", ""), request("", "w6")], disable_tqdm=True
+  )
+  assert empty == (0.0, True) and whole[0] < 0 and alone[0] < 0
+  assert ours.loglikelihood([request("", "")], disable_tqdm=True) == [(0.0, True)]
+  kinds = {"until": [], "max_gen_toks": 2}
+  texts = ours.generate_until([request("", kinds), request("w5", kinds)], disable_tqdm=True)
+  (prefix,) = ours.tokenizer.convert_ids_to_tokens([ours.prefix_token_id])
+  begun = ours.generate_until([request(prefix, kinds)], disable_tqdm=True)
+  assert len(texts) == 2 and texts[0] == begun[0]
+
+
+def test_two_names_for_the_number_of_new_tokens_are_said(caplog):
+  got = harness_options.read_gen_kwargs({"max_new_tokens": 5, "max_gen_toks": 3}, 7)
+  assert got["max_new_tokens"] == 3
+  assert "Of max_gen_toks=3, max_new_tokens=5 max_gen_toks counts" in caplog.text

@@ -161,7 +161,8 @@ def test_an_interrupt_cuts_an_answer_of_a_chat_and_not_the_chat(run, model, monk
     ([], b'{"prompt": [3, 100000]}', "vocabulary"),
     ([], b'{"prompt": [{"role": "user"}]}', "Prompt 1 is no prompt"),
     ([], b'{"prompt": "\\ud800"}', "Unicode"),
-    ([], b"\xff\xfe", "UTF-8"),
+    ([], "\ufeffwhat\nis".encode("utf-16"), "UTF-8"),
+    ([], b"fox \xff", "not valid Unicode"),
     (["--chat"], b"fox " * 2000, "leaves no room"),
     (["--chat"], b"\xff\xfe", "UTF-8"),
     (["--prompts_file=/nowhere"], b"", "not a file"),
@@ -194,17 +195,20 @@ def test_what_goes_wrong_is_one_line(run, arguments, given, words):
 @pytest.mark.parametrize("as_json", [True, False])
 def test_a_prompt_that_cannot_be_answered_has_an_error_in_its_place(run, batch_size, as_json):
   bad = ['{"prompt": ', '{"prompt": [3, "x"]}', "fox " * 2000, '{"prompt": "\\ud800"}']
-  lines = [bad[0], "what", bad[1], bad[2], "is", bad[3]]
-  words = ("Line 1", None, "Prompt 3", "Prompt 4 has", None, "not valid Unicode")
+  lines = [bad[0], "what", bad[1], bad[2], "is", bad[3], "fox \udcff"]  # a byte that is no UTF-8
+  words = ("Line 1", None, "Prompt 3", "Prompt 4 has", None, *["not valid Unicode"] * 2)
   more = ["--jsonl"] if as_json else []
   code, printed, errors = run(
-    f"--batch_size={batch_size}", "--max_new_tokens=2", *more, given="\n".join(lines).encode()
+    f"--batch_size={batch_size}",
+    "--max_new_tokens=2",
+    *more,
+    given="\n".join(lines).encode(errors="surrogateescape"),
   )
   _, alone, _ = run("--max_new_tokens=2", *more, given=b"what\nis")
   entries, good = (
     out.splitlines() if as_json else out.split("\n---\n")[:-1] for out in (printed, alone)
   )
-  assert code == 1 and "error: 4 of 6 prompts" in errors and len(entries) == len(lines)
+  assert code == 1 and "error: 5 of 7 prompts" in errors and len(entries) == len(lines)
   assert [e for e, word in zip(entries, words, strict=True) if word is None] == good
   for entry, word in zip(entries, words, strict=True):
     assert word is None or word in (json.loads(entry)["error"] if as_json else entry)

@@ -292,6 +292,13 @@ def test_a_run_leaves_what_another_has_at_its_place_as_it_is(configure, tmp_path
   others[0].release()
 
 
+def test_more_steps_than_can_be_counted_are_refused_before_anything_is_trained(tmp_path, configure):
+  config = configure(optim__total_steps=-1, optim__total_epochs=10**9)
+  with pytest.raises(UserError, match="total_epochs=1000000000 makes 5000000000 steps"):
+    train.run(config, tmp_path / "run")
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_profile_is_begun_where_the_run_goes_on_and_ended_with_it(used, configure, monkeypatch):
   shutil.rmtree(used / "checkpoints" / "3")
   calls = []

@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -227,7 +228,7 @@ def test_wandb_that_fails_hides_nothing_and_is_one_line(tmp_path, monkeypatch, f
   mine = writers(tmp_path, loggers=("wandb",))
   mine.write(1, {"loss_total": 0.5})
   mine.close()
-  assert str(mine.failure).startswith("wandb failed (RuntimeError: the service is gone);")
+  assert str(mine.failure).startswith("wandb failed (the service is gone);")
   assert steps_of(tmp_path, "loss_total") == [1]
 
 
@@ -276,6 +277,29 @@ def test_a_full_disk_is_one_line_wherever_a_program_meets_it(capsys):
   assert capsys.readouterr().err == (
     "error: /x/y: No space left on device; make room, or write elsewhere.\n"
   )
+
+
+@pytest.mark.parametrize(
+  "allocate, words",
+  [
+    (lambda: jnp.zeros((2**20, 2**30)), "RESOURCE_EXHAUSTED: Out of memory"),
+    (lambda: np.zeros((2**20, 2**25)), "Unable to allocate"),
+  ],
+)
+def test_too_little_memory_is_one_line(allocate, words, capsys):
+  with pytest.raises(SystemExit) as end:
+    cli.entry_point(allocate)()
+  said = capsys.readouterr().err
+  assert end.value.code == 1 and said.count("\n") == 1
+  assert said.startswith("error: There is too little memory (") and words in said
+
+
+def test_another_error_of_a_library_keeps_its_traceback():
+  def fail():
+    raise RuntimeError("INTERNAL: a fault")
+
+  with pytest.raises(RuntimeError, match="a fault"):
+    cli.entry_point(fail)()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

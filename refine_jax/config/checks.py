@@ -16,7 +16,7 @@ def check(c: Config) -> None:
   _check_mesh(c.mesh)
   first, last = _pair(c.log.profile_steps, "log.profile_steps", "(first, last)")
   if c.optim.step_limit is not None:
-    check_profile(c, c.optim.step_limit)
+    check_steps(c, c.optim.step_limit)
   _require(
     first <= last and (first > 0 or last == 0),
     f"config.log.profile_steps is {c.log.profile_steps}; it must be (first, last), from step 1 on,"
@@ -33,8 +33,13 @@ def check(c: Config) -> None:
   )
 
 
-def check_profile(c: Config, total_steps: int) -> None:
-  """Raises UserError where log.profile_steps names a step that the run does not have."""
+def check_steps(c: Config, total_steps: int) -> None:
+  """Raises UserError for more steps than can be counted, or a log.profile_steps beyond them."""
+  _require(
+    total_steps < 2**31,
+    f"config.optim.total_epochs={c.optim.total_epochs} makes {total_steps} steps, and a run has at"
+    f" most {2**31 - 1}; lower it, or set config.optim.total_steps.",
+  )
   _require(
     c.log.profile is None or 1 <= c.log.profile[0] <= c.log.profile[1] <= total_steps,
     f"config.log.profile_steps={c.log.profile_steps} is outside the run's steps 1 to {total_steps};"

@@ -108,7 +108,7 @@ def read_gen_kwargs(given: dict, most_new: int) -> dict:
   require("do_sample", sample, isinstance(sample, bool), "true or false")
   result = {
     "stop": [s for s in until if s],
-    "max_new_tokens": next((whole(n, kwargs[n]) for n in _MOST_NEW if n in kwargs), most_new),
+    "max_new_tokens": _most_new(kwargs, most_new),
     "temperature": _number(kwargs, "temperature", 1.0) if sample else 0.0,
   }
   if "top_p" in kwargs:
@@ -118,6 +118,16 @@ def read_gen_kwargs(given: dict, most_new: int) -> dict:
     result["top_k"] = 0 if kwargs["top_k"] == -1 else kwargs["top_k"]
   Options(**result)
   return result
+
+
+def _most_new(kwargs: dict, default: int) -> int:
+  """The number of new tokens, by whichever name; where a task and a command differ, it is said."""
+  given = {name: whole(name, kwargs[name]) for name in _MOST_NEW if name in kwargs}
+  name, value = next(iter(given.items()), ("", default))
+  if len(set(given.values())) > 1:
+    named = ", ".join(f"{n}={v}" for n, v in given.items())
+    _log.warning("Of %s %s counts; change it by that name.", named, name)
+  return value
 
 
 def _number(kwargs: dict, name: str, default: float) -> float:

@@ -117,6 +117,13 @@ class RefineLM(TemplateLM):
     ids = encode(self.tokenizer, [string])[0]
     return [*self._prefix, *ids] if add_special_tokens else ids
 
+  def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list:
+    """For each context and continuation: (its log-probability, whether it is the greedy one)."""
+    # The harness looks at the first token of the two, which not every row of a data set has.
+    asked = [request for request in requests if any(request.args)]
+    scored = iter(super().loglikelihood(asked, disable_tqdm) if asked else [])
+    return [next(scored) if any(request.args) else (0.0, True) for request in requests]
+
   def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
     """For each (texts, context ids, continuation ids): (its log-probability, whether greedy)."""
     for number, (_, context, answer) in enumerate(requests, 1):
@@ -211,7 +218,7 @@ class RefineLM(TemplateLM):
     """
     length = self.model.config.max_length
     room = max(length - options["max_new_tokens"], length - length // 2)
-    prompts = [self.tok_encode(c) for c in contexts]
+    prompts = [self.tok_encode(c) or [self.prefix_token_id] for c in contexts]
     cut = sum(len(p) > room for p in prompts)
     if cut:
       _log.warning(

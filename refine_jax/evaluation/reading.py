@@ -7,6 +7,7 @@ from pathlib import Path
 from refine_jax.data import parquet
 from refine_jax.errors import UserError
 from refine_jax.evaluation import scoring
+from refine_jax.quoting import some
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,4 +62,6 @@ def read(files: str, limit: int, option: str, keys: Sequence[str] = ()) -> Rows:
 def _require(path: Path, option: str, names: Sequence[str], keys: Sequence[str]):
   for key in keys:
     if key not in names:
-      raise UserError(f"{path} ({option}) has no column {key!r}; it has {', '.join(names)}.")
+      raise UserError(
+        f"{path} ({option}) has no column {key!r}; it has {some(names, 20) or 'none'}."
+      )

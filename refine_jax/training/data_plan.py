@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from refine_jax import data, sharding
 from refine_jax.batch import Batch
 from refine_jax.config import Config
-from refine_jax.config.checks import check_profile
+from refine_jax.config.checks import check_steps
 from refine_jax.errors import UserError
 from refine_jax.objective import draft_blocks
 from refine_jax.training.source import Source
@@ -99,5 +99,5 @@ def plan_data(config: Config, source: Source, mesh: Mesh) -> DataPlan:
   elif total_steps > rows.num_batches:  # as many epochs as that takes
     epochs = -(-total_steps * optim_config.batch_size // rows.packing.rows)
     rows = dataclasses.replace(rows, total_epochs=epochs)
-  check_profile(config, total_steps)
+  check_steps(config, total_steps)
   return DataPlan(config, rows, validation, total_steps)
