@@ -272,7 +272,7 @@ def test_any_row_is_scored_or_refused_and_written(row):
 
 
 def test_tokens_a_pass_count_rows_that_stopped(monkeypatch, tmp_path):
-  """Three problems in batches of two: the filled-up row of the last batch counts nowhere."""
+  """And their seconds are shared out over all."""
   answers = {"a": ("1", True, 8, 2), "b": ("x", False, 100, 10), "c": ("3", True, 4, 4)}
 
   def generate(model, prompts, **options):
@@ -294,7 +294,7 @@ def test_tokens_a_pass_count_rows_that_stopped(monkeypatch, tmp_path):
   numbers, outcomes = evaluate.evaluate(None, rows, scoring.exact, batch_size=2)
   assert numbers["tokens_per_pass"] == 12 / 6 and numbers["not_stopped"] == 1
   assert numbers["solved"] == 2 / 3 and numbers["by_task"] == {"x": 0.5, "y": 1.0}
-  assert numbers["seconds_per_problem"] == 2.0 and numbers["tokens"] == 112
+  assert numbers["seconds_per_problem"] == 1.0 and numbers["tokens"] == 112
   report.write_answers(tmp_path, "exact-8", outcomes)
   lines = (tmp_path / "answers-exact-8.jsonl").read_text().splitlines()
   assert [json.loads(line)["solved"] for line in lines] == [True, False, True]
