@@ -1,13 +1,12 @@
 """How much memory a device has, and errors before more is asked for."""
 
 import os
-
-import jax
+from typing import Any
 
 from refine_jax.errors import UserError
 
 
-def total(device: jax.Device) -> int:
+def total(device: Any) -> int:
   """Bytes that a process may take of a device's memory."""
   stats = device.memory_stats()
   if stats and "bytes_limit" in stats:
@@ -15,7 +14,7 @@ def total(device: jax.Device) -> int:
   return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def free(device: jax.Device) -> int:
+def free(device: Any) -> int:
   """Bytes of a device's memory that nothing has taken."""
   stats = device.memory_stats()
   if stats and "bytes_limit" in stats:
@@ -23,7 +22,7 @@ def free(device: jax.Device) -> int:
   return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def require(size: int, device: jax.Device, what: str, advice: str) -> None:
+def require(size: int, device: Any, what: str, advice: str) -> None:
   """Raises UserError where a device has not so many bytes free."""
   there = free(device)
   if size > there:

@@ -72,7 +72,7 @@ class Options:
   first_row: int = 0
   noise_token: int | None = None
   eos_token_id: int | Sequence[int] | None = None
-  stop: str | Sequence[str] = ()
+  stop: str | Sequence[str] | None = ()
   chat_template: str = ""
   trace: bool = False
 
@@ -100,16 +100,23 @@ class Options:
       ("first_row", self.first_row, 2**24),
     ):
       require(name, value, value <= most, f"at most {most}")
-    require("tau", self.tau, self.tau >= 0, "a probability")
-    require(
-      "temperature", self.temperature, 0 <= self.temperature < np.inf, "0 or a positive number"
-    )
-    require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-    if self.stop == "" or "" in tuple(self.stop or ()):
+    for name, good, what in (
+      ("tau", lambda x: x >= 0, "a probability"),
+      ("temperature", lambda x: 0 <= x < np.inf, "0 or a positive number"),
+      ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    ):
+      value = getattr(self, name)
+      number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+      require(name, value, number and good(value), what)
+    stop = () if self.stop is None else self.stop
+    texts = isinstance(stop, str | Sequence) and all(isinstance(s, str) for s in stop)
+    require("stop", stop, texts, "a string, or a list of strings")
+    if "" in self.stops:
       raise UserError("A stop string is empty; it would end every answer at once.")
 
   @property
   def stops(self) -> tuple[str, ...]:
+    """The stop strings, however they were given."""
     return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 

@@ -59,7 +59,8 @@ class Request:
       # A product with it is what XLA makes of a division by a constant.
       inverse_temperature=1 / np.float32(options.temperature) if samples else np.float32(0),
       top_k=np.int32(min(options.top_k, np.iinfo(np.int32).max)),
-      top_p=np.float32(options.top_p),
+      # The best token stays, however little is asked for.
+      top_p=np.float32(max(options.top_p, np.finfo(np.float32).tiny)),
       seed=_seeds(options.seed, bucket(self.row + 1, 64))[self.row],
     )
 
@@ -94,7 +95,7 @@ def requests(
   default_noise = trained.noise_token if trained else eos[0] if eos else 0
   noise = default_noise if options.noise_token is None else options.noise_token
   stop_ids = [special[s] for s in options.stops if s in special]
-  for what, ids in (("noise_token", [noise]), ("eos_token_id", eos), ("stop", stop_ids)):
+  for what, ids in (("eos_token_id", eos), ("noise_token", [noise]), ("stop", stop_ids)):
     check_ids(ids, model.config.vocab_size, what, model.tokenizer)
   places = itertools.count(options.first_row) if rows is None else rows
   return [

@@ -145,7 +145,7 @@ class Runner:
     return state_lib.cache_bytes(self.config, self.slots, size, self._dtype)
 
   @property
-  def _device(self) -> jax.Device:
+  def _device(self) -> Any:
     return min(self._sharding.device_set, key=lambda device: device.id)
 
   # Programs.

@@ -34,9 +34,12 @@ def choose(
   samples = choices.inverse_temperature > 0
 
   def either(logits):
-    greedy, sampled = _greedy(logits), _sample(logits, positions_BN, choices)
-    return tuple(
-      jnp.where(samples[:, None], one, other) for one, other in zip(sampled, greedy, strict=True)
+    token, probability = _greedy(logits)
+    sampled, sampled_probability = _sample(logits, positions_BN, choices)
+    here = samples[:, None]
+    return (
+      jnp.where(here, sampled, token),
+      jnp.where(here, sampled_probability, probability),
     )
 
   if rows == "any":
