@@ -251,7 +251,7 @@ def test_generation_arguments_are_read_by_all_their_names(given, want):
 def test_generation_arguments_that_cannot_be_are_refused_before_any_model_call(
   ours, monkeypatch, given, message
 ):
-  monkeypatch.setattr(adapter.generation, "generate", None)
+  monkeypatch.setattr(adapter, "Call", None)
   requests = [request("w5", {"until": []}), request("w5", {"until": []} | given)]
   with pytest.raises(UserError, match=re.escape(message)):
     ours.generate_until(requests, disable_tqdm=True)
@@ -274,15 +274,15 @@ def test_an_answer_as_long_as_the_model_leaves_the_prompt_half_of_it(ours, their
   short, long = words(rng, 20), words(rng, 300)
   seen = []
 
-  def generate(model, prompts, **options):
-    seen.extend(prompts)
-    return types.SimpleNamespace(texts=[""] * len(prompts))
+  def call(model, requests, *, slots):
+    seen.extend(one.prompt for one in requests)
+    return types.SimpleNamespace(busy=False)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(adapter.generation, "generate", generate)
+    patch.setattr(adapter, "Call", call)
     requests = [request(c, {"until": [], "max_gen_toks": 256}) for c in (short, long)]
     ours.generate_until(requests, disable_tqdm=True)
-  assert seen[:2] == [ids(short), ids(long)[-128:]]
+  assert seen == [ids(short), ids(long)[-128:]]
 
 
 def test_special_tokens_that_a_tokenizer_appends_never_end_a_context(ours, theirs):

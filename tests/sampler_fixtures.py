@@ -95,3 +95,8 @@ def entered(
   empty = state.empty(config, settings, rows, size, dtype)
   enter = enter or jax.jit(functools.partial(state.enter, config=config, settings=settings))
   return enter(params, empty, pieces)
+
+
+def without_progress(text):
+  """Standard error without what is said of programs that take long to compile."""
+  return "".join(x for x in text.splitlines(True) if not x.startswith("compiling "))

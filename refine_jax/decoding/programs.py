@@ -120,7 +120,7 @@ def _told(what: str) -> Iterator[None]:
   """Says on standard error what is compiled, where that takes longer than a user's patience."""
 
   def tell():
-    print(f"compiling {what}; the next process finds it compiled ..", file=sys.stderr, flush=True)
+    print(f"compiling the program for {what} ..", file=sys.stderr, flush=True)
 
   timer = threading.Timer(_PATIENCE, tell)
   timer.daemon = True

@@ -21,6 +21,8 @@ from refine_jax.interrupt import held_back
 _PIECE, _PIECES = 128, 4
 # Places of the smallest cache. The kernel reads none that is empty, the other engine reads all.
 _LEAST_PLACES = {"kernel": 4096, "xla": 512}
+# Program -> what a user is told who waits for it.
+_NAMES = {"enter": "prompts", "decode": "passes", "traced": "traced passes"}
 
 
 @dataclasses.dataclass
@@ -188,7 +190,7 @@ class Runner:
       programs.jitted(function, self.config, settings, self._sharding),
       (self.params, self.state, *more),
       programs.compiler_options(tokens),
-      f"{name} for {self.slots} rows of {self.size} tokens",
+      f"{_NAMES[name]} ({self.slots} rows of up to {self.size} tokens)",
     )
 
   def _once(self, function: Callable, *arguments: Any) -> Callable:
