@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import attention, embedding, gated, head, input, sampler, step, timing
+from benchmarks import attention, embedding, engine, gated, head, input, sampler, step, timing
 from refine_jax.attention import packed
 from refine_jax.data import load_examples, train_rows
 from refine_jax.hf import config as hf_config
@@ -299,6 +299,19 @@ def test_sampler(run):
     assert p["stream_host_share"] == pytest.approx(1 - p["pass_ms"] / p["call_ms"])
     assert p["prefill_ms"] > 0 and 1 <= p["loop_passes"]
   check_modes(result["rows"])
+
+
+def test_engine(run):
+  """Few programs for many calls; the same tokens with and without refills, which are compared."""
+  sizes = ("--calls=4", "--rows=3", "--longest=60", "--problems=6", "--slots=2", "--new=4")
+  result = run(engine, "--parts=calls,refill", *sizes)
+  assert 3 <= result["programs"] <= 6 and result["xla_programs"] >= result["programs"]
+  batches, refilled = result["rows"]
+  assert batches["tokens"] == refilled["tokens"] >= 6 * 4
+  assert result["refill_gain"] == pytest.approx(batches["seconds"] / refilled["seconds"])
+  for row in result["rows"]:
+    spent = row["seconds"] - row["prefill_seconds"] - row["decode_seconds"]
+    assert row["host_ms_a_step"] == pytest.approx(spent / row["steps"] * 1e3)
 
 
 def test_an_adapters_cost_is_the_ratio_of_two_passes(run):

@@ -1,5 +1,6 @@
 """The device's side of an engine: its rows, their growth, and the programs that run over them."""
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -165,11 +166,20 @@ class Runner:
     names = ("enter", "traced" if traced else "decode")
     missing = [name for name in names if (name, self._sampling, key) not in self._programs]
     if missing:
-      made, new, seconds = programs.compiled(*map(self._job, missing))
+      with self._precision():
+        made, new, seconds = programs.compiled(*map(self._job, missing))
       for name, program in zip(missing, made, strict=True):
         self._programs[name, self._sampling, key] = program
       self.costs.programs += new
       self.costs.compile_seconds += seconds
+
+  def _precision(self) -> contextlib.AbstractContextManager:
+    """Products of float32 in float32: GPUs would round them, and near ties would fall otherwise."""
+    config: Any = jax.config
+    given = config.jax_default_matmul_precision is not None
+    if given or self._dtype != np.float32:
+      return contextlib.nullcontext()
+    return jax.default_matmul_precision("highest")
 
   def _program(self, name: str) -> Callable:
     return self._programs[name, self._sampling, programs.context()]

@@ -77,9 +77,9 @@ def _second_factor(change: jax.Array, b: jax.Array) -> jax.Array:
   """The change [.., r] times B [r, outputs], or times as many of them as parts are joined."""
   if b.ndim == 2:
     return change @ b
-  change = change.reshape(*change.shape[:-1], *b.shape[:2])
-  y = jnp.einsum("...pr,pro->...po", change, b)
-  return y.reshape(*y.shape[:-2], -1)
+  # As products of their own: a batch of them would come out with the parts first.
+  parts = jnp.split(change, len(b), axis=-1)
+  return jnp.concatenate([part @ matrix for part, matrix in zip(parts, b, strict=True)], axis=-1)
 
 
 def _dense(config: ModelConfig, features: int, bias: bool, dtype, name: str):
