@@ -125,7 +125,7 @@ def _calls(model, arguments) -> dict:
     "slowest_call_seconds": slowest,
     "host_ms_a_call": float(np.median(outside)) * 1e3,
   }
-  return timing.told(result)
+  return timing.print_row(result)
 
 
 def _start(arguments) -> dict:
@@ -137,7 +137,7 @@ def _start(arguments) -> dict:
     for name in ("first_token_cold_seconds", "first_token_seconds"):
       run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
       result[name] = json.loads(run.stdout.splitlines()[-1])["seconds"]
-  return timing.told(result)
+  return timing.print_row(result)
 
 
 def _first_token(arguments) -> dict:
@@ -171,7 +171,7 @@ def _refill(model, arguments) -> tuple[list, dict]:
   static, answers = _run(engine, batches)
   refilled, same = _run(engine, [wanted])
   for name, row in (("batches", static), ("refilled", refilled)):
-    timing.told({"slots": name} | row)
+    timing.print_row({"slots": name} | row)
   assert [answers[r].tokens for r in wanted] == [same[r].tokens for r in wanted], "other tokens"
   gain = static["seconds"] / refilled["seconds"]
   rows = [{"slots": "batches"} | static, {"slots": "refilled"} | refilled]

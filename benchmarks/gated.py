@@ -26,14 +26,15 @@ from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
 from refine_jax.model import adapters, transformer
 from refine_jax.model import remat as remat_lib
 from refine_jax.objective import draft_blocks
-from refine_jax.training import compute, flops, train_step
+from refine_jax.training import flops, train_step
+from refine_jax.training import forward as forward_lib
 from refine_jax.training.step_config import StepConfig
 
 
 def measure(shape: timing.Shape, arguments) -> dict:
   """Compiles the step, runs it, and reads what it cost."""
   model, dtype = shape.model, timing.default_dtype()
-  forward = compute.ForwardConfig(
+  forward = forward_lib.ForwardConfig(
     model=model,
     dtype=dtype,
     attention=choose_backend(
@@ -108,7 +109,7 @@ def measure(shape: timing.Shape, arguments) -> dict:
   }
 
 
-def random_base(forward: compute.ForwardConfig) -> dict:
+def random_base(forward: forward_lib.ForwardConfig) -> dict:
   """A frozen base of random numbers, made in its own dtype: in float32 8 B parameters are 32 GB."""
   model = forward.model
   shapes = jax.eval_shape(forward.freeze, transformer.param_shapes(model))
@@ -161,7 +162,7 @@ def main(argv=None) -> dict:
     arguments.length or shape.length,
     arguments.segments or shape.segments,
   )
-  row = timing.told(measure(shape, arguments))
+  row = timing.print_row(measure(shape, arguments))
   summary = {
     "shape": arguments.shape,
     "device": jax.local_devices()[0].device_kind,

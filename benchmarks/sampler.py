@@ -71,7 +71,7 @@ def main(argv=None) -> dict:
   if arguments.adapter_rank:
     model = with_random_adapter(model, arguments.adapter_rank)
   passes = [
-    timing.told(_measure_passes(model, rank, rows, block, arguments, ceilings))
+    timing.print_row(_measure_passes(model, rank, rows, block, arguments, ceilings))
     for rows in arguments.batches
     for block in arguments.blocks
     for rank in ([0, arguments.adapter_rank] if arguments.adapter_rank else [0])
@@ -301,7 +301,7 @@ def _measure_mode(model, prompts, mode, arguments) -> tuple:
     "wall_tokens_per_second": count / wall,
     "compile_seconds": compile_seconds,
   }
-  return timing.told(row), out.tokens
+  return timing.print_row(row), out.tokens
 
 
 def _measure_peers(model, prompts, results, arguments, dtype) -> list[dict]:

@@ -23,8 +23,8 @@ from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
 from refine_jax.model import layout, transformer
 from refine_jax.model import remat as remat_lib
 from refine_jax.objective import plan as plan_lib
-from refine_jax.training import compute as compute_lib
 from refine_jax.training import flops as flops_lib
+from refine_jax.training import forward as forward_lib
 from refine_jax.training import memory, train_step
 from refine_jax.training.step_config import StepConfig
 
@@ -64,7 +64,7 @@ def example_length(batch: Batch) -> float:
   return float(np.sum(counts**2) / np.sum(counts))
 
 
-def make_recipe(shape: timing.Shape, rounds: int) -> StepConfig:
+def make_step_config(shape: timing.Shape, rounds: int) -> StepConfig:
   return StepConfig(
     objective=ObjectiveConfig(
       num_iterations=rounds, loss_weights=(1.0,) * rounds, clean_weight=0.0
@@ -116,28 +116,28 @@ def measure(shape: timing.Shape, arguments, *, packed: bool) -> dict:
     head_chunk=arguments.head_chunk,
     memory=memory.device_memory(),
   )
-  compute = compute_lib.ForwardConfig(
+  forward = forward_lib.ForwardConfig(
     model=shape.model,
     dtype=dtype,
     attention=engine,
     max_segments=segments,
     remat=remat,
-    unroll=compute_lib.choose_unroll(arguments.unroll, remat, shape.model.layers),
+    unroll=forward_lib.choose_unroll(arguments.unroll, remat, shape.model.layers),
     head_chunk=arguments.head_chunk,
     head_gradient=arguments.head_gradient,
     join=_JOINS[arguments.joined],
   )
-  recipe = make_recipe(shape, arguments.rounds)
+  step_config = make_step_config(shape, arguments.rounds)
   # Each example attends to itself alone.
   batch = random_batch(shape, packed=packed, prompt=min(128, shape.length // 16))
-  passes = plan_lib.passes(recipe.plan)
+  passes = plan_lib.passes(step_config.plan)
   flops = flops_lib.train_flops_per_token(shape.model, example_length(batch), passes)
   batch = jax.device_put(batch)
   state = jax.jit(
-    lambda key: train_step.init_state(transformer.init_params(shape.model, key), recipe.optim)
+    lambda key: train_step.init_state(transformer.init_params(shape.model, key), step_config.optim)
   )(jax.random.key(0))
   start = time.perf_counter()
-  step = train_step.jit_train_step(recipe, compute).lower(state, batch).compile()
+  step = train_step.jit_train_step(step_config, forward).lower(state, batch).compile()
   compile_seconds = time.perf_counter() - start
 
   def run():
@@ -153,8 +153,8 @@ def measure(shape: timing.Shape, arguments, *, packed: bool) -> dict:
     "length": shape.length,
     "attention": engine,
     "remat": remat,
-    "layers": "apart" if compute.unroll >= shape.model.layers else f"scan {compute.unroll}",
-    "joined": ",".join(compute.join),
+    "layers": "apart" if forward.unroll >= shape.model.layers else f"scan {forward.unroll}",
+    "joined": ",".join(forward.join),
     "step_ms": seconds * 1e3,
     "tokens_per_second": tokens / seconds,
     "mfu": mfu(tokens / seconds * flops),
@@ -236,7 +236,7 @@ def main(argv=None) -> dict:
     shape = timing.Shape(shape.model, arguments.rows, shape.length, shape.segments)
   peers = measure_peers(arguments, shape) if arguments.peer else []
   rows = [
-    timing.told(measure(shape, arguments, packed=variant == "packed"))
+    timing.print_row(measure(shape, arguments, packed=variant == "packed"))
     for variant in arguments.variants.split(",")
   ]
   for peer in peers:

@@ -198,7 +198,7 @@ def table(rows: list) -> str:
   )
 
 
-def told(row: dict) -> dict:
+def print_row(row: dict) -> dict:
   """The row, printed at once: what a run had measured is not lost when it is stopped."""
   print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
   sys.stdout.flush()

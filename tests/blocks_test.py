@@ -183,12 +183,12 @@ def torch_oracle(params, config, doubled, noised, loss_weights, clean_weight):
 )
 def test_losses_and_gradients_equal_those_of_each_block_alone(rounds, clean_weight, decay, anchors):
   config = tiny.tiny_config()
-  compute, params = tiny.compute(config), tiny.params_with_biases(config)
+  forward, params = tiny.forward(config), tiny.params_with_biases(config)
   noise_config = dataclasses.replace(NOISE, offset_decay=decay, anchors=anchors)
   doubled, noised = add_noise(tiny.packed_batch(), config=noise_config)
   weights = (1.0, 0.5, 0.25)[:rounds]
   arguments = (doubled, noised, weights, clean_weight)
-  gradients, sums = tiny.gradients_of_rounds(compute, params, *arguments)
+  gradients, sums = tiny.gradients_of_rounds(forward, params, *arguments)
   torch_model.assert_equal(gradients, sums, *torch_oracle(params, config, *arguments))
 
 

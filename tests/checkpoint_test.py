@@ -30,8 +30,8 @@ def _dropped_reads_end_here():
 
 
 def new_state(seed=0):
-  recipe = tiny.recipe()
-  return init_state(tiny.tiny_params(seed=seed), recipe.optim)
+  step_config = tiny.step_config()
+  return init_state(tiny.tiny_params(seed=seed), step_config.optim)
 
 
 def new_iterator():
@@ -209,7 +209,7 @@ def test_checksums_do_not_depend_on_sharding():
 
 def test_another_optimizers_checkpoints_are_refused_and_left_alone(tmp_path):
   checkpointer = saved(tmp_path, (1, 2))
-  other = init_state(tiny.tiny_params(), tiny.recipe(clip_grad=0.0).optim)
+  other = init_state(tiny.tiny_params(), tiny.step_config(clip_grad=0.0).optim)
   with pytest.raises(UserError, match="another optimizer"):
     checkpointer.restore(None, abstract(other), new_iterator(), IDENTITY)
   checkpointer.close()

@@ -28,7 +28,7 @@ MESH = MeshConfig(data=1, fsdp=2, tensor=1)
 def choose(config=CONFIG, shape=None):
   mesh = sharding.make_mesh(MESH, jax.devices()[:2])
   plan = SimpleNamespace(max_segments=2, most_tiles=lambda drafts: 5)
-  return choices.choose_compute(config, shape or tiny.tiny_config(), mesh, plan)
+  return choices.choose_forward(config, shape or tiny.tiny_config(), mesh, plan)
 
 
 def test_attention_by_xla_is_that_of_drafts_too(monkeypatch):

@@ -12,7 +12,7 @@ from refine_jax.config import MeshConfig
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights
 from refine_jax.training import frozen
-from refine_jax.training.source import Source
+from refine_jax.training.source import ModelSource
 
 
 def test_the_base_is_in_memory_once_and_as_it_was_stored(tmp_path, monkeypatch):
@@ -27,10 +27,10 @@ def test_the_base_is_in_memory_once_and_as_it_was_stored(tmp_path, monkeypatch):
 
   monkeypatch.setattr(weights, "load_params", spy)
   mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-  forward = tiny.compute(model, mesh=mesh, join=("attention",))
+  forward = tiny.forward(model, mesh=mesh, join=("attention",))
   with warnings.catch_warnings():
     warnings.simplefilter("error")
-    base, _ = frozen.load_frozen(Source(directory, True, model, None), forward)
+    base, _ = frozen.load_frozen(ModelSource(directory, True, model, None), forward)
   ((params, before),) = loaded
   # A projection that is joined takes new memory, and is freed with `params`.
   kept = (params["embedding"], params["layers"]["mlp"], params["layers"]["attention"]["output"])

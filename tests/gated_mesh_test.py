@@ -30,19 +30,19 @@ def random_factors(config):
 
 def test_eight_devices_give_the_loss_and_gradient_of_one():
   config = tiny.tiny_config(**tiny.GEMMA3)
-  recipe = tiny.recipe(num_iterations=1, kind="block")
-  noise = dataclasses.replace(recipe.noise, anchors=3, random=True)
-  recipe = dataclasses.replace(recipe, noise=noise, gated=True)
+  step_config = tiny.step_config(num_iterations=1, kind="block")
+  noise = dataclasses.replace(step_config.noise, anchors=3, random=True)
+  step_config = dataclasses.replace(step_config, noise=noise, gated=True)
   batch, key = tiny.split(tiny.packed_batch(24), 2), jax.random.key(4)
   params, factors = tiny.params_with_biases(config), random_factors(config)
 
   def run(mesh, batch, params, factors):
-    forward = tiny.compute(config, adapter=ADAPTER, mesh=mesh)
+    forward = tiny.forward(config, adapter=ADAPTER, mesh=mesh)
     frozen = jax.jit(forward.freeze)(params)
 
     @jax.jit
     def gradient(factors, batch, frozen):
-      return gradients.of_drafts(factors, batch, frozen, key, recipe, forward)
+      return gradients.of_drafts(factors, batch, frozen, key, step_config, forward)
 
     return frozen, gradient(factors, batch, frozen)
 

@@ -101,7 +101,7 @@ def dense_loss(factors, params, config, batch, blocks, target):
 def test_two_streams_give_the_gradient_of_one_dense_pass(target, anchors, unroll, remat, changes):
   config = tiny.tiny_config(**{"qk_norm": True} | changes)
   params, factors, batch, blocks = problem(config, anchors)
-  forward = tiny.compute(
+  forward = tiny.forward(
     config, adapter=ADAPTER, unroll=unroll, remat=remat, join=("attention",) * (unroll > 1)
   )
   frozen = forward.freeze(params)
@@ -162,14 +162,14 @@ def test_joined_projections_and_layers_in_a_list_compute_the_same(projections):
 
 def test_validation_has_the_loss_and_the_noise_of_training():
   config, batch = tiny.tiny_config(), tiny.unpacked_batch(8)
-  forward = tiny.compute(config, adapter=ADAPTER)
+  forward = tiny.forward(config, adapter=ADAPTER)
   base, factors = forward.freeze(tiny.tiny_params(config)), random_factors(config)
 
-  recipe = dataclasses.replace(tiny.recipe(num_iterations=1, kind="block"), gated=True)
+  step_config = dataclasses.replace(tiny.step_config(num_iterations=1, kind="block"), gated=True)
 
   def inputs(random):
-    noise = dataclasses.replace(recipe.noise, random=random)
-    bound = {"step_config": dataclasses.replace(recipe, noise=noise)}
+    noise = dataclasses.replace(step_config.noise, random=random)
+    bound = {"step_config": dataclasses.replace(step_config, noise=noise)}
     bound["forward"] = forward
     sums = jax.jit(functools.partial(train_step.eval_step, **bound))(factors, batch, base)
     one = batch.map(lambda x: x[:1])
@@ -180,11 +180,11 @@ def test_validation_has_the_loss_and_the_noise_of_training():
   assert set(noise.tolist()) == {tiny.NOISE_TOKEN} and len(set(random_noise.tolist())) > 1
   assert plain["terms"]["draft"]["loss"] != drawn["terms"]["draft"]["loss"]
   assert np.any(plain["block"]["right"] != drawn["block"]["right"])
-  values = metrics.eval_metrics(jax.device_get(plain), recipe.objective, recipe.noise)
+  values = metrics.eval_metrics(jax.device_get(plain), step_config.objective, step_config.noise)
   assert values["eval/loss_total"] == values["eval/loss_draft"] > 0
   assert 0 <= values["eval/accuracy_draft"] <= 1
-  key, one = jax.random.key(recipe.seed), batch.map(lambda x: x[None])
-  _, trained, _ = gradients.of_drafts(factors, one, base, key, recipe, forward)
+  key, one = jax.random.key(step_config.seed), batch.map(lambda x: x[None])
+  _, trained, _ = gradients.of_drafts(factors, one, base, key, step_config, forward)
   got = plain["terms"]["draft"]
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), got, trained["draft"])
   jax.tree.map(np.testing.assert_array_equal, plain["terms"]["clean"], drawn["terms"]["clean"])

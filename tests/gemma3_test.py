@@ -99,10 +99,10 @@ def test_embeddings_are_scaled_and_rounded_as_transformers_does_it(tmp_path):
 def test_a_training_step_lowers_the_loss():
   """In packed rows; in bfloat16, whose working copy leaves the norms in float32."""
   config = tiny.tiny_config(**tiny.GEMMA3)
-  compute = tiny.compute(config, dtype="bfloat16")
-  recipe = tiny.recipe(num_iterations=1, lr=1e-2, warmup_ratio=0.0)
-  step = train_step.jit_train_step(recipe, compute)
-  state = train_step.init_state(tiny.tiny_params(config), recipe.optim)
+  forward = tiny.forward(config, dtype="bfloat16")
+  step_config = tiny.step_config(num_iterations=1, lr=1e-2, warmup_ratio=0.0)
+  step = train_step.jit_train_step(step_config, forward)
+  state = train_step.init_state(tiny.tiny_params(config), step_config.optim)
   batch = jax.tree.map(lambda x: x[None], tiny.packed_batch())
   losses = []
   for _ in range(3):

@@ -16,7 +16,7 @@ from refine_jax.config import MeshConfig
 from refine_jax.decoding import loading
 from refine_jax.model import layout, transformer
 from refine_jax.model import remat as remat_lib
-from refine_jax.training import compute as compute_lib
+from refine_jax.training import forward as forward_lib
 from refine_jax.training import memory
 from refine_jax.training.train_step import init_state, jit_train_step
 
@@ -121,11 +121,11 @@ def test_weights_gradients_may_be_late_by_as_many_layers_as_asked():
     assert text.count("optimization_barrier") == max(config.layers - slack, 0)
 
 
-def step_on(mesh, batch, recipe, compute):
+def step_on(mesh, batch, step_config, forward):
   """(new state, metrics) of one step, the state split as the mesh wants it."""
-  state = init_state(tiny.tiny_params(compute.model), recipe.optim)
+  state = init_state(tiny.tiny_params(forward.model), step_config.optim)
   places = sharding.shardings(state, mesh)
-  step = jit_train_step(recipe, dataclasses.replace(compute, mesh=mesh), places)
+  step = jit_train_step(step_config, dataclasses.replace(forward, mesh=mesh), places)
   new, metrics = step(
     jax.device_put(state, places), sharding.put_batch(batch, mesh, accumulated=True)
   )
@@ -138,12 +138,12 @@ def step_on(mesh, batch, recipe, compute):
 def step_on_one_device():
   """What is compared with: a batch, a recipe, and the step with stacked layers."""
   # Adam divides by the gradient's size: eps keeps rounding small where that is next to nothing.
-  batch, recipe = tiny.split(tiny.packed_batch(24), 2), tiny.recipe(eps=1e-5)
+  batch, step_config = tiny.split(tiny.packed_batch(24), 2), tiny.step_config(eps=1e-5)
   mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-  return batch, recipe, step_on(mesh, batch, recipe, tiny.compute())
+  return batch, step_config, step_on(mesh, batch, step_config, tiny.forward())
 
 
-# Where matrices are split over devices, startup.choose_compute joins none.
+# Where matrices are split over devices, startup.choose_forward joins none.
 @pytest.mark.parametrize(
   ("sizes", "join"),
   [
@@ -154,12 +154,12 @@ def step_on_one_device():
   ],
 )
 def test_the_step_is_the_same_with_layers_apart(sizes, join):
-  batch, recipe, want = step_on_one_device()
+  batch, step_config, want = step_on_one_device()
   axes = dict(zip(sharding.AXES, sizes, strict=True))
   mesh = sharding.make_mesh(MeshConfig(**axes), jax.devices()[: int(np.prod(sizes))])
-  apart = tiny.compute(unroll=2, join=join, remat="save_attention_mlp")
+  apart = tiny.forward(unroll=2, join=join, remat="save_attention_mlp")
   assert isinstance(apart.cast(tiny.tiny_params())["layers"], list)
-  got = step_on(mesh, batch, recipe, apart)
+  got = step_on(mesh, batch, step_config, apart)
   assert_trees(np.testing.assert_allclose, got, want, atol=1e-5, rtol=1e-4)
 
 
@@ -182,16 +182,16 @@ def test_older_names_of_policies_are_taken_with_a_warning(caplog):
 
 
 def test_what_recomputes_all_keeps_the_scan(monkeypatch):
-  assert compute_lib.choose_unroll(3, "full", 28) == 3
-  assert compute_lib.choose_unroll(0, "save_attention_mlp", 28) == 1  # a CPU
+  assert forward_lib.choose_unroll(3, "full", 28) == 3
+  assert forward_lib.choose_unroll(0, "save_attention_mlp", 28) == 1  # a CPU
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  chosen = {name: compute_lib.choose_unroll(0, name, 28) for name in remat_lib.POLICIES}
+  chosen = {name: forward_lib.choose_unroll(0, name, 28) for name in remat_lib.POLICIES}
   assert chosen == {"none": 28, "save_attention_mlp": 28, "save_attention": 28, "full": 1}
 
 
 def test_what_has_the_form_of_decoding_already_is_not_copied_for_it():
   params = tiny.tiny_params()
-  frozen = tiny.compute(join=("attention",), unroll=2).freeze(params)
+  frozen = tiny.forward(join=("attention",), unroll=2).freeze(params)
   model = loading.Model(tiny.tiny_config(), frozen, None, (), None, Path())
   ours = loading.Model(tiny.tiny_config(), params, None, (), None, Path())
   assert_trees(np.testing.assert_array_equal, model.base_decoding_params, ours.base_decoding_params)

@@ -132,22 +132,22 @@ def torch_oracle(params, config, batch, noised, loss_weights, clean_weight=0.0):
 )
 def test_losses_and_gradients_of_all_rounds_equal_those_of_torch(rounds, tied, clean_weight):
   config = tiny.tiny_config(tied_head=tied)
-  compute = tiny.compute(config)
+  forward = tiny.forward(config)
   params, batch = tiny.params_with_biases(config), tiny.packed_batch()
   weights = (1.0, 0.5, 0.25)[:rounds]
   noised = add_noise(batch)
   arguments = (batch, noised, weights, clean_weight)
-  gradients, sums = tiny.gradients_of_rounds(compute, params, *arguments)
+  gradients, sums = tiny.gradients_of_rounds(forward, params, *arguments)
   torch_model.assert_equal(gradients, sums, *torch_oracle(params, config, *arguments))
 
 
 def test_a_round_of_weight_zero_still_makes_the_next_ones_input():
-  batch, compute, params = tiny.packed_batch(), tiny.compute(), tiny.tiny_params()
+  batch, forward, params = tiny.packed_batch(), tiny.forward(), tiny.tiny_params()
   stacked = jax.tree.map(lambda x: x[None], (batch, add_noise(batch)))
 
   def sums(weights):
     plan = plan_lib.of_weights(weights)
-    by_name = objective.refinement_gradients(compute.loss, params, *stacked, plan)[1]
+    by_name = objective.refinement_gradients(forward.loss, params, *stacked, plan)[1]
     return [by_name[term.name]["loss"] for term in plan]
 
   np.testing.assert_array_equal(sums((0.0, 1.0)), sums((1.0, 1.0)))

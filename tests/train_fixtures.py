@@ -11,7 +11,7 @@ from refine_jax.model import transformer
 from refine_jax.model.rope import RopeConfig
 from refine_jax.objective import plan as plan_lib
 from refine_jax.objective import rounds as objective
-from refine_jax.training.compute import ForwardConfig
+from refine_jax.training.forward import ForwardConfig
 from refine_jax.training.step_config import StepConfig
 
 NOISE_TOKEN = 1
@@ -68,7 +68,7 @@ def params_with_biases(config, seed=0):
   return params
 
 
-def recipe(
+def step_config(
   num_iterations=2,
   loss_weights=None,
   noise=(0.2, 0.8),
@@ -112,12 +112,12 @@ def recipe(
   )
 
 
-def compute(config=None, **changes) -> ForwardConfig:
+def forward(config=None, **changes) -> ForwardConfig:
   changes = {"max_segments": 3, "head_chunk": 16} | changes
   return ForwardConfig(model=config or tiny_config(), **changes)
 
 
-def gradients_of_rounds(compute, params, batch, noised, loss_weights, clean_weight=0.0):
+def gradients_of_rounds(forward, params, batch, noised, loss_weights, clean_weight=0.0):
   """objective.refinement_gradients of one batch [B, S]."""
   one = jax.tree.map(lambda x: x[None], (batch, noised))
   plan = plan_lib.of_weights(
@@ -125,7 +125,7 @@ def gradients_of_rounds(compute, params, batch, noised, loss_weights, clean_weig
     clean_weight,
     clean_text_inside=batch.block_starts is not None or batch.block_columns is not None,
   )
-  return jax.jit(lambda params: objective.refinement_gradients(compute.loss, params, *one, plan))(
+  return jax.jit(lambda params: objective.refinement_gradients(forward.loss, params, *one, plan))(
     params
   )
 

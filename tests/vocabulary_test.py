@@ -106,7 +106,7 @@ def test_noise_and_eos_of_a_training_are_checked(tokenizer, noise):
     tokenizer=tokenizer, model=types.SimpleNamespace(vocab_size=VOCABULARY)
   )
   with pytest.raises(UserError, match=f"config.noise.token has {MESSAGE}"):
-    startup.make_recipe(from_config_dict(raw), source, types.SimpleNamespace(total_steps=1))
+    startup.make_step_config(from_config_dict(raw), source, types.SimpleNamespace(total_steps=1))
 
 
 def test_requests_of_the_harness_are_checked(tokenizer, model):

@@ -149,10 +149,10 @@ def load(name: str | Path, *, dtype: DTypeLike | None = None, step: int | None =
   adapter = found.adapter
   if adapter is not None and adapter.shape.kind == "lora":
     params, adapter = adapters.merge(params, adapter.factors, adapter.shape), None
-  return around(params, found.config, found.directory, adapter)
+  return from_params(params, found.config, found.directory, adapter)
 
 
-def around(
+def from_params(
   params: dict, config: ModelConfig, directory: Path, adapter: LoadedAdapter | None = None
 ) -> Model:
   """A Model of these parameters, with the tokenizer and the special ids of a directory."""

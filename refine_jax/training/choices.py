@@ -17,17 +17,17 @@ from refine_jax.model import adapters, transformer
 from refine_jax.model.transformer import ModelConfig
 from refine_jax.objective import draft_blocks, noise
 from refine_jax.objective import plan as plan_lib
-from refine_jax.training import compute as compute_lib
+from refine_jax.training import forward as forward_lib
 from refine_jax.training import memory
 from refine_jax.training.data_plan import DataPlan
 from refine_jax.training.flops import gated_flops_per_token, train_flops_per_token
-from refine_jax.training.source import Source
+from refine_jax.training.source import ModelSource
 from refine_jax.training.step_config import StepConfig
 
 
-def choose_compute(
+def choose_forward(
   config: Config, shape: ModelConfig, mesh: Mesh, plan: DataPlan
-) -> compute_lib.ForwardConfig:
+) -> forward_lib.ForwardConfig:
   """Resolves every "auto"."""
   source = config.model
   dtype = source.compute_dtype
@@ -78,8 +78,8 @@ def choose_compute(
     gradient = "forward" if cheap else "recompute"
   # Two streams unstacked are so many kernels that compiling takes minutes.
   wanted = source.scan_unroll or int(config.adapter.kind == "gated")
-  unroll = compute_lib.choose_unroll(wanted, remat, shape.layers)
-  return compute_lib.ForwardConfig(
+  unroll = forward_lib.choose_unroll(wanted, remat, shape.layers)
+  return forward_lib.ForwardConfig(
     model=shape,
     dtype=dtype,
     attention=engine,
@@ -89,7 +89,7 @@ def choose_compute(
     head_chunk=source.head_chunk,
     head_gradient=gradient,
     mesh=mesh,
-    join=compute_lib.choose_join(mesh),
+    join=forward_lib.choose_join(mesh),
     adapter=adapter,
     draft_attention=_draft_attention(config, shape, dtype),
   )
@@ -145,11 +145,13 @@ def bytes_per_device(tree: Any, places: Any) -> int:
   return sum(jax.tree.leaves(sizes))
 
 
-def flops_per_token(config: Config, source: Source, plan: DataPlan, recipe: StepConfig) -> float:
+def flops_per_token(
+  config: Config, source: ModelSource, plan: DataPlan, step_config: StepConfig
+) -> float:
   """Model FLOPs of a step for each token of the rows."""
   length = plan.train.mean_length
-  if recipe.gated:
+  if step_config.gated:
     drafts = trained_columns(config, plan) / config.data.max_length
     return gated_flops_per_token(source.model, length, drafts)
   columns = trained_columns(config, plan) / config.data.max_length
-  return train_flops_per_token(source.model, length, plan_lib.passes(recipe.plan) * columns)
+  return train_flops_per_token(source.model, length, plan_lib.passes(step_config.plan) * columns)

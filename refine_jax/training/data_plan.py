@@ -15,7 +15,7 @@ from refine_jax.config import Config
 from refine_jax.config.checks import check_steps
 from refine_jax.errors import UserError
 from refine_jax.objective import draft_blocks
-from refine_jax.training.source import Source
+from refine_jax.training.source import ModelSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class DataPlan:
     )
 
 
-def plan_data(config: Config, source: Source, mesh: Mesh) -> DataPlan:
+def plan_data(config: Config, source: ModelSource, mesh: Mesh) -> DataPlan:
   """Tokenises (or reads the cache), packs, and says how many steps the run has."""
   optim_config = config.optim
   eval_size = config.eval.batch_size or optim_config.micro_batch

@@ -8,12 +8,12 @@ from refine_jax import sharding
 from refine_jax.checkpoint import checksums
 from refine_jax.hf import weights as hf_weights
 from refine_jax.model import transformer
-from refine_jax.training.compute import ForwardConfig
-from refine_jax.training.source import Source
+from refine_jax.training.forward import ForwardConfig
+from refine_jax.training.source import ModelSource
 from refine_jax.tree import leaf_name
 
 
-def load_frozen(source: Source, forward: ForwardConfig) -> tuple[dict, str]:
+def load_frozen(source: ModelSource, forward: ForwardConfig) -> tuple[dict, str]:
   """The working copy of the base, on its devices, and the fingerprint of its weights as stored."""
   shapes = transformer.param_shapes(source.model)
   assert forward.mesh is not None  # None is for single functions; a run makes one

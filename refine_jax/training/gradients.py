@@ -10,7 +10,7 @@ from refine_jax.objective import draft_blocks
 from refine_jax.objective import noise as noise_lib
 from refine_jax.objective import rounds as objective
 from refine_jax.objective.draft_gradients import DRAFT, draft_gradients, draft_sums
-from refine_jax.training.compute import ForwardConfig
+from refine_jax.training.forward import ForwardConfig
 from refine_jax.training.step_config import StepConfig
 
 

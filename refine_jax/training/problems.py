@@ -35,7 +35,7 @@ class Problems:
     )
     self._rows = problems.rows
     self._score = scoring.choose("auto", problems.columns)
-    self._model, self._dtype = loading.around({}, shape, model_files), dtype
+    self._model, self._dtype = loading.from_params({}, shape, model_files), dtype
     self._refused = evaluate.unanswerable(
       self._model, problems, self._prompt_key, config.data.chat_template
     )

@@ -11,7 +11,7 @@ from refine_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ModelSource:
   """Where the model comes from: `directory` has weights only if `pretrained`."""
 
   directory: Path
@@ -20,14 +20,14 @@ class Source:
   tokenizer: Tokenizer
 
 
-def read_source(config: Config) -> Source:
+def read_source(config: Config) -> ModelSource:
   """Reads config.json and the tokenizer; the weights come later, straight to their devices."""
   name = config.model.pretrained or config.model.config
   directory = hf_weights.find(name, weights=bool(config.model.pretrained))
   tokenizer = load_tokenizer(
     config.model.tokenizer or directory, trust_remote_code=config.model.trust_remote_code
   )
-  return Source(
+  return ModelSource(
     directory=directory,
     pretrained=bool(config.model.pretrained),
     model=hf_config.read_model_config(directory),

@@ -25,15 +25,15 @@ from refine_jax.training.choices import (
   new_params,
   trained_columns,
 )
-from refine_jax.training.compute import ForwardConfig
 from refine_jax.training.data_plan import DataPlan
+from refine_jax.training.forward import ForwardConfig
 from refine_jax.training.metrics import gibibytes
-from refine_jax.training.source import Source
+from refine_jax.training.source import ModelSource
 from refine_jax.training.step_config import StepConfig
 from refine_jax.tree import leaf_name
 
 
-def make_recipe(config: Config, source: Source, plan: DataPlan) -> StepConfig:
+def make_step_config(config: Config, source: ModelSource, plan: DataPlan) -> StepConfig:
   """The noise token is EOS unless the config names an id of the vocabulary."""
   token = config.noise.token_id
   if token is None:
@@ -74,7 +74,7 @@ def identity(
   return json.loads(json.dumps({k: v for k, v in values.items() if v != defaults[k]}))
 
 
-def run_record(config: Config, recipe: StepConfig, plan: DataPlan) -> dict:
+def run_record(config: Config, step_config: StepConfig, plan: DataPlan) -> dict:
   """What makes a run, besides its model: name -> JSON; a checkpoint keeps it, a resume compares it.
 
   "data" is the tokenised training examples; the others are keys of the config, resolved.
@@ -90,9 +90,9 @@ def run_record(config: Config, recipe: StepConfig, plan: DataPlan) -> dict:
     "data": plan.fingerprint(),
     "data.max_length": config.data.max_length,
     "data.max_segments": config.data.max_segments if config.data.pack else 1,
-    "noise.token": recipe.noise_token,
+    "noise.token": step_config.noise_token,
     "optim.batch_size": config.optim.batch_size,
-    "optim.total_steps": recipe.total_steps,
+    "optim.total_steps": step_config.total_steps,
   }
   unknown = sorted(set(config.checkpoint.allow_changes) - values.keys())
   if unknown:
@@ -103,9 +103,9 @@ def run_record(config: Config, recipe: StepConfig, plan: DataPlan) -> dict:
   return json.loads(json.dumps(values))
 
 
-def start(
+def init_or_restore(
   config: Config,
-  source: Source,
+  source: ModelSource,
   mesh: Mesh,
   checkpointer: Checkpointer,
   iterator: grain.DatasetIterator,
@@ -180,10 +180,10 @@ def save_hf(workdir: Path, step: int, params: dict, identity: dict) -> Path | No
 
 def describe(
   config: Config,
-  source: Source,
+  source: ModelSource,
   plan: DataPlan,
-  recipe: StepConfig,
-  compute: ForwardConfig,
+  step_config: StepConfig,
+  forward: ForwardConfig,
   state: train_step.TrainState,
   origin: str,
   frozen: dict | None = None,
@@ -193,7 +193,7 @@ def describe(
   Args:
     frozen: the base of an adapter, in a form of layout.py.
   """
-  mesh, shape = compute.mesh, source.model
+  mesh, shape = forward.mesh, source.model
   assert mesh is not None  # None is for single functions; a run makes one
   axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
   count = sum(x.size for x in jax.tree.leaves(state.params if frozen is None else frozen))
@@ -205,20 +205,20 @@ def describe(
   batch, length = config.optim.batch_size, config.data.max_length
   micro = config.optim.micro_batch
   rows = plan.train
-  noise = "random noise tokens" if config.noise.random else f"noise token {recipe.noise_token}"
+  noise = "random noise tokens" if config.noise.random else f"noise token {step_config.noise_token}"
   trained = []
-  if compute.adapter is not None:
+  if forward.adapter is not None:
     factors = sum(x.size for x in jax.tree.leaves(state.params))
     trained = [
-      f"adapter       {compute.adapter.kind}, rank {compute.adapter.rank}, alpha"
-      f" {compute.adapter.alpha:g}, {factors / 1e6:.1f} M parameters"
+      f"adapter       {forward.adapter.kind}, rank {forward.adapter.rank}, alpha"
+      f" {forward.adapter.alpha:g}, {factors / 1e6:.1f} M parameters"
     ]
-  if recipe.gated:
+  if step_config.gated:
     which = "" if config.noise.anchors else ", which tile the responses"
     trained += [
       f"drafts        target {config.objective.draft_target}, {noise},"
       f" {trained_columns(config, plan) // (config.noise.block_size - 1)} blocks of"
-      f" {config.noise.block_size - 1} a row{which}, attention {compute.draft_attention}"
+      f" {config.noise.block_size - 1} a row{which}, attention {forward.draft_attention}"
     ]
   else:
     rounds = f"{config.objective.num_iterations}, weights {config.objective.loss_weights}"
@@ -227,13 +227,13 @@ def describe(
     f"devices       {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {axes}",
     f"model         {count / 1e6:.1f} M parameters, {shape.layers} layers, width {shape.width}",
     f"memory        {params}, {everything} of state a device",
-    f"compute       {compute.dtype}, attention {compute.attention}, remat {compute.remat},"
-    f" head gradient {compute.head_gradient}",
+    f"compute       {forward.dtype}, attention {forward.attention}, remat {forward.remat},"
+    f" head gradient {forward.head_gradient}",
     f"batch         {batch} rows of {length}: {config.optim.accumulation} micro-batches of"
     f" {micro}, {micro // sharding.batch_shards(mesh)} a device; {batch * length} slots a step,"
     f" {rows.packing_efficiency:.1%} filled (at most {plan.max_segments} examples a row)",
-    f"steps         {recipe.total_steps} ({rows.batches_per_epoch:.1f} an epoch),"
-    f" warm-up {optim.warmup_steps(config.optim, recipe.total_steps)}",
+    f"steps         {step_config.total_steps} ({rows.batches_per_epoch:.1f} an epoch),"
+    f" warm-up {optim.warmup_steps(config.optim, step_config.total_steps)}",
     *trained,
     f"start         {origin}",
   ]

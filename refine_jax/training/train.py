@@ -12,7 +12,7 @@ from refine_jax.config import Config
 from refine_jax.errors import UserError
 from refine_jax.objective import noise
 from refine_jax.training import debug_log, duties, metrics, startup, train_step
-from refine_jax.training.choices import choose_compute, flops_per_token
+from refine_jax.training.choices import choose_forward, flops_per_token
 from refine_jax.training.data_plan import plan_data
 from refine_jax.training.flops import peak_flops
 from refine_jax.training.frozen import load_frozen
@@ -22,7 +22,7 @@ from refine_jax.training.workdir import check_held, check_workdir, hold, prepare
 
 
 def run(config: Config, workdir: str) -> int:
-  """Trains to the end, from wherever the run stands (startup.start says from where).
+  """Trains to the end, from wherever the run stands (startup.init_or_restore says from where).
 
   Returns:
     the process's exit status: 0, or 128 + the signal that ended the run after a checkpoint.
@@ -45,28 +45,32 @@ def _run(config: Config, workdir: Path, held: lock.Lock | None) -> int:
     mesh, config.optim, source.model.heads, source.model.kv_heads, config.data.max_length
   )
   plan = plan_data(config, source, mesh)
-  compute = choose_compute(config, source.model, mesh, plan)
-  recipe = startup.make_recipe(config, source, plan)
-  record = startup.run_record(config, recipe, plan)
-  frozen, fingerprint = load_frozen(source, compute) if compute.adapter else (None, None)
-  identity = startup.identity(source.model, compute.adapter, fingerprint)
+  forward = choose_forward(config, source.model, mesh, plan)
+  step_config = startup.make_step_config(config, source, plan)
+  record = startup.run_record(config, step_config, plan)
+  frozen, fingerprint = load_frozen(source, forward) if forward.adapter else (None, None)
+  identity = startup.identity(source.model, forward.adapter, fingerprint)
   iterator = plan.train_iterator()
   checkpointer = Checkpointer(workdir, max_to_keep=config.checkpoint.max_ckpt_to_keep)
   try:
     own = checkpointer.latest_step() is not None
-    state, origin = startup.start(config, source, mesh, checkpointer, iterator, record, identity)
+    state, origin = startup.init_or_restore(
+      config, source, mesh, checkpointer, iterator, record, identity
+    )
     # Of a checkpoint that another run's workdir holds, that run does it.
     missing = _missing(config, workdir, plan, int(state.step)) if own else None
     if int(state.step) >= plan.total_steps and not missing:
       print(f"step {int(state.step)}: this run is complete; nothing left to do.")
       return 0
     # After the start: a workdir of another model has been refused by now, and is left as it was.
-    changed = prepare_workdir(workdir, config, source, recipe.noise_token, step=int(state.step))
-    lines = startup.describe(config, source, plan, recipe, compute, state, origin, frozen)
+    changed = prepare_workdir(
+      workdir, config, source, step_config.noise_token, step=int(state.step)
+    )
+    lines = startup.describe(config, source, plan, step_config, forward, state, origin, frozen)
     for line in lines + changed:
       print(line)
     saved = (checkpointer, iterator, record, identity)
-    loop = _Loop(config, workdir, held, source, plan, recipe, compute, frozen, saved)
+    loop = _Loop(config, workdir, held, source, plan, step_config, forward, frozen, saved)
     return loop.run(state, missing)
   finally:
     checkpointer.close()
@@ -80,19 +84,19 @@ def _missing(config, workdir, plan, step):
 class _Loop:
   """One method for each thing that happens at a step."""
 
-  def __init__(self, config, workdir, held, source, plan, recipe, compute, frozen, saved):
+  def __init__(self, config, workdir, held, source, plan, step_config, forward, frozen, saved):
     self.config, self.workdir, self.held = config, workdir, held
     self.source, self.plan, self.frozen = source, plan, frozen
-    self.recipe, self.compute, self.mesh = recipe, compute, compute.mesh
+    self.step_config, self.forward, self.mesh = step_config, forward, forward.mesh
     self.checkpointer, self.iterator, self.record, self.identity = saved
-    self.total = recipe.total_steps
-    bound = {"step_config": recipe, "forward": compute}
+    self.total = step_config.total_steps
+    bound = {"step_config": step_config, "forward": forward}
     self.eval_step = jax.jit(functools.partial(train_step.eval_step, **bound))
     self.debug_rounds = jax.jit(functools.partial(train_step.debug_rounds, **bound))
-    flops = flops_per_token(config, source, plan, recipe)
+    flops = flops_per_token(config, source, plan, step_config)
     self.problems: Problems | None = None
     if config.eval.generate_every:
-      self.problems = Problems(config, source.model, workdir / "model", compute.dtype)
+      self.problems = Problems(config, source.model, workdir / "model", forward.dtype)
     self.throughput = metrics.Throughput(flops, peak_flops(), self.mesh.size)
     self._profiling = False
 
@@ -205,7 +209,7 @@ class _Loop:
     """
     places = sharding.shardings(state, self.mesh)
     with metrics.Timer() as timer:
-      step = train_step.jit_train_step(self.recipe, self.compute, places)
+      step = train_step.jit_train_step(self.step_config, self.forward, places)
       compiled = step.lower(state, batch, self.frozen).compile()
     if requests.pending:
       writers.note(f"stopped by {requests.name} before the first step; nothing to save.")
@@ -231,7 +235,7 @@ class _Loop:
         jax.profiler.stop_trace()
 
   def _report(self, step, step_metrics, writers):
-    values = metrics.train_metrics(jax.device_get(step_metrics), self.recipe.plan)
+    values = metrics.train_metrics(jax.device_get(step_metrics), self.step_config.plan)
     self.throughput.add(values["tokens"])
     writers.advance()
     if duties.is_due(self.config.log.every, step) or step == self.total:

@@ -16,7 +16,7 @@ from refine_jax.objective import noise as noise_lib
 from refine_jax.objective import plan as plan_lib
 from refine_jax.objective import rounds as objective
 from refine_jax.training import gradients, optim
-from refine_jax.training.compute import ForwardConfig
+from refine_jax.training.forward import ForwardConfig
 from refine_jax.training.step_config import StepConfig
 
 

@@ -16,7 +16,7 @@ from refine_jax.errors import UserError
 from refine_jax.hf import model_files
 from refine_jax.objective import noise
 from refine_jax.quoting import reason, some
-from refine_jax.training.source import Source
+from refine_jax.training.source import ModelSource
 
 _LOCK = ".lock"
 # What a directory may hold and still be new: the lock, what a killed start left, and logs, because
@@ -124,7 +124,7 @@ def read_config(workdir: Path) -> dict | None:
 
 
 def prepare_workdir(
-  workdir: Path, config: Config, source: Source, noise_token: int, *, step: int
+  workdir: Path, config: Config, source: ModelSource, noise_token: int, *, step: int
 ) -> list[str]:
   """Writes the run's config and the model's files, which exports need.
 
@@ -172,7 +172,7 @@ def _set_exports_aside(workdir: Path, step: int):
       path.rename(f"{path}.replaced" + (f"-{others}" if others else ""))
 
 
-def _write_model_files(place: Path, config: Config, source: Source, noise_token: int, *, anew):
+def _write_model_files(place: Path, config: Config, source: ModelSource, noise_token: int, *, anew):
   """What exports and the sampler need; `anew` because they tell of the noise and the template."""
   if place.exists() and not anew:
     return
