@@ -163,18 +163,15 @@ class Engine:
   def progress(self) -> dict[Request, Answer]:
     """The requests that have a slot, and what there is of their answers."""
     with held_back():
-      decoding = self._decoding()
-      tokens, accepted = self._runner.fetch() if decoding else (None, None)
-      found = {}
-      for slot, row in enumerate(self._rows):
-        if row is None:
-          continue
-        if tokens is not None and accepted is not None and slot in decoding:
-          row.see(self._new_tokens(tokens, slot), False)
-          found[row.request] = row.answer(False, accepted[slot].tolist())
-        else:
-          found[row.request] = row.answer(False, [0] * self.settings.most)
-      return found
+      decoding, nothing = self._decoding(), [0] * self.settings.most
+      tokens, accepted = self._runner.fetch() if decoding else (np.zeros(0), np.zeros(0))
+      for slot in decoding:
+        self._row(slot).see(self._new_tokens(tokens, slot), False)
+      return {
+        row.request: row.answer(False, accepted[slot].tolist() if slot in decoding else nothing)
+        for slot, row in enumerate(self._rows)
+        if row is not None
+      }
 
   def certain_text(self, request: Request) -> str:
     """What no further token can change of the text of a request that has a slot."""
