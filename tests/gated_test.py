@@ -94,8 +94,8 @@ def dense_loss(factors, params, config, batch, blocks, target):
   [
     ("kl", 0, 1, "none", {}),
     ("tv", 3, 2, "save_attention", {}),
-    ("data", 0, 1, "full", {"windows": (5, None)}),
-    ("kl", 3, 1, "none", tiny.GEMMA3),
+    pytest.param("data", 0, 1, "full", {"windows": (5, None)}, marks=pytest.mark.slow),
+    pytest.param("kl", 3, 1, "none", tiny.GEMMA3, marks=pytest.mark.slow),
   ],
 )
 def test_two_streams_give_the_gradient_of_one_dense_pass(target, anchors, unroll, remat, changes):

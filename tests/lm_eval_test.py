@@ -193,7 +193,7 @@ def unloaded(monkeypatch):
     ({"max_gen_toks": -1}, "max_gen_toks=-1 cannot be"),
     ({"device": "tpu"}, "--device tpu is not what JAX runs on here"),
     ({"pretrained": None}, "needs pretrained=DIR"),
-    ({"mode": "threshold", "tau": "high"}, "tau='high' cannot be; it must be a number"),
+    ({"mode": "threshold", "tau": "high"}, "tau='high' cannot be; it must be a probability"),
   ],
 )
 def test_model_arguments_that_cannot_be_are_refused_before_a_model_is_loaded(

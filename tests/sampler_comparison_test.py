@@ -116,6 +116,7 @@ def test_the_script_checks(directory, model, monkeypatch, capsys):
   assert want.offset is not None
   assert (answer["differs_from_ar_at"], answer["margin"]) == (want.offset, want.margin)
   code, (_, errors) = script(monkeypatch, capsys, f"--model={directory}", "--chat", "--check")
+  errors = sampler_fixtures.without_progress(errors)
   assert code == 1 and errors.startswith("error: --check")
 
 

@@ -158,6 +158,7 @@ def test_texts_keep_their_lines_and_show_what_would_turn_them():
   assert '<div class="text">one\n\n\ttwo &lt;b&gt;‹202E›</div>' in trace_html.page(out)
 
 
+@pytest.mark.slow
 def test_a_notebook_shows_traced_and_plain_results(model):
   traced = refine_jax.generate(model, PROMPTS, max_new_tokens=5, trace=True)
   shown = Reader(traced._repr_html_())

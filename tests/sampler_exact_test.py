@@ -10,7 +10,7 @@ from sampler_fixtures import EOS, greedy, unequal_prompts
 
 import refine_jax
 from refine_jax.attention import cached, cached_triton
-from refine_jax.decoding import decoder as decoding
+from refine_jax.decoding import settings as decoding
 from refine_jax.decoding.drafts import KINDS
 
 NEW = 20

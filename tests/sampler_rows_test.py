@@ -1,5 +1,7 @@
 """Rows that are done change nothing, and no row depends on its company."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -97,6 +99,17 @@ def test_a_rows_tokens_passes_and_counts_are_its_own(model, options):
       alone = refine_jax.generate(model, [prompt], **budget)
       assert alone.tokens == [together.tokens[row]]
       assert alone.passes == [together.passes[row]]
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
+def test_programs_for_greedy_rows_and_for_samples_do_what_the_one_for_any_does(model, options):
+  """As GPUs have them; greedy rows are right in the second too."""
+  state, settings = state_after(model, options, passes=1)
+  want = one_pass(model, settings, state)
+  for kind in ("sampled",) if "temperature" in options else ("greedy", "sampled"):
+    got = one_pass(model, dataclasses.replace(settings, sampling=kind), state)
+    for name in ("tokens", "length", "cached", "drafted"):
+      np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
 
 
 def test_more_passes_than_needed_are_not_run(model):
