@@ -345,7 +345,7 @@ def quick_steps(monkeypatch):
   """Steps that count and do nothing, so that no test waits for a compiler."""
 
   def compiled(loop, state, batch, writers, requests):
-    step = train.train_step.jit_train_step(loop.recipe, loop.compute, None)
+    step = train.train_step.jit_train_step(loop.step_config, loop.forward, None)
     _, shapes = jax.eval_shape(step, state, batch)
     values = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     return lambda state, batch, frozen: (state.replace(step=state.step + 1), values)

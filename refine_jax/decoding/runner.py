@@ -18,7 +18,7 @@ from refine_jax.decoding.settings import Settings
 from refine_jax.decoding.state import Pieces, State
 from refine_jax.interrupt import held_back
 
-# Tokens of a piece of a prompt, and pieces of a pass over them.
+# Tokens of a piece of a prompt, and the least pieces of a pass over them, which many slots exceed.
 _PIECE, _PIECES = 128, 4
 # Places of the smallest cache. The kernel reads none that is empty, the other engine reads all.
 _LEAST_PLACES = {"kernel": 4096, "xla": 512}
@@ -59,7 +59,7 @@ class Runner:
   def __init__(self, model: Model, slots: int, settings: Settings) -> None:
     self.config, self.slots, self.settings = model.config, slots, settings
     self.params = model.decoding_params if settings.adapted else model.base_decoding_params
-    self.pieces = min(_PIECES, slots)
+    self.pieces = min(slots, max(_PIECES, slots // 16))
     self.piece = max(_PIECE, programs.bucket(settings.drafts_of_prompt + 1, 1))
     self.state: State | None = None
     self.costs = Costs()
