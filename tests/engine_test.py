@@ -10,6 +10,7 @@ import train_fixtures as tiny
 
 import refine_jax
 from refine_jax.decoding import device_memory, loading, pool
+from refine_jax.decoding.call import Call
 from refine_jax.decoding.engine import Engine
 from refine_jax.decoding.options import Options
 from refine_jax.decoding.requests import requests
@@ -140,6 +141,18 @@ def test_a_model_keeps_few_engines(model):
   assert [engine.settings.block for engine in fresh.idle_engines] == [3, 4, 5, 6]
   again = refine_jax.generate(fresh, [[7, 8]], block_size=6, max_new_tokens=2)
   assert again.programs == 0 and len(fresh.idle_engines) == 4
+
+
+def test_the_numbers_of_a_call_stay_its_own(model):
+  """Its engine serves the next call."""
+  fresh = dataclasses.replace(model)
+  call = Call(fresh, requests(fresh, [[3, 4]], OPTIONS))
+  while call.busy:
+    call.step()
+  before = call.result()
+  assert before.decode_seconds > 0
+  refine_jax.generate(fresh, [[5, 6]], block_size=3, max_new_tokens=30, eos_token_id=())
+  assert len(fresh.idle_engines) == 1 and call.result() == before
 
 
 @pytest.mark.parametrize(

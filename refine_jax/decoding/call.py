@@ -28,10 +28,8 @@ class Call:
     self.requests, self._model = list(requests), model
     self._answers: dict[Request, Answer] = {}
     self._engine = pool.take(model, self.requests, slots) if requests else None
-    if self._engine is not None:
-      self._before = self._engine.costs
-      for request in self.requests:
-        self._engine.submit(request)
+    self._before = self._engine.costs if self._engine else Costs()
+    self._spent: Costs | None = None  # once all is answered: the engine then serves other calls
 
   @property
   def busy(self) -> bool:
@@ -51,6 +49,7 @@ class Call:
       self._answers |= {answer.request: answer for answer in ended}
     _refuse_not_finite(ended)
     if not self.busy:
+      self._spent = self._engine.costs.since(self._before)
       pool.give_back(self._engine)
     return ended
 
@@ -72,7 +71,7 @@ class Call:
     answers = [
       found.get(request) or Answer(request, [], "", None, 0, []) for request in self.requests
     ]
-    return _gathered(self._model, answers, self._engine.costs.since(self._before))
+    return _gathered(self._model, answers, self._spent or self._engine.costs.since(self._before))
 
 
 def _refuse_not_finite(answers: Iterable[Answer]) -> None:

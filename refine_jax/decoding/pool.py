@@ -20,7 +20,7 @@ _SHORT_PASS_ELSEWHERE = 512
 
 
 def take(model: Model, requests: Sequence[Request], slots: int = 0) -> Engine:
-  """An engine for these requests, of those that the model keeps where one fits.
+  """An engine with these requests submitted, of those that the model keeps where one fits.
 
   Args:
     requests: at least one.
@@ -42,7 +42,7 @@ def take(model: Model, requests: Sequence[Request], slots: int = 0) -> Engine:
       engine = Engine(model, wanted, options=options, eos_ids=eos_ids)
     try:
       for request in requests:
-        engine.check(request)
+        engine.submit(request)
       return engine
     except UserError:
       if model.idle_engines:

@@ -120,8 +120,8 @@ class Answer:
     request: what was asked for.
     tokens: ids without the prompt; the EOS that ended an answer is its last.
     text: the same decoded, special tokens and a stop string left out; None without a tokenizer.
-    finish_reason: "eos", "stop", "length", "cancelled", "not_finite" (the model's logits were NaN
-      or infinite after `tokens`), or None while it is on its way.
+    finish_reason: "eos", "stop", "length", "not_finite" (the model's logits were NaN or infinite
+      after `tokens`), or None while it is on its way.
     passes: forward passes that the row took part in after its prompt.
     accepted: for each offset in the block, how many passes committed it.
     trace: every pass, where it was asked for.

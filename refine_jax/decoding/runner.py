@@ -140,7 +140,9 @@ class Runner:
   def _size_for(self, places: int) -> int:
     least = _LEAST_PLACES[self.settings.engine]
     # Fewer where many would take much of the memory.
-    while least > 512 and self._bytes(least) > device_memory.total(self._device) // 8:
+    while (
+      least > _LEAST_PLACES["xla"] and self._bytes(least) > device_memory.total(self._device) // 8
+    ):
       least //= 2
     return programs.bucket(places, least)
 
