@@ -1,14 +1,23 @@
 """Every test runs on the CPU, as eight devices, offline, with silent broadcasting forbidden."""
 
+import importlib.metadata
 import os
 import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling takes most of the time, and code that is not optimised does the same.
-os.environ["XLA_FLAGS"] = (
-  "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+# Compiling takes most of the time, and code that is not optimised does the same. A machine that is
+# busy elsewhere may keep a device from its collective for longer than XLA's patience.
+_FLAGS = [
+  "--xla_force_host_platform_device_count=8",
+  "--xla_backend_optimization_level=0",
+  "--xla_llvm_disable_expensive_passes=true",
+  "--xla_cpu_parallel_codegen_split_count=1",
+  "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+]
+if int(importlib.metadata.version("jaxlib").split(".")[1]) <= 10:  # later ones have one emitter
+  _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join(_FLAGS)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -34,13 +34,13 @@ def passes(monkeypatch, count, **options):
   # They repeat, for n-grams.
   prompts = [[i % 3 + 10 * row + 2 for i in range(length)] for row, length in enumerate((5, 3))]
   enter = compiled(functools.partial(state_lib.enter, config=model.config, settings=bound))
-  arguments = (model.decoding_params, model.config, bound, prompts)
+  arguments = (model.decoding_params(1), model.config, bound, prompts)
   rows = {"size": 64, "new": 20, "noise": NOISE, "eos": [39], "enter": enter}
   state, batch = sampler_fixtures.entered(*arguments, **rows, **options)
   seen = [batch]
   one_pass = compiled(functools.partial(sampler.one_pass, config=model.config, settings=bound))
   for _ in range(count):
-    (state, _), batch = one_pass(model.decoding_params, state)
+    (state, _), batch = one_pass(model.decoding_params(1), state)
     seen.append(batch)
   return seen, bound
 

@@ -5,12 +5,15 @@ import functools
 
 import hf_fixtures
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from adapter_fixtures import random_adapter
 from sampler_fixtures import EOS, copier_model, greedy, unequal_prompts
 
 import refine_jax
 from refine_jax.hf.generation_config import Refinement
+from refine_jax.model import adapters
 
 NEW = 16
 NOISE = 7
@@ -120,6 +123,39 @@ def test_comparing_with_ar_compares_with_the_base_alone(gated, monkeypatch):
   assert comparison.equal and comparison.ar.tokens == want
   held = [
     set(params["layers"][0]["mlp"]["down"])
-    for params in (fresh.decoding_params, fresh.base_decoding_params, base.decoding_params)
+    for params in (fresh.decoding_params(1), fresh.base_decoding_params, base.decoding_params(1))
   ]
   assert held == [{"kernel_a", "b"}, {"kernel"}, {"kernel"}]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_projections_in_pairs_do_what_factors_do(gated, family, monkeypatch):
+  model, _, prompts, want = gated(family)
+  factored = generate(model, prompts, trace=True, draft="branches")
+  joined = frozenset({"qkv", "output", "gate_up", "down"})
+  monkeypatch.setattr(adapters, "faster_paired", lambda layer, tokens: joined)
+  fresh = dataclasses.replace(model)
+  paired = generate(fresh, prompts, trace=True, draft="branches")
+  paths = jax.tree_util.tree_leaves_with_path(fresh.decoding_params(1)["layers"])
+  held = {path[-1].key for path, _ in paths}
+  assert "kernel_pair" in held and not held & {"kernel", "kernel_a", "a", "b"}
+  assert paired.tokens == factored.tokens == want
+  assert paired.passes == factored.passes
+  for ours, theirs in zip(paired.trace.rows, factored.trace.rows, strict=True):
+    for a, b in zip(ours, theirs, strict=True):
+      assert a.tokens == b.tokens
+      np.testing.assert_allclose(a.probabilities, b.probabilities, rtol=1e-4)
+
+
+def test_pairs_are_for_small_matrices_and_few_tokens(monkeypatch):
+  def kernel(*shape):
+    return {"kernel": jax.ShapeDtypeStruct(shape, jnp.bfloat16), "a": None, "b": None}
+
+  layer = {
+    "attention": {"qkv": kernel(1536, 2048), "output": {"kernel": None}},
+    "mlp": {"gate_up": kernel(1536, 17920)},
+  }
+  assert adapters.faster_paired(layer, 1) == frozenset()  # no GPU
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert adapters.faster_paired(layer, 256) == {"qkv"}
+  assert adapters.faster_paired(layer, 4096) == frozenset()

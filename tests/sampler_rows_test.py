@@ -36,7 +36,7 @@ def state_after(model, options, passes):
   static = {name: options[name] for name in ("mode", "draft") if name in options}
   settings = Settings(block=5, **({"draft": "noise"} | static))
   prompts = sampler_fixtures.unequal_prompts(4, model.config.vocab_size)
-  arguments = (model.decoding_params, model.config, settings, prompts)
+  arguments = (model.decoding_params(1), model.config, settings, prompts)
   row = {"size": 64, "new": 24, "noise": EOS, "eos": [EOS]}
   state = as_numpy(sampler_fixtures.entered(*arguments, **row, **options))
   for _ in range(passes):
@@ -46,7 +46,7 @@ def state_after(model, options, passes):
 
 def one_pass(model, settings, state):
   run = programs.jitted(sampler.traced_pass, model.config, settings, None)
-  return as_numpy(run(model.decoding_params, state, np.zeros(len(state.done), bool))[0])
+  return as_numpy(run(model.decoding_params(1), state, np.zeros(len(state.done), bool))[0])
 
 
 def as_numpy(state):
@@ -118,7 +118,7 @@ def test_more_passes_than_needed_are_not_run(model):
 
   def run(state, passes=1000, least=1):
     none = np.zeros(len(state.done), bool)
-    after, report = decode(model.decoding_params, state, none, np.int32(passes), np.int32(least))
+    after, report = decode(model.decoding_params(1), state, none, np.int32(passes), np.int32(least))
     np.testing.assert_array_equal(report, [after.length, after.passes, after.done])
     return as_numpy(after)
 

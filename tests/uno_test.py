@@ -87,7 +87,7 @@ def test_drafts_after_a_prompt_are_those_of_two_passes(exported):
   prompts = unequal_prompts(3, 61)
   settings = Settings(block=BLOCK + 1, draft="branches")
   assert settings.drafts_of_prompt == BLOCK
-  arguments = (model.decoding_params, model.config, settings, prompts)
+  arguments = (model.decoding_params(1), model.config, settings, prompts)
   tokens = np.asarray(entered(*arguments, size=64, new=NEW, noise=NOISE).tokens)
   for row, prompt in enumerate(prompts):
     drafts = tokens[row, len(prompt) : len(prompt) + BLOCK].tolist()

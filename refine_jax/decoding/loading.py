@@ -73,16 +73,29 @@ class Model:
     """The parameters, unstacked and joined (layout.py), made when first needed."""
     return layout.decoding_form(self.params)
 
-  @functools.cached_property
-  def decoding_params(self) -> dict:
-    """The parameters, and next to them the adapter's factors in the layers' dtype."""
-    base = self.base_decoding_params
+  def decoding_params(self, tokens: int) -> dict:
+    """The parameters with the adapter, if there is one, as passes over so many tokens have them."""
     if self.adapter is None:
-      return base
-    dtype = jax.tree.leaves(base["layers"][0])[0].dtype
+      return self.base_decoding_params
+    paired = adapters.faster_paired(self._attached["layers"][0], tokens)
+    if paired not in self._adapted:
+      form = jax.jit(adapters.decoding_form, static_argnames="paired")
+      self._adapted[paired] = form(self._attached, paired=paired)
+    return self._adapted[paired]
+
+  @functools.cached_property
+  def _attached(self) -> dict:
+    """The parameters, and next to them the adapter's factors in the layers' dtype."""
+    assert self.adapter is not None
+    dtype = jax.tree.leaves(self.base_decoding_params["layers"][0])[0].dtype
     factors = adapters.working_copy(self.adapter.factors, self.adapter.shape, dtype)
-    attached = adapters.attach(base, layout.unstack_layers(factors), self.config)
-    return jax.jit(adapters.fuse)(attached)
+    factors = layout.unstack_layers(factors)
+    return adapters.attach(self.base_decoding_params, factors, self.config)
+
+  @functools.cached_property
+  def _adapted(self) -> dict[frozenset[str], dict]:
+    """Paired projections -> the parameters of that form, made when first needed."""
+    return {}
 
   @functools.cached_property
   def cache_engine(self) -> str:

@@ -58,7 +58,11 @@ class Runner:
 
   def __init__(self, model: Model, slots: int, settings: Settings) -> None:
     self.config, self.slots, self.settings = model.config, slots, settings
-    self.params = model.decoding_params if settings.adapted else model.base_decoding_params
+    self.params = (
+      model.decoding_params(slots * settings.tokens)
+      if settings.adapted
+      else model.base_decoding_params
+    )
     self.pieces = min(slots, max(_PIECES, slots // 16))
     self.piece = max(_PIECE, programs.bucket(settings.drafts_of_prompt + 1, 1))
     self.state: State | None = None

@@ -26,6 +26,9 @@ PROJECTIONS = {
   "up": "mlp",
   "down": "mlp",
 }
+# An H100's in a pass of the decoder: what a low-rank change costs beside its product, whose kernels
+# wait to be started, and the bytes and the arithmetic of a larger product.
+_CHANGE_SECONDS, _BYTES_PER_SECOND, _FLOPS = 7e-6, 2.6e12, 5e14
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,28 +126,63 @@ def attach_layer(layer: dict, factors: dict, config: ModelConfig) -> dict:
   return result
 
 
-def fuse(params: dict) -> dict:
-  """Joins each kernel with the first factor next to it: one product of their input for both.
+def decoding_form(params: dict, paired: frozenset[str] = frozenset()) -> dict:
+  """The parameters of `attach` for the decoder's passes, which wait for kernels more than for sums.
+
+  A kernel W with factors A and B becomes [W A] beside B, so that one product of the input serves
+  both; or, for the `paired` projections, [W, W + A B]: twice the bytes and the arithmetic of W, and
+  no product more. There the decoder takes the second half for noise tokens.
 
   Args:
-    params: of `attach`, for the decoder's passes, which wait for kernels more than for arithmetic.
+    params: layers in a list, projections joined or not (layout.py).
+    paired: names of projections: `faster_paired`.
   """
 
-  def fused(node):
+  def formed(node, name=""):
     if not isinstance(node, dict):
-      return [fused(x) for x in node] if isinstance(node, list) else node
+      return [formed(x) for x in node] if isinstance(node, list) else node
     if "a" not in node:
-      return {name: fused(x) for name, x in node.items()}
-    rest = {name: x for name, x in node.items() if name not in ("kernel", "a")}
-    return rest | {"kernel_a": jnp.concatenate([node["kernel"], node["a"]], axis=-1)}
+      return {key: formed(x, key) for key, x in node.items()}
+    rest = {key: x for key, x in node.items() if key not in ("kernel", "a", "b")}
+    kernel, a, b = node["kernel"], node["a"], _on_diagonal(node["b"])
+    if name in paired:
+      changed = kernel + (a @ b).astype(kernel.dtype)
+      return rest | {"kernel_pair": jnp.concatenate([kernel, changed], axis=-1)}
+    return rest | {"kernel_a": jnp.concatenate([kernel, a], axis=-1), "b": b}
 
-  return params | {"layers": fused(params["layers"])}
+  return params | {"layers": formed(params["layers"])}
+
+
+def faster_paired(layer: dict, tokens: int) -> frozenset[str]:
+  """Projections that a pass over so many tokens has faster in pairs: by an H100's times, if any.
+
+  Args:
+    layer: one of the parameters of `attach`, or their shapes.
+  """
+  if jax.default_backend() != "gpu":
+    return frozenset()
+
+  def pays(kernel):
+    more = kernel.size * (kernel.dtype.itemsize / _BYTES_PER_SECOND + 2 * tokens / _FLOPS)
+    return more < _CHANGE_SECONDS
+
+  return frozenset(
+    name
+    for module in layer.values()
+    for name, leaves in module.items()
+    if "a" in leaves and pays(leaves["kernel"])
+  )
+
+
+def _on_diagonal(b: jax.Array) -> jax.Array:
+  """Second factors [parts, r, outputs] as one: fewer products, of zeros for the most part."""
+  return b if b.ndim == 2 else jax.scipy.linalg.block_diag(*b)
 
 
 def is_attached(params: dict) -> bool:
-  """Whether the decoder's parameters hold the factors of an adapter."""
+  """Whether the decoder's parameters hold an adapter, in whatever form."""
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params["layers"])]
-  return any(path[-1].key in ("a", "kernel_a") for path in paths)
+  return any(path[-1].key in ("a", "kernel_a", "kernel_pair") for path in paths)
 
 
 def _joined(changes: dict, joined: str, parts: tuple, config: ModelConfig) -> dict:

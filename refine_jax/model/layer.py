@@ -54,23 +54,35 @@ def norm(config: ModelConfig, name: str | None = None) -> RMSNorm:
 
 
 class Projection(nn.Dense):
-  """A matrix product, and its low-rank change where the parameters hold factors (adapters.py)."""
+  """A matrix product, and its low-rank change where the parameters hold factors.
+
+  They are those of adapters.attach, or in one of the two forms of adapters.decoding_form.
+  """
 
   def __call__(self, x: jax.Array, gate: Gate = False) -> jax.Array:
-    if self.has_variable("params", "kernel_a"):  # adapters.fuse
+    if self.has_variable("params", "kernel_pair"):
+      y, changed = jnp.split(x @ self.get_variable("params", "kernel_pair"), 2, axis=-1)
+      return self._add_bias(jnp.where(gate, changed, y))
+    if self.has_variable("params", "kernel_a"):
       y, change = jnp.split(x @ self.get_variable("params", "kernel_a"), [self.features], axis=-1)
-      if self.use_bias:
-        y = y + self.get_variable("params", "bias").reshape((1,) * (y.ndim - 1) + (-1,))
-    else:
-      y = super().__call__(x)
-      if gate is False or not self.has_variable("params", "a"):
+      y = self._add_bias(y)
+      if gate is False:
         return y
-      change = x @ self.get_variable("params", "a")
-    if gate is False:
+      change = change * jnp.asarray(gate, change.dtype) @ self.get_variable("params", "b")
+      # cuBLAS would add to a copy of y; apart, what follows the projection adds both.
+      return y + jax.lax.optimization_barrier(change)
+    y = super().__call__(x)
+    if gate is False or not self.has_variable("params", "a"):
       return y
+    change = x @ self.get_variable("params", "a")
     if gate is not True:
       change = change * gate.astype(change.dtype)
     return y + _second_factor(change, self.get_variable("params", "b"))
+
+  def _add_bias(self, y: jax.Array) -> jax.Array:
+    if not self.use_bias:
+      return y
+    return y + self.get_variable("params", "bias").reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def _second_factor(change: jax.Array, b: jax.Array) -> jax.Array:
