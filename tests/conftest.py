@@ -1,5 +1,6 @@
 """Every test runs on the CPU, as eight devices, offline, with silent broadcasting forbidden."""
 
+import gc
 import importlib.metadata
 import os
 import tempfile
@@ -29,6 +30,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax  # noqa: E402  the flags above come first
 import pytest  # noqa: E402
+
+# Tracing makes many objects and few cycles; looking for those took a tenth of the time.
+gc.freeze()
+gc.set_threshold(100_000, 20, 20)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_threefry_partitionable", True)

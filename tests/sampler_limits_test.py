@@ -177,8 +177,8 @@ def allowed(logits, *, temperature, top_k=0, top_p=1.0):
   "options",
   [
     {"temperature": 1.0},
-    {"temperature": 2.0, "top_k": 4},
-    {"temperature": 1.5, "top_p": 0.8},
+    pytest.param({"temperature": 2.0, "top_k": 4}, marks=pytest.mark.slow),
+    pytest.param({"temperature": 1.5, "top_p": 0.8}, marks=pytest.mark.slow),
     {"temperature": 0.7, "top_k": 5, "top_p": 0.9},
   ],
   ids=str,
@@ -187,9 +187,9 @@ def allowed(logits, *, temperature, top_k=0, top_p=1.0):
 @pytest.mark.parametrize("draft", ["tail", pytest.param("ngram", marks=pytest.mark.slow)])
 def test_pairs_of_tokens_follow_the_models_distribution(sampled, options, draft):
   """Chi-square of what one block commits against the product of the model's conditionals."""
-  prompt, count = [1, 3, 1, 3], 4096
+  prompt, count = [1, 3, 1, 3], 2048
   out = refine_jax.generate(
-    sampled, [prompt] * count, slots=512, block_size=3, max_new_tokens=3, draft=draft, **options
+    sampled, [prompt] * count, slots=256, block_size=3, max_new_tokens=3, draft=draft, **options
   )
   assert sum(out.passes) < 3 * count  # some drafts were right, so blocks were committed
   logits = np.asarray(sampled(np.array([[*prompt, a, b] for a in range(6) for b in range(6)])))
