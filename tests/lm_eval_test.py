@@ -293,7 +293,7 @@ def test_special_tokens_that_a_tokenizer_appends_never_end_a_context(ours, their
   assert tokenizer.encode("w5") == [2, 5, 1]
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(ours, "tokenizer", tokenizer)
-    patch.setattr(ours, "_prefix", adapter._prefix(tokenizer))
+    patch.setattr(ours, "_prefix", adapter.prefix_ids(tokenizer))
     assert ours.tok_encode("w5 w6") == [2, 5, 6]
     assert ours.tok_encode("w5 w6", add_special_tokens=False) == [5, 6]
     ((value, _),) = ours.loglikelihood([request("w5 w6", " w7")], disable_tqdm=True)

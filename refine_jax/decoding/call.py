@@ -66,12 +66,12 @@ class Call:
   def result(self) -> Generation:
     """The answers as far as they are, and their numbers."""
     if self._engine is None:
-      return _gathered(self._model, [], Costs())
+      return gathered(self._model, [], Costs())
     found = self._answers | (self._engine.progress() if self.busy else {})
     answers = [
       found.get(request) or Answer(request, [], "", None, 0, []) for request in self.requests
     ]
-    return _gathered(self._model, answers, self._spent or self._engine.costs.since(self._before))
+    return gathered(self._model, answers, self._spent or self._engine.costs.since(self._before))
 
 
 def _refuse_not_finite(answers: Iterable[Answer]) -> None:
@@ -90,8 +90,8 @@ def _refuse_not_finite(answers: Iterable[Answer]) -> None:
     )
 
 
-def _gathered(model: Model, answers: list[Answer], costs: Costs) -> Generation:
-  """One Generation of a call's answers, in the order of its prompts."""
+def gathered(model: Model, answers: list[Answer], costs: Costs) -> Generation:
+  """One Generation of answers, in their order."""
   counts = [answer.accepted for answer in answers if answer.accepted]
   passes = [answer.passes for answer in answers]
   trace = None

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -89,18 +89,8 @@ class Engine:
 
     That is other programs, more places than the context has, or more memory.
     """
-    wanted = settings_for(self.model, request.options, self.slots, len(request.eos_ids))
-    places = self.settings.eos_places
-    if dataclasses.replace(wanted, eos_places=places) != self.settings:
-      raise UserError(
-        f"A request's mode, draft, block_size and noise make {wanted}, and the engine has"
-        f" {self.settings}."
-      )
-    if wanted.eos_places > places:
-      raise UserError(
-        f"A request has {len(request.eos_ids)} EOS ids, and the engine has room for {places};"
-        f" make it with eos_ids={len(request.eos_ids)}."
-      )
+    eos_ids = len(request.eos_ids)
+    self.settings.require(settings_for(self.model, request.options, self.slots, eos_ids), eos_ids)
     if len(request.prompt) >= self.context:
       raise UserError(
         f"A prompt has {len(request.prompt)} tokens, which leaves no room in the engine's"
@@ -108,15 +98,15 @@ class Engine:
       )
     self._runner.check_memory(self._places(request))
 
-  def warm_up(self, tokens: int = 0) -> Costs:
-    """Compiles the programs for rows of up to so many tokens, before there are requests.
+  def warm_up(self, tokens: int = 0, *, traced: bool = False, samples: bool = False) -> Costs:
+    """Compiles the programs for rows of up to so many tokens, and returns what that took.
 
-    Returns:
-      what that took.
+    Args:
+      traced, samples: of rows that are traced, or have a temperature.
     """
     before = self.costs
-    self._runner.grow(tokens + self.settings.reach)
-    self._runner.prepare()
+    self._runner.grow(tokens + max(self.settings.reach, self._runner.piece))
+    self._runner.prepare(traced=traced, samples=samples)
     return self.costs.since(before)
 
   def step(self, passes: int | None = None) -> list[Answer]:
@@ -176,6 +166,15 @@ class Engine:
   def certain_text(self, request: Request) -> str:
     """What no further token can change of the text of a request that has a slot."""
     return next((r.certain_text for r in self._rows if r and r.request is request), "")
+
+  def new_tokens(self, known: Mapping[Request, int]) -> dict[Request, tuple[list[int], int]]:
+    """The tokens of answers after the known ones, and the passes, of requests that decode."""
+    rows = {slot: row for slot in self._decoding() if (row := self._row(slot)).request in known}
+    tokens = self._runner.fetch()[0] if rows else np.zeros(0)
+    return {
+      row.request: (self._new_tokens(tokens, slot)[known[row.request] :], row.passes)
+      for slot, row in rows.items()
+    }
 
   def cancel(self, request: Request) -> None:
     """Ends a request without an answer; its slot is free for the next one."""

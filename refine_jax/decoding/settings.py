@@ -8,6 +8,7 @@ import jax
 from refine_jax.decoding import drafts
 from refine_jax.decoding.options import Options, default_block_size, default_draft
 from refine_jax.decoding.programs import bucket
+from refine_jax.errors import UserError
 
 if TYPE_CHECKING:
   from refine_jax.decoding.loading import Model
@@ -88,6 +89,18 @@ class Settings:
   def reach(self) -> int:
     """Places of the cache after the committed tokens that a pass may write."""
     return self.tokens + (0 if self.extra_tokens else self.block)
+
+  def require(self, wanted: "Settings", eos_ids: int) -> None:
+    """Raises UserError where a request that has so many EOS ids wants other programs than these."""
+    if dataclasses.replace(wanted, eos_places=self.eos_places) != self:
+      raise UserError(
+        f"A request's mode, draft, block_size and noise make {wanted}, and the engine has {self}."
+      )
+    if wanted.eos_places > self.eos_places:
+      raise UserError(
+        f"A request has {eos_ids} EOS ids, and the engine has room for {self.eos_places};"
+        f" make it with eos_ids={eos_ids}."
+      )
 
 
 def settings_for(model: "Model", options: Options, slots: int, eos_ids: int = 0) -> Settings:

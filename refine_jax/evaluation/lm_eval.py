@@ -41,7 +41,7 @@ from refine_jax.errors import UserError
 from refine_jax.evaluation import harness_options
 from refine_jax.model import head, transformer
 from refine_jax.text import template
-from refine_jax.text.tokenizer import encode
+from refine_jax.text.tokenizer import encode, encode_start, prefix_ids
 from refine_jax.text.vocabulary import check_ids
 
 _SMALLEST_BUCKET = 64
@@ -82,7 +82,7 @@ class RefineLM(TemplateLM):
     assert pretrained is not None  # checked above
     self.model = loading.load(pretrained, dtype=dtype)
     self.tokenizer = self.model.require_tokenizer()
-    self._prefix = _prefix(self.tokenizer)
+    self._prefix = prefix_ids(self.tokenizer)
 
   @property
   def eot_token_id(self) -> int:
@@ -111,9 +111,8 @@ class RefineLM(TemplateLM):
   def tok_encode(
     self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
   ) -> list[int]:
-    bos = self.tokenizer.bos_token
-    if add_special_tokens is None:  # a chat template has put it there already
-      add_special_tokens = not (bos and string.startswith(bos))
+    if add_special_tokens is None:  # a chat template may have put it there already
+      return encode_start(self.tokenizer, string, self._prefix)
     ids = encode(self.tokenizer, [string])[0]
     return [*self._prefix, *ids] if add_special_tokens else ids
 
@@ -228,17 +227,6 @@ class RefineLM(TemplateLM):
       )
     prompts = [p[-room:] for p in prompts]
     return decoding_requests(self.model, prompts, Options(**options), rows=rows)
-
-
-def _prefix(tokenizer) -> list[int]:
-  """What the tokenizer puts before a text by itself.
-
-  What it puts after one (EOS, SEP) has no place here: a context goes on, and a continuation begins
-  where its context's ids end.
-  """
-  bare, whole = (encode(tokenizer, ["a"], add_special_tokens=s)[0] for s in (False, True))
-  starts = range(len(whole) - len(bare) + 1)
-  return whole[: next((i for i in starts if whole[i : i + len(bare)] == bare), 0)]
 
 
 def _not_finite(request, number: int, value: float) -> str:

@@ -132,3 +132,21 @@ def encode(
     return tokenizer(
       texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
     )["input_ids"]
+
+
+def prefix_ids(tokenizer: Tokenizer) -> list[int]:
+  """What the tokenizer puts before a text by itself, such as BOS.
+
+  What it puts after one (EOS, SEP) has no place before a continuation, which begins where its
+  text's ids end.
+  """
+  bare, whole = (encode(tokenizer, ["a"], add_special_tokens=s)[0] for s in (False, True))
+  starts = range(len(whole) - len(bare) + 1)
+  return whole[: next((i for i in starts if whole[i : i + len(bare)] == bare), 0)]
+
+
+def encode_start(tokenizer: Tokenizer, text: str, prefix: list[int]) -> list[int]:
+  """Ids of a text that something begins with: after `prefix_ids`, unless it has BOS already."""
+  bos = tokenizer.bos_token
+  ids = encode(tokenizer, [text])[0]
+  return ids if bos and text.startswith(bos) else [*prefix, *ids]
