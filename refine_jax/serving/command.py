@@ -136,8 +136,7 @@ def make_engine(model: loading.Model, arguments: argparse.Namespace, options: Op
   slots = arguments.slots or _SLOTS.get(backend, _SLOTS_ELSEWHERE)
   context = arguments.context or _CONTEXT.get(backend, _CONTEXT_ELSEWHERE)
   while True:
-    eos = len(model.eos_token_ids) + 16  # stop strings that are special tokens are among them
-    engine = Engine(model, slots, context, options, eos_ids=eos)
+    engine = Engine(model, slots, context, options, eos_ids=len(model.eos_token_ids))
     try:
       (longest,) = requests(model, [[0] * (engine.context - 1)], options)
       engine.check(longest)

@@ -80,9 +80,14 @@ class Scheduler:
     """Takes a ticket, which is to be released in the end.
 
     Raises:
-      Refused: there is no room, or the server does not answer now.
+      Refused: there is no room, the server does not answer now, or the engine cannot answer it.
     """
     self.check_room(len(ticket.requests))
+    for request in ticket.requests:
+      try:
+        self._engine.check(request)
+      except UserError as error:
+        raise Refused(400, str(error)) from error
     self._open[ticket] = len(ticket.requests)
     self._tell(lambda: self._incoming.append(ticket))
 

@@ -1,0 +1,313 @@
+"""Requests that are bad, too many, too large or given up: what they get, and what they leave."""
+
+import concurrent.futures
+import gc
+import http.client
+import json
+import os
+import random
+import resource
+import socket
+import threading
+import time
+
+import pytest
+import server_fixtures
+from server_fixtures import NAME, complete, events, get, post, texts, until
+
+pytest.importorskip("starlette")
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  return server_fixtures.text_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def running(model):
+  limits = {"context": 400, "max_tokens": 350, "body_bytes": 1 << 20, "queue": 256}
+  with server_fixtures.serving(model, **limits) as running:
+    yield running
+
+
+BAD = [
+  (b"{", "The body is not JSON"),
+  (b"[" * 100_000, "too deep"),
+  (b"[1]", "must be a JSON object"),
+  (b'{"prompt": "a", "prompt": "b"}', "occurs twice"),
+  (b'{"prompt": "a", "top_p": NaN}', "NaN is no JSON number"),
+  (b'{"prompt": "\xff"}', "not JSON"),
+  ({}, "prompt is missing"),
+  ({"prompt": []}, "prompt is .*; it must be a text"),
+  ({"prompt": [[]]}, "a text, token ids, or a list"),
+  ({"prompt": [5, "a"]}, "a text, token ids, or a list"),
+  ({"prompt": [[5, 0.5]]}, "no token id"),
+  ({"prompt": [True]}, "no token id"),
+  ({"prompt": [10**9]}, "outside the model's vocabulary"),
+  ({"prompt": ""}, "has no tokens"),
+  ({"prompt": "a", "n": 129}, "n is 129; it must be a whole number from 1 to 128"),
+  ({"prompt": ["a"] * 65, "n": 2}, "65 prompts times n=2 are more than 128"),
+  ({"prompt": "a", "n": True}, "n is True"),
+  ({"prompt": "a", "max_tokens": 0}, "max_tokens is 0"),
+  ({"prompt": "a", "max_tokens": 351}, r"at most 350 \(--max_tokens\)"),
+  ({"prompt": [5] * 60, "max_tokens": 350}, "prompt of 60 tokens and max_tokens of 350 are more"),
+  ({"prompt": [5] * 400}, "prompt has 400 tokens, which leaves no room in a context of 400"),
+  ({"prompt": "a", "max_tokens": 3, "max_completion_tokens": 4}, "differ"),
+  ({"prompt": "a", "temperature": -1}, "temperature is -1; it must be a number from 0 to 100"),
+  ({"prompt": "a", "temperature": "hot"}, "temperature is 'hot'"),
+  ({"prompt": "a", "top_p": 0}, "top_p=0"),
+  ({"prompt": "a", "seed": 0.5}, "seed is 0.5"),
+  ({"prompt": "a", "stop": [""]}, "stop is"),
+  ({"prompt": "a", "stop": ["a"] * 17}, "at most 16 strings"),
+  ({"prompt": "a", "logprobs": 6}, "logprobs is 6; it must be a whole number from 0 to 5"),
+  ({"prompt": "a", "logprobs": 1, "stream": True}, "logprobs is not supported with stream"),
+  ({"prompt": "a", "stream": 1}, "stream is 1; it must be true or false"),
+  ({"prompt": "a", "stream_options": {"include_usage": True}}, "goes with stream"),
+  ({"prompt": "a", "best_of": 3}, "best_of is not supported"),
+  ({"prompt": "a", "suffix": "b"}, "suffix is not supported"),
+  ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty is not supported"),
+  ({"prompt": "a", "temperatur": 1}, "no field 'temperatur'; do you mean temperature?"),
+  ({"prompt": "a", "trace": True}, "shows no passes"),
+  ({"prompt": "\ud800"}, "tokenizer fails|not valid Unicode"),
+]
+BAD_CHATS = [
+  ({"messages": []}, "messages is .*list of messages"),
+  ({"messages": ["hi"]}, "messages is .*list of messages"),
+  ({"messages": [{"role": "user"}]}, "messages is no prompt"),
+  ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "no text"),
+  ({"messages": CHAT, "tools": [{"type": "function"}]}, "tools is not supported"),
+  ({"messages": CHAT, "response_format": {"type": "json_object"}}, "response_format is not"),
+  ({"messages": CHAT, "top_logprobs": 2}, "top_logprobs needs logprobs"),
+  ({"messages": CHAT, "prompt": "a"}, "no field 'prompt'"),
+]
+
+
+def test_bad_requests_are_named(running):
+  for path, cases in (("completions", BAD), ("chat/completions", BAD_CHATS)):
+    for body, message in cases:
+      status, _, answer = post(running, f"/v1/{path}", body)
+      assert status == 400, (body, answer)
+      error = answer["error"]
+      assert error["type"] == "invalid_request_error" and set(error) >= {"param", "code"}
+      with pytest.raises(ValueError, match=message):
+        raise ValueError(error["message"])
+      assert "Traceback" not in error["message"]
+  assert server_fixtures.idle(running)
+
+
+def test_fields_that_ask_for_nothing_are_taken(running):
+  same = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "user": "me"}
+  same |= {"stop": [None], "suffix": None, "best_of": 1, "seed": -1, "max_tokens": 3}
+  assert texts(complete(running, "hello", **same)) == texts(complete(running, "hello", max_tokens=3))
+  chat = {"messages": CHAT, "max_tokens": 3, "tools": [], "tool_choice": "none"}
+  chat |= {"response_format": {"type": "text"}, "parallel_tool_calls": True}
+  assert post(running, "/v1/chat/completions", chat)[0] == 200
+
+
+def test_routes_methods_types_and_sizes(running):
+  assert get(running, "/nothing")[0] == 404
+  assert get(running, "/v1/completions")[0] == 405
+  form = {"Content-Type": "application/x-www-form-urlencoded"}
+  assert post(running, "/v1/completions", {"prompt": "a"}, form)[0] == 415
+  large = json.dumps({"prompt": "a" * (1 << 20)}).encode()
+  status, _, answer = post(running, "/v1/completions", large)
+  assert status == 413 and "larger than 1048576 bytes" in answer["error"]["message"]
+  # One that does not say how long it is; the server hangs up on it.
+  connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=20)
+  chunks = (b"a" * 65536 for _ in range(1600))
+  sent = 0
+  try:
+    connection.putrequest("POST", "/v1/completions")
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Transfer-Encoding", "chunked")
+    connection.endheaders()
+    for chunk in chunks:
+      connection.send(b"10000\r\n" + chunk + b"\r\n")
+      sent += len(chunk)
+    assert connection.getresponse().status == 413
+  except (BrokenPipeError, ConnectionResetError):
+    assert sent < 20 << 20
+  finally:
+    connection.close()
+  assert get(running, "/health")[0] == 200
+
+
+def stream(running, prompt, **fields):
+  """A connection whose response is a stream; its first piece is there."""
+  connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
+  body = {"prompt": prompt, "temperature": 0, "stream": True, "max_tokens": 300} | fields
+  given = {"Content-Type": "application/json"}
+  connection.request("POST", "/v1/completions", json.dumps(body), given)
+  response = connection.getresponse()
+  assert response.status == 200
+  return connection, response, response.readline()
+
+
+def test_a_client_that_leaves_frees_its_slot(running):
+  """Streams and plain requests alike; the other rows keep their text."""
+  want = texts(complete(running, [7, 8], max_tokens=300))[0]
+  steps = []
+  engine = running.scheduler._engine
+  step = engine.step
+  engine.step = lambda passes: (steps.append(len(running.scheduler._rows)), step(passes))[1]
+  try:
+    stays = stream(running, [7, 8])
+    left = stream(running, [9])[0]
+    plain = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
+    body = json.dumps({"prompt": [4], "temperature": 0, "max_tokens": 300})
+    plain.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    until(lambda: running.scheduler.open_rows() == 3)
+    left.sock.close()
+    plain.sock.close()
+    until(lambda: running.scheduler.open_rows() == 1)
+    steps.clear()
+    rest = stays[2].decode() + stays[1].read().decode()
+  finally:
+    del engine.step
+  # The step that was under way may have had all three.
+  assert set(steps[1:]) == {1}
+  assert "".join(e["choices"][0]["text"] for e in events(rest)) == want
+  until(lambda: server_fixtures.idle(running))
+
+
+def test_too_many_are_sent_away_with_a_time(model):
+  with server_fixtures.serving(model, slots=8, queue=2) as running:
+    status, headers, answer = post(running, "/v1/completions", {"prompt": "a", "n": 11})
+    assert status == 429 and 1 <= int(headers["retry-after"]) <= 60
+    assert answer["error"]["type"] == "rate_limit_error"
+    held = [stream(running, [5], max_tokens=190) for _ in range(10)]
+    found = post(running, "/v1/completions", {"prompt": "a"})[0]
+    assert found in (200, 429)  # some may have ended by then
+    for connection, response, _ in held:
+      response.read()
+      connection.close()
+    until(lambda: server_fixtures.idle(running))
+    assert post(running, "/v1/completions", {"prompt": "a", "n": 10})[0] == 200
+
+
+def test_time_limits(model):
+  limits = {"seconds": 0.15, "body_seconds": 0.3, "context": 3000, "max_tokens": 2900}
+  with server_fixtures.serving(model, **limits) as running:
+    body = {"prompt": [5], "max_tokens": 2900, "temperature": 0, "stop": ["no such text"]}
+    status, _, answer = post(running, "/v1/completions", body)
+    assert status == 504 and "more than 0.15 s" in answer["error"]["message"]
+    _, _, out = post(running, "/v1/completions", body | {"stream": True})
+    assert json.loads(out.strip().split("\n\n")[-1][6:])["error"]["code"] == "timeout"
+    until(lambda: server_fixtures.idle(running))
+    with socket.create_connection(("127.0.0.1", running.port), timeout=20) as slow:
+      head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+      slow.sendall(head + b"Content-Length: 100\r\n\r\n{")
+      assert b" 408 " in slow.recv(1000)
+
+
+def test_a_key_is_asked_for(model, caplog):
+  caplog.set_level("INFO")
+  with server_fixtures.serving(model, api_key="right-key", wait=False) as running:
+    until(lambda: running.server.started)
+    assert get(running, "/health")[0] in (200, 503)
+    assert get(running, "/")[0] == 200
+    for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic right-key"}):
+      for path in ("/v1/models", "/metrics", "/v1/\x1b[31m%0a"):
+        path = path.replace("\x1b", "%1b")
+        status, headers, answer = get(running, path, given)
+        assert (status, headers["www-authenticate"]) == (401, "Bearer")
+        assert answer["error"]["code"] == "invalid_api_key"
+    assert get(running, "/v1/models", {"Authorization": "Bearer right-key"})[0] == 200
+  assert r"'/v1/\x1b[31m\n'" in caplog.text
+  assert "\x1b" not in caplog.text and "right-key" not in caplog.text
+
+
+def test_before_it_is_warm_it_says_so(model):
+  with server_fixtures.serving(model, wait=False) as running:
+    until(lambda: running.server.started)
+    first = get(running, "/health"), post(running, "/v1/completions", {"prompt": "a"})
+    until(lambda: running.scheduler.state == "ready", 100)
+    assert get(running, "/health")[0] == 200
+  for status, headers, _ in first:
+    assert status in (200, 503)
+  assert first[0][0] == 503 and first[1][1]["retry-after"]
+
+
+def crowd(running, streams, seed=0):
+  """Streams of mixed length at a time, a third of which hang up: texts of those that stay."""
+  rng = random.Random(seed)
+  lengths = [rng.randint(5, 120) for _ in range(streams)]
+
+  def one(i):
+    connection, response, first = stream(running, [5 + i], max_tokens=lengths[i])
+    if i % 3 == 0:
+      connection.sock.close()
+      return None
+    if i % 8 == 1:
+      time.sleep(0.2)  # a slow reader
+    text = first.decode() + response.read().decode()
+    connection.close()
+    return "".join(e["choices"][0]["text"] for e in events(text))
+
+  with concurrent.futures.ThreadPoolExecutor(streams) as pool:
+    return lengths, list(pool.map(one, range(streams)))
+
+
+def test_streams_whose_neighbours_hang_up(running):
+  lengths, found = crowd(running, 64)
+  until(lambda: server_fixtures.idle(running))
+  kept = [i for i in range(64) if i % 3]
+  prompts = [[5 + i] for i in kept]
+  body = {"prompt": prompts, "temperature": 0, "max_tokens": max(lengths)}
+  _, _, whole = post(running, "/v1/completions", body)
+  for i, text in zip(kept, texts(whole), strict=True):
+    # The last character may have been half there.
+    assert found[i] and text.startswith(found[i].rstrip("\ufffd")), i
+  assert [found[i] is None for i in range(64)] == [i % 3 == 0 for i in range(64)]
+
+
+def descriptors():
+  gc.collect()
+  return len(os.listdir("/proc/self/fd"))
+
+
+def storm(running, count, body, want, threads=16):
+  """Sends requests over kept connections; counts the statuses."""
+  found, lock = {}, threading.Lock()
+
+  def worker(share):
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=120)
+    for _ in range(share):
+      connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+      response = connection.getresponse()
+      text = response.read()
+      with lock:
+        found[response.status] = found.get(response.status, 0) + 1
+      assert want is None or json.loads(text)["choices"][0]["text"] == want
+    connection.close()
+
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    list(pool.map(worker, [count // threads] * threads))
+  return found
+
+
+def abuse(running, short, bad):
+  body = json.dumps({"model": NAME, "prompt": [5, 6], "max_tokens": 2, "temperature": 0}).encode()
+  want = texts(complete(running, [5, 6], max_tokens=2))[0]
+  storm(running, 64, body, want)
+  before, memory = descriptors(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  assert storm(running, short, body, want) == {200: short}
+  assert storm(running, bad, b'{"prompt": 1', None) == {400: bad}
+  until(lambda: server_fixtures.idle(running))
+  # Threads of the parsers may have come to be; connections have to be gone.
+  until(lambda: descriptors() <= before + 8)
+  grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
+  assert grown < 100_000, f"{grown} KiB"
+
+
+def test_many_short_and_many_bad_requests(running):
+  abuse(running, 480, 160)
+
+
+@pytest.mark.slow
+def test_ten_thousand_short_and_a_thousand_bad_requests(running):
+  abuse(running, 10_000, 1_008)
+  for seed in range(20):
+    crowd(running, 64, seed)
+  until(lambda: server_fixtures.idle(running))
