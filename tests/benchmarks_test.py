@@ -314,6 +314,18 @@ def test_engine(run):
     assert row["host_ms_a_step"] == pytest.approx(spent / row["steps"] * 1e3)
 
 
+def test_server(run):
+  """Streams to clients in another process, all of them whole."""
+  pytest.importorskip("starlette")
+  from benchmarks import server
+
+  result = run(server, "--streams=2", "--new=6", "--prompt=5")
+  assert result["share"] == pytest.approx(
+    result["tokens_per_second"] / result["engine_tokens_per_second"]
+  )
+  assert 0 < result["first_token_ms"] < 60_000 and result["between_pieces_ms"] > 0
+
+
 def test_an_adapters_cost_is_the_ratio_of_two_passes(run):
   options = ("--batches=1", "--blocks=3", "--new=8", "--prompt=16", "--modes=", "--draft=branches")
   result = run(sampler, *options, "--adapter_rank=2")

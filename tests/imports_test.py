@@ -36,6 +36,7 @@ MAY_IMPORT = {
   "decoding": _LEAVES
   | {"attention", "batch", "checkpoint", "compile_cache", "hf", "interrupt", "model", "text"},
   "evaluation": _LEAVES | {"cli", "data", "decoding", "hf", "model", "text"},
+  "serving": _LEAVES | {"cli", "decoding", "hf", "text"},
   "training": _LEAVES
   | {
     "attention",
@@ -52,7 +53,7 @@ MAY_IMPORT = {
   }
   | {"model", "objective", "sharding", "text"},
 }
-DOORS = {"main", "evaluate", "lm_eval", "__init__"}
+DOORS = {"main", "evaluate", "lm_eval", "serve", "__init__"}
 
 
 class _DropTypeImports(ast.NodeTransformer):

@@ -1,6 +1,7 @@
 """A server in a thread of the test's process, and what its tests ask of it."""
 
 import contextlib
+import dataclasses
 import http.client
 import json
 import threading
@@ -21,8 +22,9 @@ NAME, SLOTS, CONTEXT = "tiny", 8, 200
 
 
 def text_model(place):
-  """A tiny random model with a tokenizer, in float32."""
-  return refine_jax.load(sampler_fixtures.text_model_directory(place))
+  """A tiny random model with a tokenizer, in float32, and positions for long answers."""
+  model = refine_jax.load(sampler_fixtures.text_model_directory(place))
+  return dataclasses.replace(model, config=dataclasses.replace(model.config, max_length=4096))
 
 
 @contextlib.contextmanager
@@ -110,6 +112,23 @@ def events(text):
   lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
   assert lines[-1] == "[DONE]"
   return [json.loads(line) for line in lines[:-1]]
+
+
+def stream(running, prompt, **fields):
+  """A connection whose response is a stream; its first piece is there."""
+  connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
+  body = {"prompt": prompt, "temperature": 0, "stream": True, "max_tokens": 300} | fields
+  given = {"Content-Type": "application/json"}
+  connection.request("POST", "/v1/completions", json.dumps(body), given)
+  response = connection.getresponse()
+  assert response.status == 200
+  return connection, response, response.readline()
+
+
+def hang_up(connection, response=None):
+  if response is not None:
+    response.close()  # it has the socket too
+  connection.close()
 
 
 def generated(model, prompts, **options):

@@ -1,19 +1,21 @@
 """Requests that are bad, too many, too large or given up: what they get, and what they leave."""
 
-import concurrent.futures
-import gc
 import http.client
 import json
-import os
-import random
-import resource
 import socket
-import threading
-import time
 
 import pytest
 import server_fixtures
-from server_fixtures import NAME, complete, events, get, post, texts, until
+from server_fixtures import (
+  complete,
+  events,
+  get,
+  hang_up,
+  post,
+  stream,
+  texts,
+  until,
+)
 
 pytest.importorskip("starlette")
 CHAT = [{"role": "user", "content": "hi"}]
@@ -99,7 +101,9 @@ def test_bad_requests_are_named(running):
 def test_fields_that_ask_for_nothing_are_taken(running):
   same = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "user": "me"}
   same |= {"stop": [None], "suffix": None, "best_of": 1, "seed": -1, "max_tokens": 3}
-  assert texts(complete(running, "hello", **same)) == texts(complete(running, "hello", max_tokens=3))
+  assert texts(complete(running, "hello", **same)) == texts(
+    complete(running, "hello", max_tokens=3)
+  )
   chat = {"messages": CHAT, "max_tokens": 3, "tools": [], "tool_choice": "none"}
   chat |= {"response_format": {"type": "text"}, "parallel_tool_calls": True}
   assert post(running, "/v1/chat/completions", chat)[0] == 200
@@ -133,17 +137,6 @@ def test_routes_methods_types_and_sizes(running):
   assert get(running, "/health")[0] == 200
 
 
-def stream(running, prompt, **fields):
-  """A connection whose response is a stream; its first piece is there."""
-  connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
-  body = {"prompt": prompt, "temperature": 0, "stream": True, "max_tokens": 300} | fields
-  given = {"Content-Type": "application/json"}
-  connection.request("POST", "/v1/completions", json.dumps(body), given)
-  response = connection.getresponse()
-  assert response.status == 200
-  return connection, response, response.readline()
-
-
 def test_a_client_that_leaves_frees_its_slot(running):
   """Streams and plain requests alike; the other rows keep their text."""
   want = texts(complete(running, [7, 8], max_tokens=300))[0]
@@ -153,16 +146,17 @@ def test_a_client_that_leaves_frees_its_slot(running):
   engine.step = lambda passes: (steps.append(len(running.scheduler._rows)), step(passes))[1]
   try:
     stays = stream(running, [7, 8])
-    left = stream(running, [9])[0]
+    left = stream(running, [9])[:2]
     plain = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
     body = json.dumps({"prompt": [4], "temperature": 0, "max_tokens": 300})
     plain.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
     until(lambda: running.scheduler.open_rows() == 3)
-    left.sock.close()
-    plain.sock.close()
+    hang_up(*left)
+    hang_up(plain)
     until(lambda: running.scheduler.open_rows() == 1)
     steps.clear()
     rest = stays[2].decode() + stays[1].read().decode()
+    hang_up(*stays[:2])
   finally:
     del engine.step
   # The step that was under way may have had all three.
@@ -224,90 +218,4 @@ def test_before_it_is_warm_it_says_so(model):
     first = get(running, "/health"), post(running, "/v1/completions", {"prompt": "a"})
     until(lambda: running.scheduler.state == "ready", 100)
     assert get(running, "/health")[0] == 200
-  for status, headers, _ in first:
-    assert status in (200, 503)
-  assert first[0][0] == 503 and first[1][1]["retry-after"]
-
-
-def crowd(running, streams, seed=0):
-  """Streams of mixed length at a time, a third of which hang up: texts of those that stay."""
-  rng = random.Random(seed)
-  lengths = [rng.randint(5, 120) for _ in range(streams)]
-
-  def one(i):
-    connection, response, first = stream(running, [5 + i], max_tokens=lengths[i])
-    if i % 3 == 0:
-      connection.sock.close()
-      return None
-    if i % 8 == 1:
-      time.sleep(0.2)  # a slow reader
-    text = first.decode() + response.read().decode()
-    connection.close()
-    return "".join(e["choices"][0]["text"] for e in events(text))
-
-  with concurrent.futures.ThreadPoolExecutor(streams) as pool:
-    return lengths, list(pool.map(one, range(streams)))
-
-
-def test_streams_whose_neighbours_hang_up(running):
-  lengths, found = crowd(running, 64)
-  until(lambda: server_fixtures.idle(running))
-  kept = [i for i in range(64) if i % 3]
-  prompts = [[5 + i] for i in kept]
-  body = {"prompt": prompts, "temperature": 0, "max_tokens": max(lengths)}
-  _, _, whole = post(running, "/v1/completions", body)
-  for i, text in zip(kept, texts(whole), strict=True):
-    # The last character may have been half there.
-    assert found[i] and text.startswith(found[i].rstrip("\ufffd")), i
-  assert [found[i] is None for i in range(64)] == [i % 3 == 0 for i in range(64)]
-
-
-def descriptors():
-  gc.collect()
-  return len(os.listdir("/proc/self/fd"))
-
-
-def storm(running, count, body, want, threads=16):
-  """Sends requests over kept connections; counts the statuses."""
-  found, lock = {}, threading.Lock()
-
-  def worker(share):
-    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=120)
-    for _ in range(share):
-      connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-      response = connection.getresponse()
-      text = response.read()
-      with lock:
-        found[response.status] = found.get(response.status, 0) + 1
-      assert want is None or json.loads(text)["choices"][0]["text"] == want
-    connection.close()
-
-  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    list(pool.map(worker, [count // threads] * threads))
-  return found
-
-
-def abuse(running, short, bad):
-  body = json.dumps({"model": NAME, "prompt": [5, 6], "max_tokens": 2, "temperature": 0}).encode()
-  want = texts(complete(running, [5, 6], max_tokens=2))[0]
-  storm(running, 64, body, want)
-  before, memory = descriptors(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  assert storm(running, short, body, want) == {200: short}
-  assert storm(running, bad, b'{"prompt": 1', None) == {400: bad}
-  until(lambda: server_fixtures.idle(running))
-  # Threads of the parsers may have come to be; connections have to be gone.
-  until(lambda: descriptors() <= before + 8)
-  grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
-  assert grown < 100_000, f"{grown} KiB"
-
-
-def test_many_short_and_many_bad_requests(running):
-  abuse(running, 480, 160)
-
-
-@pytest.mark.slow
-def test_ten_thousand_short_and_a_thousand_bad_requests(running):
-  abuse(running, 10_000, 1_008)
-  for seed in range(20):
-    crowd(running, 64, seed)
-  until(lambda: server_fixtures.idle(running))
+  assert first[0][0] == first[1][0] == 503 and first[1][1]["retry-after"]

@@ -8,6 +8,7 @@ packages: pip install -e '.[serve]'.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import logging
 import os
@@ -34,6 +35,7 @@ KEY_VARIABLE = "REFINE_JAX_API_KEY"
 # With the pieces of prompts behind them, these fill caches of 1,024 and 4,096 places.
 _SLOTS, _CONTEXT = {"cpu": 4}, {"cpu": 896}
 _SLOTS_ELSEWHERE, _CONTEXT_ELSEWHERE = 32, 3968
+_LAST_PORT = 65535
 _LOOPBACK = ("127.", "::1", "localhost")
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client")
 _log = logging.getLogger(__name__)
@@ -115,13 +117,17 @@ def bind(host: str, port: int) -> socket.socket:
   Raises:
     UserError: it cannot be had.
   """
+  if port > _LAST_PORT:  # which the system would take modulo 65,536
+    raise UserError(f"--port={port} must be at most {_LAST_PORT}.")
   try:
     family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    place = socket.socket(family, kind)
-    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    place.bind(address)
-  except (OSError, OverflowError) as error:
-    why = getattr(error, "strerror", None) or error
+    with contextlib.ExitStack() as stack:
+      place = stack.enter_context(socket.socket(family, kind))
+      place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      place.bind(address)
+      stack.pop_all()
+  except OSError as error:
+    why = error.strerror or error
     raise UserError(f"Cannot listen at --host={host} --port={port}: {why}.") from error
   return place
 
@@ -190,13 +196,14 @@ def main() -> int:
   logging.getLogger("uvicorn").setLevel(logging.WARNING)
   # Until the server has its own: before it answers anybody, nothing is to be finished.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-  place = bind(arguments.host, arguments.port)
-  if not key and not arguments.host.startswith(_LOOPBACK):
-    _log.warning("Anybody who reaches %s may ask; --api_key_file sets a key.", arguments.host)
-  model = loading.load(arguments.model, dtype=arguments.dtype, step=arguments.step)
-  if model.require_tokenizer().chat_template and arguments.chat_template:
-    raise UserError(
-      f"{arguments.model} has a chat template, which its training used; leave --chat_template out."
-    )
-  engine = make_engine(model, arguments, options)
-  return server.run(served_of(model, arguments, options, engine.context, key), engine, place)
+  with bind(arguments.host, arguments.port) as place:
+    if not key and not arguments.host.startswith(_LOOPBACK):
+      _log.warning("Anybody who reaches %s may ask; --api_key_file sets a key.", arguments.host)
+    model = loading.load(arguments.model, dtype=arguments.dtype, step=arguments.step)
+    if model.require_tokenizer().chat_template and arguments.chat_template:
+      raise UserError(
+        f"{arguments.model} has a chat template, which its training used; leave --chat_template"
+        " out."
+      )
+    engine = make_engine(model, arguments, options)
+    return server.run(served_of(model, arguments, options, engine.context, key), engine, place)
