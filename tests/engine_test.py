@@ -74,6 +74,25 @@ def test_a_cancelled_request_frees_its_slot_and_changes_no_other(model):
   assert answers[wanted[2]].tokens == alone(model, [6, 7])
 
 
+def test_tokens_on_their_way_are_those_of_the_answer(model):
+  """Of the requests that are asked for and decode, each token once."""
+  engine = Engine(model, 2, options=OPTIONS)
+  first, other, waits = submit(engine, [[3, 4], [5], [6]])
+  seen, counts = [], []
+  assert engine.new_tokens({first: 0}) == {}
+  while engine.busy:
+    answers = {answer.request: answer for answer in engine.step(1)}
+    if first in answers:
+      break
+    found = engine.new_tokens({first: len(seen), waits: 0})
+    assert set(found) == {first}
+    tokens, passes = found[first]
+    seen += tokens
+    counts.append((len(seen), passes))
+  assert seen == answers[first].tokens[: len(seen)] and len(seen) > 5
+  assert counts == sorted(counts) and counts[-1][1] == len(counts)
+
+
 def test_rows_that_say_nothing_end_with_a_reason_and_the_others_go_on(model):
   embedding = model.params["embedding"].at[DAMAGED].set(jnp.nan)
   damaged = dataclasses.replace(model, params=model.params | {"embedding": embedding})
@@ -93,6 +112,13 @@ def test_a_warm_engine_compiles_nothing(model):
   submit(engine, [[3, 4]] * 7, dataclasses.replace(OPTIONS, block_size=2))
   finish(engine)
   assert engine.costs.since(spent).programs == 0
+  # A prompt of nearly all of the context has room for its last piece.
+  engine.warm_up(390)
+  spent = engine.costs
+  submit(engine, [[3] * 389], dataclasses.replace(OPTIONS, block_size=2, max_new_tokens=1))
+  finish(engine)
+  assert engine.costs.since(spent).programs == 0
+  assert engine.warm_up(390, traced=True).programs == 1
 
 
 def test_reasons_of_an_end(model):

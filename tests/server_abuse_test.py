@@ -1,4 +1,4 @@
-"""Many clients at a time, some of which hang up or read slowly: no answer is lost, nothing stays."""
+"""Many clients, some of which hang up or read slowly: no answer is lost, and nothing stays."""
 
 import concurrent.futures
 import gc

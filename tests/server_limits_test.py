@@ -1,5 +1,6 @@
 """Requests that are bad, too many, too large or given up: what they get, and what they leave."""
 
+import functools
 import http.client
 import json
 import socket
@@ -18,6 +19,7 @@ from server_fixtures import (
 )
 
 pytest.importorskip("starlette")
+DEEP = functools.reduce(lambda inner, _: [inner], range(400), 1)
 CHAT = [{"role": "user", "content": "hi"}]
 
 
@@ -82,6 +84,7 @@ BAD_CHATS = [
   ({"messages": CHAT, "response_format": {"type": "json_object"}}, "response_format is not"),
   ({"messages": CHAT, "top_logprobs": 2}, "top_logprobs needs logprobs"),
   ({"messages": CHAT, "prompt": "a"}, "no field 'prompt'"),
+  ({"messages": [CHAT[0] | {"more": DEEP}]}, "too deep"),
 ]
 
 

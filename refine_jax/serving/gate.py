@@ -21,7 +21,9 @@ _log = logging.getLogger(__name__)
 class Gate:
   """Middleware: asks for the key where there is one, counts, and writes a line a request."""
 
-  def __init__(self, app: ASGIApp, *, api_key: str, metrics: Metrics, paths: frozenset[str]):
+  def __init__(
+    self, app: ASGIApp, *, api_key: str, metrics: Metrics, paths: frozenset[str]
+  ) -> None:
     """Wraps an application.
 
     Args:

@@ -89,10 +89,14 @@ def read(kind: str, served: Served, body: bytes) -> Asked:
     return (_completion if kind == "completion" else _chat)(fields, served)
   except UserError as error:
     raise Refused(400, str(error)) from error
+  except RecursionError:
+    raise Refused(400, "The body is too deep.", code="invalid_json") from None
 
 
 def _completion(fields: Fields, served: Served) -> Asked:
-  prompts = [_ids(served, prompt) for prompt in _prompts(fields)]
+  given = _prompts(fields)
+  _check_rows(served, len(given), 1)
+  prompts = [_ids(served, prompt) for prompt in given]
   echo = fields.truth("echo")
   logprobs = fields.whole("logprobs", None, 0, MOST_LOGPROBS["completion"])
   new = _most_new(fields, served, prompts, _COMPLETION_TOKENS, least=0 if echo else 1)
@@ -131,9 +135,7 @@ def _chat(fields: Fields, served: Served) -> Asked:
 
 def _asked(kind, fields, served, prompts, n, new, *, echo=False, logprobs=None) -> Asked:
   limits = served.limits
-  if len(prompts) * n > limits.rows:
-    message = f"{len(prompts)} prompts times n={n} are more than {limits.rows} answers a request."
-    raise Refused(400, message, param="n")
+  _check_rows(served, len(prompts), n)
   stream = fields.truth("stream")
   if stream and (logprobs is not None or (echo and not new)):
     param = "logprobs" if logprobs is not None else "max_tokens"
@@ -179,6 +181,13 @@ def _check_model(fields: Fields, served: Served) -> None:
   if name != served.name:
     message = f"There is no model of that name here; the one that is served is {served.name!r}."
     raise Refused(404, message, param="model", code="model_not_found")
+
+
+def _check_rows(served: Served, prompts: int, n: int) -> None:
+  if prompts * n > served.limits.rows:
+    most = served.limits.rows
+    message = f"{prompts} prompts times n={n} are more than {most} answers a request."
+    raise Refused(400, message, param="n" if n > 1 else "prompt")
 
 
 def _prompts(fields: Fields) -> list:

@@ -30,7 +30,7 @@ class Server(uvicorn.Server):
     self.scheduler = Scheduler(engine, served.limits, metrics)
     self._grace = served.limits.grace
     config = uvicorn.Config(
-      app.make(served, self.scheduler, metrics, failed=self._end),
+      app.make(served, self.scheduler, metrics, failed=self.end),
       # h11 bounds the size of headers.
       http="h11",
       ws="none",
@@ -49,7 +49,8 @@ class Server(uvicorn.Server):
     await super().shutdown(sockets)
     timer.cancel()
 
-  def _end(self) -> None:
+  def end(self) -> None:
+    """Asks for the end."""
     self.should_exit = True
 
 
@@ -62,9 +63,9 @@ def run(served: Served, engine: Engine, place: socket.socket) -> int:
   Raises:
     UserError: the engine failed.
   """
-  # uvicorn raises the signal once more when all is ended, and the status is to be 0.
-  signal.signal(signal.SIGTERM, lambda *_: None)
   server = Server(served, engine)
+  # uvicorn has its own while it runs, and in the end raises the signal once more: for status 0.
+  signal.signal(signal.SIGTERM, lambda *_: server.end())
   host, port, *_ = place.getsockname()
   shown = f"[{host}]" if ":" in host else host
   _log.info(
