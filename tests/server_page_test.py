@@ -74,7 +74,9 @@ def test_a_chat_in_a_browser(running, tmp_path):
       await page.value("(tokens.value = 2500)")
       await page.write("go on")
       await page.key("Enter", 13, "\r")
-      await page.until("document.querySelectorAll('.assistant .piece').length > 30")
+      last = "[...document.querySelectorAll('.assistant')].at(-1)"
+      await page.until(f"{DONE.split(' && ')[0]} == false")
+      await page.until(f"{last}.querySelectorAll('.piece').length > 20")
       await page.key("Escape", 27)
       await page.until(f"{DONE} 3 && log.textContent.includes('stopped')")
       # An error is shown, and the message can be sent again.

@@ -71,8 +71,12 @@ html[theme=dark] .refine-jax, body[data-jp-theme-light=false] .refine-jax, .vsco
 )
 
 
-def fragment(generation: "Generation") -> str:
-  """HTML to put into a page or a notebook: the passes where they were traced, or the answers."""
+def fragment(generation: "Generation", *, numbers: bool = True) -> str:
+  """HTML to put into a page or a notebook: the passes where they were traced, or the answers.
+
+  Args:
+    numbers: whether what the call cost stands above them.
+  """
   rows = range(len(generation.tokens))
   trace = generation.trace
   legend = (
@@ -85,19 +89,21 @@ def fragment(generation: "Generation") -> str:
     + ' <span class="faint">a row a pass; hover for probabilities; ↵ is a newline</span></p>'
   )
   return (
-    f'<div class="refine-jax"><style>{_STYLE}</style><p>{_numbers(generation)}</p>{legend}'
+    f'<div class="refine-jax"><style>{_STYLE}</style>'
+    + (f"<p>{_numbers(generation)}</p>" if numbers else "")
+    + legend
     + "".join(_answer(generation, row, "open" if row == 0 else "") for row in rows)
     + "</div>"
   )
 
 
-def page(generation: "Generation", title: str = "Refinement") -> str:
-  """A whole document."""
+def page(generation: "Generation", title: str = "Refinement", *, numbers: bool = True) -> str:
+  """A whole document with a `fragment`."""
   return (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width"><meta name="color-scheme" '
     f'content="light dark"><title>{html.escape(title)}</title></head>\n<body>'
-    f"{fragment(generation)}</body></html>\n"
+    f"{fragment(generation, numbers=numbers)}</body></html>\n"
   )
 
 

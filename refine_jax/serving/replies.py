@@ -39,7 +39,6 @@ class Reply:
     self._served, self._asked = served, asked
     self._chat = asked.kind == "chat"
     kind = "chat.completion" if self._chat else "text_completion"
-    self._start = time.perf_counter()
     self._head = {
       "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}",
       "object": kind,
@@ -115,9 +114,10 @@ class Reply:
     answers = [
       Answer(c.request, c.tokens, c.text, _engine_reason(c), c.passes, [], c.trace) for c in choices
     ]
-    spent = Costs(decode_seconds=time.perf_counter() - self._start)
-    generation = gathered(self._served.model, answers, spent)
-    return {"refine_jax": {"trace_html": trace_html.page(generation, "Passes")}}
+    # What a row costs alone is not known where several share the passes.
+    generation = gathered(self._served.model, answers, Costs())
+    page = trace_html.page(generation, "Passes", numbers=False)
+    return {"refine_jax": {"trace_html": page}}
 
   def _echoed(self, choice: Choice) -> str:
     return self._decoded(choice.request.prompt) if self._asked.echo else ""

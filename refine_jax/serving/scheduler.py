@@ -20,8 +20,8 @@ WARMING, READY, DRAINING, FAILED = "warming up", "ready", "shutting down", "fail
 # Rows enter and leave between two steps, and pieces come after each, so steps are kept to about so
 # many seconds; where a row's stop strings are looked for, to so many passes.
 _STEP_SECONDS, _MOST_PASSES, _PASSES_BETWEEN_STOPS = 0.05, 32, 8
-# Seconds after which a thread that computes lets another one on. By default 5 ms, which the engine's
-# would wait several times a step while texts are made.
+# Seconds after which a thread that computes lets another one on. The default is 5 ms, which the
+# engine's would wait several times a step while texts are made.
 _SWITCH_SECONDS = 2e-4
 _log = logging.getLogger(__name__)
 
