@@ -316,8 +316,7 @@ def test_engine(run):
 
 def test_server(run):
   """Streams to clients in another process, all of them whole."""
-  pytest.importorskip("starlette")
-  from benchmarks import server
+    from benchmarks import server
 
   result = run(server, "--streams=2", "--new=6", "--prompt=5")
   assert result["share"] == pytest.approx(

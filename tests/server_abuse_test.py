@@ -14,8 +14,6 @@ import pytest
 import server_fixtures
 from server_fixtures import NAME, complete, events, hang_up, post, stream, texts, until
 
-pytest.importorskip("starlette")
-
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):

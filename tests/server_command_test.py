@@ -19,7 +19,6 @@ import refine_jax
 from refine_jax.errors import UserError
 from refine_jax.serving import command
 
-pytest.importorskip("starlette")
 EVALUATION = {"model": server_fixtures.NAME, "max_retries": 1, "num_concurrent": 4, "seed": 3}
 
 
@@ -165,8 +164,8 @@ def instances(*arguments):
 
 def test_lm_evals_clients(directory):
   """local-completions generates and scores, local-chat-completions generates."""
-  pytest.importorskip("tenacity")
-  clients = pytest.importorskip("lm_eval.models.openai_completions")
+  from lm_eval.models import openai_completions as clients
+
   model = refine_jax.load(directory)
   tokenizer, kwargs = model.tokenizer, {"until": ["\n\n"], "max_gen_toks": 12}
   contexts = ["what is two", "hello world, the answer", "a b c"]

@@ -18,7 +18,6 @@ from server_fixtures import (
   until,
 )
 
-pytest.importorskip("starlette")
 DEEP = functools.reduce(lambda inner, _: [inner], range(400), 1)
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -141,12 +140,19 @@ def test_routes_methods_types_and_sizes(running):
 
 
 def test_a_client_that_leaves_frees_its_slot(running):
-  """Streams and plain requests alike; the other rows keep their text."""
+  """Streams and plain requests alike; the other rows keep their text, and miss no step."""
   want = texts(complete(running, [7, 8], max_tokens=300))[0]
-  steps = []
+  steps, sent = [], []
   engine = running.scheduler._engine
   step = engine.step
-  engine.step = lambda passes: (steps.append(len(running.scheduler._rows)), step(passes))[1]
+
+  def noting(passes):
+    rows = running.scheduler._rows
+    steps.append(len(rows))
+    sent.extend(row.sent for request, row in rows.items() if request.prompt == [7, 8])
+    return step(passes)
+
+  engine.step = noting
   try:
     stays = stream(running, [7, 8])
     left = stream(running, [9])[:2]
@@ -164,6 +170,7 @@ def test_a_client_that_leaves_frees_its_slot(running):
     del engine.step
   # The step that was under way may have had all three.
   assert set(steps[1:]) == {1}
+  assert len(sent) > 10 and all(a < b for a, b in zip(sent, sent[1:], strict=False))
   assert "".join(e["choices"][0]["text"] for e in events(rest)) == want
   until(lambda: server_fixtures.idle(running))
 

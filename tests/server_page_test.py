@@ -11,7 +11,6 @@ import server_fixtures
 
 import refine_jax
 
-pytest.importorskip("starlette")
 MARKUP = "what is <b id=evil>2</b>?<img src=x onerror='document.title=1'>"
 ANSWERS = "[...document.querySelectorAll('.assistant .text')].map(n => n.textContent)"
 DONE = "document.querySelector('#stop').disabled && document.querySelectorAll('.numbers').length =="

@@ -5,12 +5,16 @@ import concurrent.futures
 import json
 
 import numpy as np
+import openai
 import pytest
 import server_fixtures
 import torch
 from server_fixtures import NAME, complete, events, generated, get, post, texts
 
-openai = pytest.importorskip("openai")
+from refine_jax.decoding.options import Options
+from refine_jax.decoding.requests import Answer, requests
+from refine_jax.serving import choices
+from refine_jax.serving.refusals import Refused
 
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what is 2?"}]
 IDS = [[5, 6, 7], [9, 8], [11, 30, 4, 4, 5]]
@@ -190,6 +194,14 @@ def test_passes_are_shown(running, stream):
   want = generated(running.model, [CHAT], trace=True)
   assert page.count("<tr><th>") == len(want.trace.rows[0]) + 1
   assert "answer 1: 12 tokens" in page and "<script" not in page
+
+
+def test_an_answer_that_is_not_finite_is_an_error(running):
+  (request,) = requests(running.model, [IDS[0]], Options())
+  answer = Answer(request, [5], "a", "not_finite", 1, [])
+  with pytest.raises(Refused, match="not finite") as error:
+    choices.ended([answer])
+  assert error.value.status == 500
 
 
 def test_health_and_metrics(running):

@@ -95,6 +95,7 @@ async def pieces(
       _take(choice, growing[index], news)
       if growing[index].stopped and not news[-1].answer:
         scheduler.cancel(ticket, index)
+        metrics.ended(len(choice.request.prompt), len(choice.tokens), choice.passes)
       if len(choice.text) > known or choice.reason:
         yield choice, choice.text[known:]
 

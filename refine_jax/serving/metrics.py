@@ -4,8 +4,6 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from refine_jax.decoding.requests import Answer
-
 _PREFIX = "refine_jax_"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _TOKENS_A_PASS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
@@ -53,13 +51,13 @@ class Metrics:
     for name, (what, function) in gauges.items():
       Gauge(_PREFIX + name, what, registry=self._registry).set_function(function)
 
-  def ended(self, answer: Answer) -> None:
-    """Counts an answer."""
-    self._prompt_tokens.inc(len(answer.request.prompt))
-    self._tokens.inc(len(answer.tokens))
-    self._passes.inc(answer.passes)
-    if answer.passes:
-      self._tokens_a_pass.observe(len(answer.tokens) / answer.passes)
+  def ended(self, prompt: int, tokens: int, passes: int) -> None:
+    """Counts an answer: tokens of its prompt, its own, and its passes."""
+    self._prompt_tokens.inc(prompt)
+    self._tokens.inc(tokens)
+    self._passes.inc(passes)
+    if passes:
+      self._tokens_a_pass.observe(tokens / passes)
 
   def text(self) -> bytes:
     """All of them, in Prometheus' format."""

@@ -185,7 +185,7 @@ class Scheduler:
     news = []
     for answer in answers:
       row = self._rows.pop(answer.request)
-      self._metrics.ended(answer)
+      self._metrics.ended(len(answer.request.prompt), len(answer.tokens), answer.passes)
       seconds = time.perf_counter() - row.ticket.submitted
       self._seconds_a_row += (seconds - self._seconds_a_row) / 16
       news.append((row.ticket, News(row.index, answer.tokens[row.sent :], answer.passes, answer)))
