@@ -10,7 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import attention, embedding, engine, gated, head, input, sampler, step, timing
+from benchmarks import (
+  attention,
+  embedding,
+  engine,
+  gated,
+  head,
+  input,
+  sampler,
+  server,
+  step,
+  timing,
+)
 from refine_jax.attention import packed
 from refine_jax.data import load_examples, train_rows
 from refine_jax.hf import config as hf_config
@@ -316,8 +327,6 @@ def test_engine(run):
 
 def test_server(run):
   """Streams to clients in another process, all of them whole."""
-    from benchmarks import server
-
   result = run(server, "--streams=2", "--new=6", "--prompt=5")
   assert result["share"] == pytest.approx(
     result["tokens_per_second"] / result["engine_tokens_per_second"]

@@ -18,7 +18,7 @@ from server_fixtures import (
   until,
 )
 
-DEEP = functools.reduce(lambda inner, _: [inner], range(400), 1)
+DEEP = functools.reduce(lambda inner, _: [inner], range(490), 1)
 CHAT = [{"role": "user", "content": "hi"}]
 
 
