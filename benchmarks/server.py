@@ -9,8 +9,6 @@ two rates. `first_token_ms` is from the request to the first piece of its answer
 to do, `between_pieces_ms` between the pieces of the streams.
 """
 
-import argparse
-import asyncio
 import dataclasses
 import json
 import statistics
@@ -20,12 +18,11 @@ import threading
 import time
 
 import jax
-import numpy as np
 
 if not __package__:  # Python has put benchmarks/ on its path, not the folder around it
   raise SystemExit("error: run it from the repository's root as python -m benchmarks.server")
 
-from benchmarks import timing
+from benchmarks import streams, timing
 from benchmarks.engine import random_model
 from refine_jax.decoding.engine import Engine
 from refine_jax.decoding.options import Options
@@ -42,14 +39,11 @@ def main(argv=None) -> dict:
   for name, value in large.items():
     parser.add_argument(f"--{name}", type=int, help=f"default: {value}, tiny: {tiny[name]}")
   parser.add_argument("--block", type=int, default=8, help="tokens that a pass can commit")
-  parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
   parser.set_defaults(repeats=5)
   arguments = parser.parse_args(argv)
   for name, value in (tiny if arguments.shape == "tiny" else large).items():
     if getattr(arguments, name) is None:
       setattr(arguments, name, value)
-  if arguments.port:
-    return asyncio.run(_clients(arguments))
   # Answers of one length: nothing ends them before.
   model = dataclasses.replace(random_model(arguments.shape), eos_token_ids=())
   context = arguments.prompt + arguments.new
@@ -65,19 +59,15 @@ def main(argv=None) -> dict:
   return timing.report([], summary, arguments.json)
 
 
-def _prompts(arguments) -> list[list[int]]:
-  rng = np.random.default_rng(0)
-  vocabulary = timing.SHAPES[arguments.shape].model.vocab_size
-  return rng.integers(0, vocabulary, (arguments.streams, arguments.prompt)).tolist()
-
-
 def _alone(engine: Engine, arguments, options: Options) -> dict:
   """The engine's rate: all requests at once, no text looked at before it is whole."""
   options = dataclasses.replace(options, max_new_tokens=arguments.new)
+  vocabulary = engine.model.config.vocab_size
+  prompts = streams.prompts(arguments.streams, arguments.prompt, vocabulary)
   rates = []
   for _ in range(arguments.repeats):
     start, tokens = time.perf_counter(), 0
-    for request in requests(engine.model, _prompts(arguments), options):
+    for request in requests(engine.model, prompts, options):
       engine.submit(request)
     while engine.busy:
       tokens += sum(len(answer.tokens) for answer in engine.step())
@@ -97,60 +87,15 @@ def _served(engine: Engine, arguments, options: Options) -> dict:
   try:
     while not (server.started and server.scheduler.state == "ready"):
       time.sleep(0.01)
-    words = [f"--port={place.getsockname()[1]}"]
-    for name in ("shape", "streams", "new", "prompt", "repeats"):
+    words = [f"--port={place.getsockname()[1]}", f"--vocabulary={engine.model.config.vocab_size}"]
+    for name in ("streams", "new", "prompt", "repeats"):
       words.append(f"--{name}={getattr(arguments, name)}")
-    program = [sys.executable, "-m", "benchmarks.server", *words]
+    program = [sys.executable, "-m", "benchmarks.streams", *words]
     found = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True).stdout
   finally:
     server.should_exit = True
     thread.join()
   return json.loads(found.splitlines()[-1])
-
-
-async def _clients(arguments) -> dict:
-  """Prints the medians of the streams' rate and of a lone stream's first piece."""
-  prompts = _prompts(arguments)
-  first, between, rates = [], [], []
-  for _ in range(4 * arguments.repeats):
-    await asyncio.sleep(0.05)
-    start = time.perf_counter()
-    pieces = await _stream(arguments, prompts[0])
-    first.append(pieces[0] - start)
-  for _ in range(arguments.repeats):
-    start = time.perf_counter()
-    streams = await asyncio.gather(*(_stream(arguments, prompt) for prompt in prompts))
-    rates.append(arguments.streams * arguments.new / (time.perf_counter() - start))
-    between += [b - a for times in streams for a, b in zip(times, times[1:], strict=False)]
-  result = {
-    "tokens_per_second": statistics.median(rates),
-    "first_token_ms": statistics.median(first) * 1e3,
-    "between_pieces_ms": statistics.median(between) * 1e3,
-    "between_pieces_99_ms": float(np.quantile(between, 0.99)) * 1e3,
-  }
-  print(json.dumps(result))
-  return result
-
-
-async def _stream(arguments, prompt: list[int]) -> list[float]:
-  """When each piece of an answer came."""
-  body = json.dumps(
-    {"prompt": prompt, "max_tokens": arguments.new, "temperature": 0, "stream": True}
-  ).encode()
-  head = (
-    "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-  )
-  reader, writer = await asyncio.open_connection("127.0.0.1", arguments.port)
-  writer.write(head.encode() + body)
-  times, done = [], False
-  async for line in reader:
-    if line.startswith(b"data: {"):
-      times.append(time.perf_counter())
-    done |= line.startswith(b"data: [DONE]")
-  writer.close()
-  assert done, "a stream broke off"
-  return times
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def text_model(place):
 
 
 @contextlib.contextmanager
-def serving(model, *, slots=SLOTS, api_key="", wait=True, **limits):
+def serving(model, *, slots=SLOTS, api_key="", local=False, wait=True, **limits):
   """Runs a server; gives its address, port, scheduler, model and thread."""
   limits = {"context": CONTEXT, "max_tokens": CONTEXT, "trace_tokens": 0} | limits
   options = Options(chat_template="")
@@ -40,6 +40,7 @@ def serving(model, *, slots=SLOTS, api_key="", wait=True, **limits):
     prefix=prefix_ids(model.require_tokenizer()),
     created=1,
     api_key=api_key,
+    local=local,
   )
   place = command.bind("127.0.0.1", 0)
   server = Server(served, Engine(model, slots, limits["context"], options))

@@ -222,6 +222,15 @@ def test_a_key_is_asked_for(model, caplog):
   assert "\x1b" not in caplog.text and "right-key" not in caplog.text
 
 
+def test_a_page_from_elsewhere_cannot_ask_under_its_own_name(model):
+  with server_fixtures.serving(model, local=True, wait=False) as running:
+    until(lambda: running.server.started)
+    for host in ("evil.example", "127.0.0.1.evil.example:80", "", "localhost@evil"):
+      assert get(running, "/v1/models", {"Host": host})[0] == 403
+    for host in (f"127.0.0.1:{running.port}", "localhost", "LOCALHOST:1", "[::1]:80"):
+      assert get(running, "/v1/models", {"Host": host})[0] == 200
+
+
 def test_before_it_is_warm_it_says_so(model):
   with server_fixtures.serving(model, wait=False) as running:
     until(lambda: running.server.started)

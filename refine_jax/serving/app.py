@@ -178,7 +178,7 @@ def make(
       *(Route(path, endpoint, methods=[method]) for (path, method), endpoint in table.items()),
       Route("/v1/models/{name:path}", routes.model, methods=["GET"]),
     ],
-    middleware=[Middleware(Gate, api_key=served.api_key, metrics=metrics, paths=named)],
+    middleware=[Middleware(Gate, served=served, metrics=metrics, paths=named)],
     exception_handlers={
       Refused: _refused,
       HTTPException: _http_error,

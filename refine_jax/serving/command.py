@@ -171,6 +171,7 @@ def served_of(
     prefix=prefix_ids(model.require_tokenizer()),
     created=int(time.time()),
     api_key=key,
+    local=not key and arguments.host.startswith(_LOOPBACK),
   )
 
 

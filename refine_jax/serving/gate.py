@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import logging
+import re
 import time
 from typing import Any
 
@@ -12,8 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from refine_jax.serving import replies
 from refine_jax.serving.metrics import Metrics
 from refine_jax.serving.refusals import Refused
+from refine_jax.serving.served import Served
 
 _KEYLESS = ("/", "/health")
+_LOCAL = re.compile(r"(localhost|127\.[\d.]+|\[::1\])(:\d+)?", re.IGNORECASE)
 _LONGEST = 200  # characters of a path in the log
 _log = logging.getLogger(__name__)
 
@@ -22,16 +25,16 @@ class Gate:
   """Middleware: asks for the key where there is one, counts, and writes a line a request."""
 
   def __init__(
-    self, app: ASGIApp, *, api_key: str, metrics: Metrics, paths: frozenset[str]
+    self, app: ASGIApp, *, served: Served, metrics: Metrics, paths: frozenset[str]
   ) -> None:
     """Wraps an application.
 
     Args:
-      api_key: "" where anybody may ask.
       paths: those that are counted by name.
     """
     self._app, self._metrics, self._paths = app, metrics, paths
-    self._key = _digest(api_key.encode()) if api_key else b""
+    self._key = _digest(served.api_key.encode()) if served.api_key else b""
+    self._local = served.local
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] != "http":
@@ -46,24 +49,30 @@ class Gate:
       await send(message)
 
     try:
-      if self._may(scope):
-        await self._app(scope, receive, noting)
-      else:
-        await _no_key(scope, receive, noting)
+      refused = self._refused(scope)
+      await (refusal(refused) if refused else self._app)(scope, receive, noting)
     except Exception:
       status = 500  # which is sent outside of here
       raise
     finally:
       self._note(scope, status, time.perf_counter() - start)
 
-  def _may(self, scope: Scope) -> bool:
+  def _refused(self, scope: Scope) -> Refused | None:
+    """Why a request is not let through."""
+    if self._local and not _LOCAL.fullmatch(_header(scope, b"host").decode("latin-1")):
+      return Refused(403, "This server answers to localhost alone; start it with an API key.")
     if not self._key or scope["path"] in _KEYLESS:
-      return True
-    given = next((v for k, v in scope["headers"] if k == b"authorization"), b"")
-    kind, _, key = given.partition(b" ")
+      return None
+    kind, _, key = _header(scope, b"authorization").partition(b" ")
     # Digests have one length, and comparing them takes one time.
-    same = hmac.compare_digest(_digest(key.strip()), self._key)
-    return same and kind.lower() == b"bearer"
+    if hmac.compare_digest(_digest(key.strip()), self._key) and kind.lower() == b"bearer":
+      return None
+    return Refused(
+      401,
+      "The API key is missing or wrong; send it as Authorization: Bearer KEY.",
+      code="invalid_api_key",
+      headers={"WWW-Authenticate": "Bearer"},
+    )
 
   def _note(self, scope: Scope, status: int, seconds: float) -> None:
     path = scope["path"]
@@ -91,11 +100,6 @@ def _digest(key: bytes) -> bytes:
   return hashlib.sha256(key).digest()
 
 
-async def _no_key(scope: Scope, receive: Receive, send: Send) -> None:
-  error = Refused(
-    401,
-    "The API key is missing or wrong; send it as Authorization: Bearer KEY.",
-    code="invalid_api_key",
-    headers={"WWW-Authenticate": "Bearer"},
-  )
-  await refusal(error)(scope, receive, send)
+def _header(scope: Scope, name: bytes) -> bytes:
+  """The first header of the name, or nothing."""
+  return next((value for key, value in scope["headers"] if key == name), b"")

@@ -43,6 +43,8 @@ class Served:
   prefix: what a text without a chat template begins with (BOS), as ids.
   created: when the server was started, in seconds since 1970.
   api_key: what clients must send; "" where anybody may ask.
+  local: whether only names of this machine are answered to. A page from elsewhere whose name was
+    made to lead here (DNS rebinding) could ask in its reader's browser otherwise.
   """
 
   name: str
@@ -52,6 +54,7 @@ class Served:
   prefix: list[int]
   created: int
   api_key: str = ""
+  local: bool = False
 
   @property
   def chats(self) -> bool:
