@@ -134,15 +134,22 @@ def test_a_seed_gives_one_sample_alone_and_among_31_others(running):
   assert two[0] != two[1]
 
 
+@pytest.mark.parametrize("trace", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
-def test_stop_strings(running, stream):
+def test_stop_strings(running, stream, trace):
   whole = texts(complete(running, IDS[2], max_tokens=40))[0]
-  stop = whole[len(whole) // 2 :][:2]
+  stop = whole[5:7]
   fields = {"prompt": IDS[2], "temperature": 0, "max_tokens": 40, "stop": [stop], "stream": stream}
-  _, _, out = post(running, "/v1/completions", fields)
-  choices = [c for e in events(out) for c in e["choices"]] if stream else out["choices"]
+  _, _, out = post(running, "/v1/completions", fields | {"trace": trace})
+  found = events(out) if stream else [out]
+  choices = [c for e in found for c in e["choices"]]
   assert "".join(c["text"] for c in choices) == whole[: whole.index(stop)]
   assert choices[-1]["finish_reason"] == "stop"
+  if trace:
+    assert found[-1]["refine_jax"]["trace_html"].count("<tr><th>") > 5
+  if not stream:
+    want = generated(running.model, [IDS[2]], stop=[stop])
+    assert out["usage"]["completion_tokens"] == len(want.tokens[0])
   server_fixtures.until(lambda: server_fixtures.idle(running))
 
 

@@ -92,12 +92,12 @@ class Routes:
       async with self._bodies:
         body = await read_body(request, limits.body_bytes, limits.body_seconds)
         asked = await self._run(self._parsers, lambda: protocol.read(kind, self._served, body))
+      wanted = asked.requests if asked.generates else []
+      ticket = choices_lib.ticket_of(wanted, stream=asked.stream)
       if asked.stream:
-        ticket = choices_lib.stream_ticket(asked.requests)
         self._scheduler.submit(ticket)
         ended = functools.partial(self._scheduler.release, ticket)
         return EventStream(self._events(asked, ticket), limits.seconds, ended)
-      ticket = Ticket(asked.requests if asked.generates else [], streams=False)
       self._scheduler.submit(ticket)
       try:
         async with asyncio.timeout(limits.seconds):
@@ -112,7 +112,9 @@ class Routes:
   async def _whole(self, asked: Asked, ticket: Ticket) -> Response:
     reply = replies.Reply(self._served, asked)
     if asked.generates:
-      choices = choices_lib.ended(await ticket.answers())
+      tokenizer = self._served.model.require_tokenizer()
+      arguments = (ticket, asked.requests, tokenizer, self._scheduler)
+      choices = await choices_lib.whole(*arguments)
     else:
       nothing = enumerate(asked.requests)
       choices = [Choice(index, one, reason="length") for index, one in nothing]

@@ -9,7 +9,7 @@ from refine_jax.decoding.result import Pass
 from refine_jax.serving.metrics import Metrics
 from refine_jax.serving.refusals import Refused
 from refine_jax.serving.scheduler import Scheduler
-from refine_jax.serving.ticket import News, Ticket
+from refine_jax.serving.ticket import Ticket, Update
 from refine_jax.text import detokenize
 from refine_jax.text.tokenizer import Tokenizer
 
@@ -59,10 +59,32 @@ def ended(answers: list[Answer]) -> list[Choice]:
   return choices
 
 
-def stream_ticket(requests: list[Request]) -> Ticket:
-  """A ticket of rows whose text is made here, so that the engine's thread has no part in it."""
-  bare = [dataclasses.replace(request, stops=(), follow=False) for request in requests]
-  return Ticket(bare, streams=True)
+def ticket_of(requests: list[Request], *, stream: bool) -> Ticket:
+  """A ticket of rows. A text that is looked at before its end is made here, not by the engine.
+
+  So the engine's thread has no part in it, and a row runs on for the rest of a step after its stop
+  string. Traces are the engine's, so those rows keep their stop strings.
+  """
+  watched = stream or any(request.stops for request in requests)
+  bare = [
+    request if request.options.trace else dataclasses.replace(request, stops=())
+    for request in requests
+  ]
+  return Ticket(bare if watched else requests, streams=watched)
+
+
+async def whole(
+  ticket: Ticket, requests: list[Request], tokenizer: Tokenizer, scheduler: Scheduler
+) -> list[Choice]:
+  """The choices, once all have ended.
+
+  Raises:
+    Refused: the model failed on one of them, or nothing comes any more.
+  """
+  if not ticket.streams:
+    return ended(await ticket.answers())
+  found = {c.index: c async for c, _ in pieces(ticket, requests, tokenizer, scheduler)}
+  return [found[index] for index in range(len(requests))]
 
 
 async def pieces(
@@ -70,12 +92,13 @@ async def pieces(
   requests: list[Request],
   tokenizer: Tokenizer,
   scheduler: Scheduler,
-  metrics: Metrics,
+  metrics: Metrics | None = None,
 ) -> AsyncIterator[tuple[Choice, str]]:
   """Yields a choice and the text that is new in it, until all have ended.
 
   Args:
-    ticket: `stream_ticket` of the requests.
+    ticket: `ticket_of` the requests.
+    metrics: where the times of pieces are counted.
 
   Raises:
     Refused: nothing comes any more.
@@ -84,36 +107,36 @@ async def pieces(
   choices = [Choice(index, request) for index, request in enumerate(requests)]
   heard = [ticket.submitted] * len(requests)
   while any(choice.reason is None for choice in choices):
-    for index, news in _by_row(await ticket.news()).items():
+    for index, updates in _by_row(await ticket.updates()).items():
       choice, known = choices[index], len(choices[index].text)
       if choice.reason is not None:
         continue  # a stop string was found in it
-      now = time.perf_counter()
-      measure = metrics.between_pieces if choice.tokens else metrics.first_token
-      measure.observe(now - heard[index])
-      heard[index] = now
-      _take(choice, growing[index], news)
-      if growing[index].stopped and not news[-1].answer:
-        scheduler.cancel(ticket, index)
-        metrics.ended(len(choice.request.prompt), len(choice.tokens), choice.passes)
+      if metrics:
+        now = time.perf_counter()
+        measure = metrics.between_pieces if choice.tokens else metrics.first_token
+        measure.observe(now - heard[index])
+        heard[index] = now
+      _take(choice, growing[index], updates)
+      if growing[index].stopped and not updates[-1].answer:
+        scheduler.end(ticket, index, len(choice.tokens), choice.passes)
       if len(choice.text) > known or choice.reason:
         yield choice, choice.text[known:]
 
 
-def _take(choice: Choice, growing: detokenize.GrowingAnswer, news: list[News]) -> None:
+def _take(choice: Choice, growing: detokenize.GrowingAnswer, updates: list[Update]) -> None:
   """Adds what came for a row to its choice."""
-  answer = news[-1].answer
+  answer = updates[-1].answer
   reason = None if answer is None else _reason(answer)
-  tokens = [token for one in news for token in one.tokens]
+  tokens = [token for one in updates for token in one.tokens]
   growing.extend(tokens, answer is not None)
-  choice.text, choice.tokens, choice.passes = growing.text, growing.tokens, news[-1].passes
+  choice.text, choice.tokens, choice.passes = growing.text, growing.tokens, updates[-1].passes
   choice.reason = "stop" if growing.stopped else reason
   choice.trace = answer.trace if answer else None
 
 
-def _by_row(news: list[News]) -> dict[int, list[News]]:
-  rows: dict[int, list[News]] = {}
-  for one in news:
+def _by_row(updates: list[Update]) -> dict[int, list[Update]]:
+  rows: dict[int, list[Update]] = {}
+  for one in updates:
     rows.setdefault(one.index, []).append(one)
   return rows
 

@@ -15,8 +15,7 @@ class Metrics:
   Attributes:
     http: requests by endpoint and status.
     seconds: of requests, by endpoint.
-    cancelled: rows that ended before their answer did: a client left, a time limit, a stop string
-      of a stream.
+    cancelled: rows that ended before their answer did: a client left, or its time was over.
     first_token, between_pieces: seconds of streams.
   """
 

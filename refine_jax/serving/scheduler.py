@@ -14,12 +14,12 @@ from refine_jax.errors import UserError
 from refine_jax.serving.metrics import Metrics
 from refine_jax.serving.refusals import Refused, unavailable
 from refine_jax.serving.served import Limits
-from refine_jax.serving.ticket import News, Ticket
+from refine_jax.serving.ticket import Ticket, Update
 
 WARMING, READY, DRAINING, FAILED = "warming up", "ready", "shutting down", "failed"
 # Rows enter and leave between two steps, and pieces come after each, so steps are kept to about so
-# many seconds; where a row's stop strings are looked for, to so many passes.
-_STEP_SECONDS, _MOST_PASSES, _PASSES_BETWEEN_STOPS = 0.05, 32, 8
+# many seconds.
+_STEP_SECONDS, _MOST_PASSES = 0.05, 32
 # Seconds after which a thread that computes lets another one on. The default is 5 ms, which the
 # engine's would wait several times a step while texts are made.
 _SWITCH_SECONDS = 2e-4
@@ -101,8 +101,9 @@ class Scheduler:
     if self._open.pop(ticket, None) is not None:
       self._tell(lambda: self._leaving.append((ticket, None)))
 
-  def cancel(self, ticket: Ticket, index: int) -> None:
-    """Ends one row of a ticket."""
+  def end(self, ticket: Ticket, index: int, tokens: int, passes: int) -> None:
+    """Ends one row of a ticket, whose answer is so many tokens after so many passes."""
+    self._metrics.ended(len(ticket.requests[index].prompt), tokens, passes)
     self._tell(lambda: self._leaving.append((ticket, index)))
 
   def drain(self) -> None:
@@ -167,7 +168,8 @@ class Scheduler:
       for request in ticket.requests if index is None else [ticket.requests[index]]:
         if self._rows.pop(request, None) is not None:
           self._engine.cancel(request)
-          self._metrics.cancelled.inc()
+          if index is None:
+            self._metrics.cancelled.inc()
     # The first piece of a stream does not wait for several passes.
     if free and any(ticket.streams for ticket in incoming):
       self._passes = 1
@@ -177,26 +179,24 @@ class Scheduler:
     if not self._engine.busy:
       return
     start = time.perf_counter()
-    passes = self._passes
-    if any(request.stops for request in self._rows):
-      passes = min(passes, _PASSES_BETWEEN_STOPS)
-    answers = self._engine.step(passes)
+    answers = self._engine.step(self._passes)
     self._adapt(time.perf_counter() - start)
-    news = []
+    updates = []
     for answer in answers:
       row = self._rows.pop(answer.request)
       self._metrics.ended(len(answer.request.prompt), len(answer.tokens), answer.passes)
       seconds = time.perf_counter() - row.ticket.submitted
       self._seconds_a_row += (seconds - self._seconds_a_row) / 16
-      news.append((row.ticket, News(row.index, answer.tokens[row.sent :], answer.passes, answer)))
+      new = answer.tokens[row.sent :]
+      updates.append((row.ticket, Update(row.index, new, answer.passes, answer)))
     known = {request: row.sent for request, row in self._rows.items() if row.ticket.streams}
     for request, (tokens, count) in self._engine.new_tokens(known).items() if known else ():
       row = self._rows[request]
       if tokens:
         row.sent += len(tokens)
-        news.append((row.ticket, News(row.index, tokens, count)))
-    if news:
-      self._call(lambda: [ticket.deliver(one) for ticket, one in news])
+        updates.append((row.ticket, Update(row.index, tokens, count)))
+    if updates:
+      self._call(lambda: [ticket.deliver(one) for ticket, one in updates])
 
   def _adapt(self, seconds: float) -> None:
     if seconds > 1.5 * _STEP_SECONDS:

@@ -1,4 +1,4 @@
-"""A request of HTTP on its way through the engine: its rows, and the news of them."""
+"""A request of HTTP on its way through the engine: its rows, and what steps brought of them."""
 
 import asyncio
 import time
@@ -8,7 +8,7 @@ from refine_jax.decoding.requests import Answer, Request
 from refine_jax.serving.refusals import Refused
 
 
-class News(NamedTuple):
+class Update(NamedTuple):
   """What a step of the engine brought for a row.
 
   Attributes:
@@ -36,33 +36,33 @@ class Ticket:
   def __init__(self, requests: list[Request], *, streams: bool) -> None:
     self.requests, self.streams = requests, streams
     self.submitted = time.perf_counter()
-    self._news: list[News] = []
+    self._updates: list[Update] = []
     self._failure: Refused | None = None
     self._changed = asyncio.Event()
 
-  def deliver(self, news: News) -> None:
-    """Adds news, in the event loop."""
-    self._news.append(news)
+  def deliver(self, update: Update) -> None:
+    """Adds an update, in the event loop."""
+    self._updates.append(update)
     self._changed.set()
 
   def fail(self, why: Refused) -> None:
-    """Has the next `news` raise; in the event loop."""
+    """Has the next `updates` raise; in the event loop."""
     self._failure = why
     self._changed.set()
 
-  async def news(self) -> list[News]:
+  async def updates(self) -> list[Update]:
     """All that came since the last call, at least one.
 
     Raises:
       Refused: nothing comes any more.
     """
-    while not self._news:
+    while not self._updates:
       if self._failure:
         raise self._failure
       await self._changed.wait()
       self._changed.clear()
-    news, self._news = self._news, []
-    return news
+    updates, self._updates = self._updates, []
+    return updates
 
   async def answers(self) -> list[Answer]:
     """The answers of all rows, once all are there.
@@ -72,5 +72,5 @@ class Ticket:
     """
     found: dict[int, Answer] = {}
     while len(found) < len(self.requests):
-      found |= {one.index: one.answer for one in await self.news() if one.answer}
+      found |= {one.index: one.answer for one in await self.updates() if one.answer}
     return [found[index] for index in range(len(self.requests))]
