@@ -31,7 +31,7 @@ def directory(tmp_path_factory):
 def started(directory, tmp_path, *options):
   """The program, and its base URL once it is ready."""
   log = tmp_path / "log"
-  words = [f"--model={directory}", "--port=0", "--slots=2", "--context=220", "--trace_tokens=0"]
+  words = [f"--model={directory}", "--port=0", "--slots=8", "--context=220", "--trace_tokens=0"]
   with log.open("w") as file:
     program = subprocess.Popen(
       [sys.executable, "-m", "refine_jax.serve", *words, *options], stderr=file
@@ -75,7 +75,7 @@ def test_curl_and_sigterm(directory, tmp_path):
     found = server_fixtures.events(first + rest)
     text = "".join(c["delta"].get("content", "") for e in found for c in e["choices"])
     model = refine_jax.load(directory)
-    want = refine_jax.generate(model, [asked["messages"]], max_new_tokens=200)
+    want = refine_jax.generate(model, [asked["messages"]], slots=8, max_new_tokens=200)
     assert text == want.texts[0]
     assert found[-1]["choices"][0]["finish_reason"] in ("length", "stop")
     assert "Traceback" not in server.log.read_text() and "secret" not in server.log.read_text()

@@ -38,6 +38,8 @@ class Server(uvicorn.Server):
       log_config=None,
       access_log=False,
       server_header=False,
+      # More than a proxy keeps an idle connection (nginx: 60 s), which then closes it first.
+      timeout_keep_alive=75,
       timeout_graceful_shutdown=int(self._grace) + _AFTER_GRACE,
     )
     super().__init__(config)
