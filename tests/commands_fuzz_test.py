@@ -1,6 +1,7 @@
 """Command lines of any kind: parsed, or refused with a line, before a model is loaded."""
 
 import io
+import signal
 import sys
 
 import pyarrow
@@ -13,6 +14,7 @@ from refine_jax.checkpoint import checkpointer
 from refine_jax.decoding import loading
 from refine_jax.errors import UserError
 from refine_jax.evaluation import evaluate
+from refine_jax.serving import command
 from scripts import export_hf, sample
 
 TEXTS = st.one_of(
@@ -109,6 +111,20 @@ def test_evaluate_takes_a_command_line_or_says_why_not(
   pyarrow.parquet.write_table(rows, tmp_path / "rows.parquet")
   monkeypatch.chdir(tmp_path)
   status_of(evaluate.main, arguments, monkeypatch, capfd)
+
+
+SERVE = command_lines(
+  ["--model=m", "--port=0"],
+  ["model", "step", "dtype", "chat_template", "name", "port", "api_key_file", "slots", "context"]
+  + ["max_tokens", "queue", "body_bytes", "seconds", "grace", "trace_tokens", "mode"]
+  + ["block_size", "draft", "refine_iter", "tau"],
+)
+
+
+@fuzz(arguments=SERVE)
+def test_serve_takes_a_command_line_or_says_why_not(arguments, loaded, monkeypatch, capfd):
+  monkeypatch.setattr(signal, "signal", lambda *_: None)
+  status_of(command.main, arguments, monkeypatch, capfd)
 
 
 @pytest.mark.parametrize(

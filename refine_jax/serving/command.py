@@ -44,7 +44,6 @@ _log = logging.getLogger(__name__)
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
   """The arguments."""
   parser = argparse.ArgumentParser(
-    prog="python -m refine_jax.serve",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
@@ -103,7 +102,7 @@ def read_key(path: str | None) -> str:
   file = local_path(path, "--api_key_file")
   try:
     key = file.read_text(encoding="ascii").strip()
-  except (OSError, UnicodeDecodeError) as error:
+  except (OSError, ValueError) as error:
     why = error.strerror if isinstance(error, OSError) else "it is not ASCII"
     raise UserError(f"{file} (--api_key_file) cannot be read: {why}.") from error
   if not key or len(key.split()) > 1:
