@@ -170,7 +170,7 @@ def faster_paired(layer: dict, tokens: int) -> frozenset[str]:
     name
     for module in layer.values()
     for name, leaves in module.items()
-    if "a" in leaves and pays(leaves["kernel"])
+    if isinstance(leaves, dict) and "a" in leaves and pays(leaves["kernel"])
   )
 
 
