@@ -131,7 +131,7 @@ class Runner:
       make = functools.partial(state_lib.empty, self.config, self.settings, **more)
       self.state = self._once(make)()
       return
-    tokens = (self.state.tokens, self.state.choices.noise_token)
+    tokens = (self.state.tokens, self.state.probability, self.state.choices.noise_token)
     grow_tokens = self._once(functools.partial(state_lib.grow_tokens, size=size), *tokens)
     caches = list(self.state.caches)
     grow_cache = self._once(functools.partial(state_lib.grow_cache, size=size), caches[0])
@@ -139,7 +139,8 @@ class Runner:
       # A layer at a time, so that both sizes of all layers are never there together.
       for i in range(len(caches)):
         self.state.caches[i] = caches[i] = grow_cache(caches[i])
-      self.state = self.state._replace(tokens=grow_tokens(*tokens), caches=caches)
+      grown, probability = grow_tokens(*tokens)
+      self.state = self.state._replace(tokens=grown, probability=probability, caches=caches)
 
   def _size_for(self, places: int) -> int:
     least = _LEAST_PLACES[self.settings.engine]

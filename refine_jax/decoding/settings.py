@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 import jax
 
 from refine_jax.decoding import drafts
-from refine_jax.decoding.options import Options, default_block_size, default_draft
+from refine_jax.decoding.options import Options, default_block_size, default_budget, default_draft
 from refine_jax.decoding.programs import bucket
 from refine_jax.errors import UserError
+from refine_jax.hf.calibration import PLAIN, Calibration
 
 if TYPE_CHECKING:
   from refine_jax.decoding.loading import Model
@@ -28,6 +29,8 @@ class Settings:
     block: tokens that a pass can commit, block - 1 of them drafts ("threshold" may go on in the
       kind's extra predictions: `most`).
     draft: one of options.DRAFTS.
+    budget: tokens a row of a pass with drafts "budget" or "cycle"; 0: the kind's default.
+    calibration: what probabilities of drafts are worth.
     adapted: whether the adapter of a model that has one takes part.
     random_noise: noise tokens are drawn from the vocabulary; a row's noise token only marks their
       places.
@@ -42,6 +45,8 @@ class Settings:
   mode: str = "exact"
   block: int = 8
   draft: str = "tail"
+  budget: int = 0
+  calibration: Calibration = PLAIN
   adapted: bool = True
   random_noise: bool = False
   eos_places: int = _EOS_PLACES
@@ -58,7 +63,13 @@ class Settings:
   @property
   def kind(self) -> drafts.DraftKind:
     """Where drafts come from; a block of one token has none, whatever was asked for."""
-    return drafts.KINDS[self.draft if self.block > 1 else "tail"]
+    kind = drafts.KINDS[self.draft if self.block > 1 else "tail"]
+    return kind.set_up(self.budget, self.calibration)
+
+  @property
+  def records(self) -> bool:
+    """Whether State.probability is kept."""
+    return self.kind.reads_probability
 
   @property
   def extra_tokens(self) -> int:
@@ -88,7 +99,7 @@ class Settings:
   @property
   def reach(self) -> int:
     """Places of the cache after the committed tokens that a pass may write."""
-    return self.tokens + (0 if self.extra_tokens else self.block)
+    return max(self.tokens + (0 if self.extra_tokens else self.block), self.width)
 
   def require(self, wanted: "Settings", eos_ids: int) -> None:
     """Raises UserError where a request that has so many EOS ids wants other programs than these."""
@@ -115,10 +126,19 @@ def settings_for(model: "Model", options: Options, slots: int, eos_ids: int = 0)
   if block is None:
     block = default_block_size(trained, options.mode, options.draft, slots)
   ar = options.mode == "ar"
+  block = 1 if ar else int(block)
+  draft = "tail" if ar else options.draft or default_draft(trained, options.mode)
+  budget, calibration = 0, PLAIN
+  if drafts.KINDS[draft].budgeted:
+    budget = int(options.budget or default_budget(block, draft, slots))
+    block = min(block, budget)  # no run or draft has room beyond
+    calibration = (trained and trained.calibration) or PLAIN
   return Settings(
     mode="exact" if ar else options.mode,
-    block=1 if ar else int(block),
-    draft="tail" if ar else options.draft or default_draft(trained, options.mode),
+    block=block,
+    draft=draft,
+    budget=budget,
+    calibration=calibration,
     # One token a pass needs no drafts, and so no adapter.
     adapted=not ar,
     random_noise=options.noise_token is None and trained is not None and trained.random_noise,

@@ -1,0 +1,163 @@
+"""How sure drafts are, and how sure they may be: what "refinement" keeps of it."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refine_jax.errors import UserError
+
+# Probabilities nearer to 0 and 1 say no more than these do.
+_LEAST = 1e-5
+# The chance of a draft of which nothing is known.
+_USUAL = 0.85
+_LISTS = ("temperature", "shift", "accepted")
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+  """From a draft's probability p to the chance that it is right where those before it are.
+
+  The chance is sigmoid(logit(p) / temperature + shift); the last entry serves later offsets.
+
+  Attributes:
+    temperature, shift: an entry for each offset of a draft in its run; none: p itself.
+    accepted: the share of drafts at this offset that were right where those before them were.
+  """
+
+  temperature: tuple[float, ...] = ()
+  shift: tuple[float, ...] = ()
+  accepted: tuple[float, ...] = (_USUAL,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+  """The curves of greedy rows, and of rows with a temperature.
+
+  Attributes:
+    sampled: None where it was not measured: then a draft's chance is the share accepted.
+  """
+
+  greedy: Curve = Curve()
+  sampled: Curve | None = None
+
+  def chance(self, probability_BD: jax.Array, samples_B: jax.Array) -> jax.Array:
+    """The drafts' chances, float32 [B, D]."""
+    count = probability_BD.shape[1]
+    greedy = chances(self.greedy, probability_BD)
+    if self.sampled is None:
+      sampled = jnp.broadcast_to(_spread(self.greedy.accepted, count)[None, :], greedy.shape)
+    else:
+      sampled = chances(self.sampled, probability_BD)
+    return jnp.where(samples_B[:, None], sampled, greedy)
+
+  def worth(self, count: int) -> jax.Array:
+    """The chance that a draft at each offset is accepted: float32 [count], falling."""
+    return jnp.asarray(np.cumprod(_spread(self.greedy.accepted, count)), jnp.float32)
+
+
+PLAIN = Calibration()
+
+
+def chances(curve: Curve, probability_BD: jax.Array) -> jax.Array:
+  """What a curve makes of probabilities at offsets 0, 1, ..: float32 [B, D]."""
+  if not curve.temperature:
+    return probability_BD.astype(jnp.float32)
+  count = probability_BD.shape[1]
+  p = jnp.clip(probability_BD.astype(jnp.float32), _LEAST, 1 - _LEAST)
+  logit = jnp.log(p) - jnp.log1p(-p)
+  temperature, shift = (_spread(x, count)[None, :] for x in (curve.temperature, curve.shift))
+  return jax.nn.sigmoid(logit / temperature + shift)
+
+
+def _spread(values: Sequence[float], count: int) -> np.ndarray:
+  """The first `count` values, the last one again where they end."""
+  return np.asarray([values[min(i, len(values) - 1)] for i in range(count)], np.float32)
+
+
+def fit(probabilities: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> Curve:
+  """The curve of most likelihood, by Newton's method for each offset.
+
+  Args:
+    probabilities: for each offset those of drafts whose predecessors were right, float [n].
+    right: bool likewise, whether each was right.
+  """
+  entries = [_fit_one(np.asarray(p), np.asarray(y)) for p, y in zip(probabilities, right, strict=True)]
+  temperature, shift, accepted = (tuple(column) for column in zip(*entries, strict=True))
+  return Curve(temperature, shift, accepted)
+
+
+def _fit_one(probability, right) -> tuple[float, float, float]:
+  p = np.clip(probability.astype(np.float64), _LEAST, 1 - _LEAST)
+  logit, y = np.log(p) - np.log1p(-p), right.astype(np.float64)
+  x = np.stack([logit, np.ones_like(logit)], axis=1)
+  # A weak pull to the probability itself, so that few or one-sided drafts have an answer too.
+  start, pull = np.array([1.0, 0.0]), 1.0
+  weights = start.copy()
+  for _ in range(50):
+    chance = 1 / (1 + np.exp(-x @ weights))
+    slope = x.T @ (y - chance) - pull * (weights - start)
+    curvature = (x * (chance * (1 - chance))[:, None]).T @ x + pull * np.eye(2)
+    step = np.linalg.solve(curvature, slope)
+    weights = weights + np.clip(step, -1, 1)
+    if np.abs(step).max() < 1e-9:
+      break
+  # A temperature is positive: drafts that are less often right the surer they are say nothing.
+  temperature = 1 / max(weights[0], 1e-2)
+  accepted = (y.sum() + _USUAL) / (len(y) + 1)
+  return tuple(round(float(x), 5) for x in (temperature, weights[1], accepted))
+
+
+def calibration_error(chance: np.ndarray, right: np.ndarray, bins: int = 10) -> float:
+  """Expected calibration error (Guo et al. 2017, arXiv:1706.04599), in bins of equal counts."""
+  if not len(chance):
+    return 0.0
+  order = np.argsort(chance, kind="stable")
+  groups = np.array_split(order, min(bins, len(chance)))
+  gaps = [len(g) * abs(chance[g].mean() - right[g].mean()) for g in groups]
+  return float(sum(gaps) / len(chance))
+
+
+def read(values: object, where: str) -> Calibration | None:
+  """From the JSON of "refinement"; keys of a later version are left alone.
+
+  Raises:
+    UserError: a list is missing, or holds something that is no number.
+  """
+  if values is None:
+    return None
+  curves = {}
+  for name in ("greedy", "sampled"):
+    part = values.get(name) if isinstance(values, dict) else None
+    if part is None and name == "sampled" and isinstance(values, dict):
+      continue
+    lists = [part.get(key) for key in _LISTS] if isinstance(part, dict) else []
+    good = len(lists) == len(_LISTS) and all(map(_numbers, lists))
+    if not good or len({len(x) for x in lists}) != 1 or min(lists[0]) <= 0:
+      raise UserError(
+        f"{where}.{name}={part!r} must be an object of lists of numbers ({', '.join(_LISTS)}) of one"
+        " length, temperatures above 0; calibrate the model again, or remove it."
+      )
+    curves[name] = Curve(*(tuple(float(x) for x in entries) for entries in lists))
+  return Calibration(**curves)
+
+
+def _numbers(values: object) -> bool:
+  return (
+    isinstance(values, list)
+    and len(values) > 0
+    and all(type(x) in (int, float) and math.isfinite(x) for x in values)
+  )
+
+
+def describe(calibration: Calibration) -> dict:
+  """The JSON of it."""
+  named = {"greedy": calibration.greedy, "sampled": calibration.sampled}
+  return {
+    name: {key: list(getattr(curve, key)) for key in _LISTS}
+    for name, curve in named.items()
+    if curve is not None
+  }
