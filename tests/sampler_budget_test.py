@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import sampler_fixtures
@@ -10,8 +9,6 @@ from hf_fixtures import tiny_hf_model
 from sampler_branches_test import LONGEST, NEW, predictions
 
 import refine_jax
-from refine_jax.decoding.drafts import allocation
-from refine_jax.errors import UserError
 from refine_jax.hf.calibration import Calibration, Curve
 from refine_jax.hf.generation_config import Refinement
 
@@ -26,14 +23,18 @@ def model(request, tmp_path_factory):
   place = tmp_path_factory.mktemp("budget")
   directory, _ = tiny_hf_model(family, place, num_hidden_layers=2, **options)
   loaded = refine_jax.load(directory)
-  return dataclasses.replace(loaded, refinement=Refinement(EOS, BLOCK, calibration=Calibration(CURVE)))
+  return dataclasses.replace(
+    loaded, refinement=Refinement(EOS, BLOCK, calibration=Calibration(CURVE))
+  )
 
 
 def chances(probabilities):
   """What the curve makes of them, by numpy."""
   p = np.clip(np.float32(probabilities), np.float32(1e-5), np.float32(1 - 1e-5))
   places = [min(i, 2) for i in range(len(p))]
-  temperature, shift = (np.float32([v[i] for i in places]) for v in (CURVE.temperature, CURVE.shift))
+  temperature, shift = (
+    np.float32([v[i] for i in places]) for v in (CURVE.temperature, CURVE.shift)
+  )
   return 1 / (1 + np.exp(-((np.log(p) - np.log1p(-p)) / temperature + shift)))
 
 
@@ -45,11 +46,11 @@ def shared_out(chance, worth, room):
   """(drafts, run lengths) by sorting (value, what): the rule of allocation.py in plain Python."""
   survives = np.concatenate([[1.0], np.cumprod(chance)])
   ends = survives * (1 - np.concatenate([chance, [0.0]]))
-  runs = [(-e * w, j, l) for j, e in enumerate(ends) for l, w in enumerate(worth)]
+  runs = [(-e * w, j, i) for j, e in enumerate(ends) for i, w in enumerate(worth)]
   items = [(-s, -1, i) for i, s in enumerate(survives[1:])] + runs
   drafts = sum(run == -1 for _, run, _ in sorted(items)[:room])
   ends = [*ends[:drafts], survives[drafts]]
-  runs = sorted((-e * w, j, l) for j, e in enumerate(ends) for l, w in enumerate(worth))
+  runs = sorted((-e * w, j, i) for j, e in enumerate(ends) for i, w in enumerate(worth))
   taken = [j for _, j, _ in runs[: room - drafts]]
   return drafts, [taken.count(j) for j in range(drafts + 1)]
 

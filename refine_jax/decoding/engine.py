@@ -9,6 +9,7 @@ import numpy as np
 from refine_jax.decoding import state as state_lib
 from refine_jax.decoding.loading import Model
 from refine_jax.decoding.options import Options
+from refine_jax.decoding.plans import Chooser
 from refine_jax.decoding.requests import Answer, Request, Row
 from refine_jax.decoding.result import Pass
 from refine_jax.decoding.runner import Costs, Runner
@@ -54,6 +55,8 @@ class Engine:
     self.slots = slots
     self.context = min(context or model.config.max_length, model.config.max_length)
     self._runner = Runner(model, slots, settings_for(model, options, slots, eos_ids))
+    found = self._runner.settings.plans
+    self._chooser = Chooser(found) if found else None
     self._waiting: collections.deque[Request] = collections.deque()
     self._rows: list[Row | None] = [None] * slots
     self._finished: list[Answer] = []
@@ -133,6 +136,8 @@ class Engine:
     coming = [self._waiting[i] for i in range(min(free, len(self._waiting)))]
     if coming:
       self._runner.grow(max(map(self._places, coming)))
+    if self._chooser:
+      self._runner.plan = self.settings.planned(self._chooser.current)
     requests = [row.request for row in self._rows if row] + coming
     if requests:
       self._runner.prepare(
@@ -262,6 +267,10 @@ class Engine:
     self._ended[:] = False
     lengths, passes, done = report
     decoding = self._decoding()
+    if self._chooser:
+      new = int(np.sum(lengths[decoding] - self._lengths[decoding]))
+      took = int(np.sum(passes[decoding])) - sum(self._row(slot).passes for slot in decoding)
+      self._chooser.observe(new, took)
     self._lengths[decoding] = lengths[decoding]
     for slot in decoding:
       self._row(slot).passes = int(passes[slot])

@@ -11,14 +11,15 @@ from refine_jax.errors import UserError
 from refine_jax.hf.generation_config import Refinement
 
 MODES = ("exact", "fixed", "threshold", "ar")
-DRAFTS = tuple(KINDS)
+AUTO = "auto"
+DRAFTS = (*KINDS, AUTO)
 
 _BLOCK_SIZE = 8
 # Most tokens that a pass takes in by default. Branches of N tokens come to N^2 a row, so with many
 # rows blocks become smaller, and never smaller than the least.
 _ROOM, _LEAST_BLOCK = 2048, 4
-# Tokens of all rows from which on a pass is bound by arithmetic and not by memory (an H100), and the
-# most and least of a row.
+# Tokens of all rows from which on a pass is bound by arithmetic and not by memory (an H100), and
+# the most and least of a row.
 _BUDGET_ROOM, _MOST_BUDGET, _LEAST_BUDGET = 512, 128, 8
 
 
@@ -41,8 +42,9 @@ class Options:
     draft: "tail" keeps the last pass's predictions, "noise" puts the noise token, "ngram" continues
       as the text did after its last two tokens occurred before, "branches" runs over noise for
       every length of the verified text, "budget" only where the drafts' probabilities make it worth
-      a token, "cycle" drafts in one pass and verifies in the next. Default: for "fixed" "noise", for a model trained with
-      blocks "branches", else "tail".
+      a token, "cycle" drafts in one pass and verifies in the next, "auto" is what gives most tokens
+      a second for so many rows (`python -m refine_jax.tune` measures it). Default: for "fixed"
+      "noise", for a model trained with blocks "branches", else "tail".
     max_new_tokens: never overshot; EOS counts.
     refine_iter, tau: of "fixed" and "threshold".
     temperature: 0 for greedy. Otherwise a token is the argmax of logits / temperature plus Gumbel
@@ -86,9 +88,14 @@ class Options:
   def __post_init__(self) -> None:
     require("mode", self.mode, self.mode in MODES, f"one of {', '.join(MODES)}")
     require("draft", self.draft, self.draft in (None, *DRAFTS), f"one of {', '.join(DRAFTS)}")
-    if self.mode not in ("exact", "ar") and self.draft and KINDS[self.draft].budgeted:
+    kind = KINDS.get(self.draft or "")
+    budgeted = kind is not None and kind.budgeted
+    if self.mode not in ("exact", "ar") and (budgeted or self.draft == AUTO):
       raise UserError(f"draft={self.draft!r} needs mode='exact', and mode={self.mode!r} is not.")
-    if self.mode == "fixed" and self.draft and KINDS[self.draft].needs_verifying:
+    if self.budget is not None and not budgeted:
+      names = " or ".join(name for name in KINDS if KINDS[name].budgeted)
+      raise UserError(f"budget={self.budget!r} needs draft={names}, and draft is {self.draft!r}.")
+    if self.mode == "fixed" and kind and kind.needs_verifying:
       raise UserError(
         f"draft={self.draft!r} needs a mode that verifies, and mode='fixed' does not."
       )

@@ -50,6 +50,7 @@ class Runner:
 
   Attributes:
     settings: what the programs are made for.
+    plan: those of passes, which may change between two calls; else the same.
     slots: rows.
     pieces, piece: how many pieces of prompts a pass takes, and how many tokens each.
     state: State; None before the first row.
@@ -58,11 +59,8 @@ class Runner:
 
   def __init__(self, model: Model, slots: int, settings: Settings) -> None:
     self.config, self.slots, self.settings = model.config, slots, settings
-    self.params = (
-      model.decoding_params(slots * settings.tokens)
-      if settings.adapted
-      else model.base_decoding_params
-    )
+    self.plan = settings
+    self._model = model
     self.pieces = min(slots, max(_PIECES, slots // 16))
     self.piece = max(_PIECE, programs.bucket(settings.drafts_of_prompt + 1, 1))
     self.state: State | None = None
@@ -73,6 +71,16 @@ class Runner:
       self._sharding = NamedSharding(leaf.sharding.mesh, PartitionSpec())
     self._programs: dict[Any, Callable] = {}
     self._sampling = "any"
+
+  @property
+  def params(self) -> dict:
+    """The parameters of prompts' passes."""
+    return self._params(self.settings)
+
+  def _params(self, settings: Settings) -> dict:
+    if not settings.adapted:
+      return self._model.base_decoding_params
+    return self._model.decoding_params(self.slots * settings.tokens)
 
   @property
   def size(self) -> int:
@@ -89,7 +97,7 @@ class Runner:
     """Runs sampler.decode; returns its report, int32 [3, B]."""
     more = (ended, np.int32(passes), np.int32(least_active))
     start = time.perf_counter()
-    self.state, report = self._program("decode")(self.params, self.state, *more)
+    self.state, report = self._program("decode")(self._params(self.plan), self.state, *more)
     report = np.asarray(report)
     self.costs.decode_seconds += time.perf_counter() - start
     return report
@@ -97,7 +105,7 @@ class Runner:
   def traced_pass(self, ended: np.ndarray) -> tuple[np.ndarray, sampler.Seen]:
     """Runs sampler.traced_pass; returns its report and what it saw, on the host."""
     start = time.perf_counter()
-    self.state, *seen = self._program("traced")(self.params, self.state, ended)
+    self.state, *seen = self._program("traced")(self._params(self.plan), self.state, ended)
     report, seen = jax.device_get(seen)
     self.costs.decode_seconds += time.perf_counter() - start
     return report, seen
@@ -169,14 +177,13 @@ class Runner:
     """
     if jax.default_backend() == "gpu":
       self._sampling = "sampled" if samples else "greedy"
-    key = programs.context()
     names = ("enter", "traced" if traced else "decode")
-    missing = [name for name in names if (name, self._sampling, key) not in self._programs]
+    missing = [name for name in names if self._key(name) not in self._programs]
     if missing:
       with self._precision():
         made, new, seconds = programs.compiled(*map(self._job, missing))
       for name, program in zip(missing, made, strict=True):
-        self._programs[name, self._sampling, key] = program
+        self._programs[self._key(name)] = program
       self.costs.programs += new
       self.costs.compile_seconds += seconds
 
@@ -189,12 +196,17 @@ class Runner:
     return jax.default_matmul_precision("highest")
 
   def _program(self, name: str) -> Callable:
-    return self._programs[name, self._sampling, programs.context()]
+    return self._programs[self._key(name)]
+
+  def _key(self, name: str) -> tuple:
+    settings = self.settings if name == "enter" else self.plan
+    return name, settings, self._sampling, programs.context()
 
   def _job(self, name: str) -> programs.Job:
     one, ended = np.int32(1), np.zeros(self.slots, bool)
     pieces = state_lib.empty_pieces(self.settings, self.slots, self.pieces, self.piece)
-    passes = self.slots * self.settings.tokens
+    settings = self.settings if name == "enter" else self.plan
+    passes = self.slots * self.plan.tokens
     function, more, tokens = {
       "enter": (state_lib.enter, (pieces,), self.pieces * self.piece),
       "decode": (sampler.decode, (ended, one, one), passes),
@@ -202,10 +214,10 @@ class Runner:
     }[name]
     # Prompts' drafts are greedy, so all have one program for them.
     sampling = "any" if name == "enter" else self._sampling
-    settings = dataclasses.replace(self.settings, sampling=sampling)
+    settings = dataclasses.replace(settings, sampling=sampling)
     return programs.Job(
       programs.jitted(function, self.config, settings, self._sharding),
-      (self.params, self.state, *more),
+      (self._params(settings), self.state, *more),
       programs.compiler_options(tokens),
       f"{_NAMES[name]} ({self.slots} rows of up to {self.size} tokens)",
     )

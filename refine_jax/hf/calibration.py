@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refine_jax.batch import Array
 from refine_jax.errors import UserError
 
 # Probabilities nearer to 0 and 1 say no more than these do.
 _LEAST = 1e-5
 # The chance of a draft of which nothing is known.
 _USUAL = 0.85
+# As many drafts as what is known of all offsets counts for at each: few say little by themselves.
+_PULL = 10.0
 _LISTS = ("temperature", "shift", "accepted")
 
 
@@ -62,12 +65,12 @@ class Calibration:
 PLAIN = Calibration()
 
 
-def chances(curve: Curve, probability_BD: jax.Array) -> jax.Array:
+def chances(curve: Curve, probability_BD: Array) -> jax.Array:
   """What a curve makes of probabilities at offsets 0, 1, ..: float32 [B, D]."""
   if not curve.temperature:
-    return probability_BD.astype(jnp.float32)
+    return jnp.asarray(probability_BD, jnp.float32)
   count = probability_BD.shape[1]
-  p = jnp.clip(probability_BD.astype(jnp.float32), _LEAST, 1 - _LEAST)
+  p = jnp.clip(jnp.asarray(probability_BD, jnp.float32), _LEAST, 1 - _LEAST)
   logit = jnp.log(p) - jnp.log1p(-p)
   temperature, shift = (_spread(x, count)[None, :] for x in (curve.temperature, curve.shift))
   return jax.nn.sigmoid(logit / temperature + shift)
@@ -79,36 +82,44 @@ def _spread(values: Sequence[float], count: int) -> np.ndarray:
 
 
 def fit(probabilities: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> Curve:
-  """The curve of most likelihood, by Newton's method for each offset.
+  """The curve of most likelihood: one for all offsets first, and each offset's own near to it.
 
   Args:
     probabilities: for each offset those of drafts whose predecessors were right, float [n].
     right: bool likewise, whether each was right.
   """
-  entries = [_fit_one(np.asarray(p), np.asarray(y)) for p, y in zip(probabilities, right, strict=True)]
-  temperature, shift, accepted = (tuple(column) for column in zip(*entries, strict=True))
-  return Curve(temperature, shift, accepted)
+  logits = [_logit(np.asarray(p, np.float64)) for p in probabilities]
+  hits = [np.asarray(y, np.float64) for y in right]
+  shared = _fit_one(np.concatenate(logits), np.concatenate(hits), np.array([1.0, 0.0]))
+  entries = [_fit_one(x, y, shared) for x, y in zip(logits, hits, strict=True)]
+  overall = (sum(y.sum() for y in hits) + _USUAL) / (sum(map(len, hits)) + 1)
+  accepted = [(y.sum() + _PULL * overall) / (len(y) + _PULL) for y in hits]
+  return Curve(
+    tuple(round(1 / float(slope), 5) for slope, _ in entries),
+    tuple(round(float(shift), 5) for _, shift in entries),
+    tuple(round(float(share), 5) for share in accepted),
+  )
 
 
-def _fit_one(probability, right) -> tuple[float, float, float]:
-  p = np.clip(probability.astype(np.float64), _LEAST, 1 - _LEAST)
-  logit, y = np.log(p) - np.log1p(-p), right.astype(np.float64)
+def _logit(p):
+  p = np.clip(p, _LEAST, 1 - _LEAST)
+  return np.log(p) - np.log1p(-p)
+
+
+def _fit_one(logit, right, start):
+  """Slope and shift of a logistic regression, by Newton's method, pulled towards `start`."""
   x = np.stack([logit, np.ones_like(logit)], axis=1)
-  # A weak pull to the probability itself, so that few or one-sided drafts have an answer too.
-  start, pull = np.array([1.0, 0.0]), 1.0
   weights = start.copy()
   for _ in range(50):
     chance = 1 / (1 + np.exp(-x @ weights))
-    slope = x.T @ (y - chance) - pull * (weights - start)
-    curvature = (x * (chance * (1 - chance))[:, None]).T @ x + pull * np.eye(2)
-    step = np.linalg.solve(curvature, slope)
+    gradient = x.T @ (right - chance) - _PULL * (weights - start)
+    curvature = (x * (chance * (1 - chance))[:, None]).T @ x + _PULL * np.eye(2)
+    step = np.linalg.solve(curvature, gradient)
     weights = weights + np.clip(step, -1, 1)
     if np.abs(step).max() < 1e-9:
       break
-  # A temperature is positive: drafts that are less often right the surer they are say nothing.
-  temperature = 1 / max(weights[0], 1e-2)
-  accepted = (y.sum() + _USUAL) / (len(y) + 1)
-  return tuple(round(float(x), 5) for x in (temperature, weights[1], accepted))
+  # A temperature is positive: where the surer drafts are less often right, all are the same.
+  return np.array([max(weights[0], 1e-2), weights[1]])
 
 
 def calibration_error(chance: np.ndarray, right: np.ndarray, bins: int = 10) -> float:
@@ -134,23 +145,22 @@ def read(values: object, where: str) -> Calibration | None:
     part = values.get(name) if isinstance(values, dict) else None
     if part is None and name == "sampled" and isinstance(values, dict):
       continue
-    lists = [part.get(key) for key in _LISTS] if isinstance(part, dict) else []
-    good = len(lists) == len(_LISTS) and all(map(_numbers, lists))
-    if not good or len({len(x) for x in lists}) != 1 or min(lists[0]) <= 0:
+    lists = [_numbers(part.get(key)) for key in _LISTS] if isinstance(part, dict) else []
+    lengths = {len(entries) for entries in lists}
+    if len(lengths) != 1 or lengths == {0} or min(lists[0]) <= 0:
       raise UserError(
-        f"{where}.{name}={part!r} must be an object of lists of numbers ({', '.join(_LISTS)}) of one"
-        " length, temperatures above 0; calibrate the model again, or remove it."
+        f"{where}.{name}={part!r} must be an object of lists of numbers ({', '.join(_LISTS)}) of"
+        " one length, temperatures above 0; calibrate the model again, or remove it."
       )
-    curves[name] = Curve(*(tuple(float(x) for x in entries) for entries in lists))
+    curves[name] = Curve(*lists)
   return Calibration(**curves)
 
 
-def _numbers(values: object) -> bool:
-  return (
-    isinstance(values, list)
-    and len(values) > 0
-    and all(type(x) in (int, float) and math.isfinite(x) for x in values)
-  )
+def _numbers(values: object) -> tuple[float, ...]:
+  """A list's numbers; none where it is no list, or holds something else."""
+  entries: list = values if isinstance(values, list) else []
+  good = all(type(x) in (int, float) and math.isfinite(x) for x in entries)
+  return tuple(map(float, entries)) if good else ()
 
 
 def describe(calibration: Calibration) -> dict:

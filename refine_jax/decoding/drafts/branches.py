@@ -37,6 +37,7 @@ class BranchDrafts(TailDrafts):
     ends = rows.base[:, None] + branch[None]  # the last token that the branch takes for right
     positions = window.positions[:, :1] + ends + 1 + index[None]
     first = jnp.broadcast_to((width + branch * (block - 1))[None], positions.shape)
+    lasts = first + index[None]
     noise = jnp.broadcast_to(rows.noise[:, None], positions.shape)
 
     def both(own, added):
@@ -49,7 +50,7 @@ class BranchDrafts(TailDrafts):
         positions=both(window.positions, positions),
         is_noise=both(window.is_noise, jnp.ones(positions.shape, bool)),
       ),
-      Reach(both(reach.upto, ends), both(reach.first, first), both(reach.last, first + index[None])),
+      Reach(both(reach.upto, ends), both(reach.first, first), both(reach.last, lasts)),
       jnp.full_like(rows.base, block - 1),
       jnp.broadcast_to(starts, (batch, block)),
       jnp.full((batch, block), block - 1),
@@ -64,7 +65,7 @@ class BranchDrafts(TailDrafts):
   def join(
     self, own: Predicted, verified_B: jax.Array, layout: Layout, choose: Choose
   ) -> tuple[Predicted, jax.Array]:
-    """The verified run with the token after it, then its run of noise: [B, 2 N - 1]; their number."""
+    """The verified run with the token after it, then its run of noise; and how many these are."""
     assert layout.first is not None and layout.count is not None
     block = own.tokens.shape[1]
     after = verified_B[:, None]
