@@ -2,14 +2,14 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from refine_jax.decoding import state as state_lib
 from refine_jax.decoding.loading import Model
 from refine_jax.decoding.options import Options
-from refine_jax.decoding.plans import Chooser
+from refine_jax.decoding.plans import Chooser, Plan
 from refine_jax.decoding.requests import Answer, Request, Row
 from refine_jax.decoding.result import Pass
 from refine_jax.decoding.runner import Costs, Runner
@@ -109,8 +109,13 @@ class Engine:
     """
     before = self.costs
     self._runner.grow(tokens + max(self.settings.reach, self._runner.piece))
-    self._runner.prepare(traced=traced, samples=samples)
+    plans = [self.settings.planned(plan) for plan in self._chooser.plans] if self._chooser else ()
+    self._runner.prepare(traced=traced, samples=samples, plans=plans)
     return self.costs.since(before)
+
+  def use(self, plans: Sequence[Plan]) -> None:
+    """Chooses between these plans from now on, all of them with the settings' own blocks."""
+    self._chooser = Chooser(plans)
 
   def step(self, passes: int | None = None) -> list[Answer]:
     """Lets waiting requests enter, runs some passes, and returns the answers that ended.

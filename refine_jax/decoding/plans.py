@@ -80,7 +80,7 @@ class Chooser:
 
   # How much of the newest steps counts, how much better another plan must be, and how soon "ar"
   # tries again.
-  _NEWEST, _BETTER, _FORGET = 0.3, 1.05, 0.02
+  _NEWEST, _BETTER, _FORGET = 0.3, 1.05, 0.005
 
   def __init__(self, plans: Sequence[Plan]) -> None:
     self.plans = list(plans)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -168,22 +168,26 @@ class Runner:
 
   # Programs.
 
-  def prepare(self, *, traced: bool = False, samples: bool = False) -> None:
+  def prepare(
+    self, *, traced: bool = False, samples: bool = False, plans: Sequence[Settings] = ()
+  ) -> None:
     """Makes the programs that are not there for the calls that follow.
 
     Args:
       traced: whether `traced_pass` is to be called, and not `decode`.
       samples: whether a row has a temperature.
+      plans: that passes will follow; default: `plan`.
     """
     if jax.default_backend() == "gpu":
       self._sampling = "sampled" if samples else "greedy"
-    names = ("enter", "traced" if traced else "decode")
-    missing = [name for name in names if self._key(name) not in self._programs]
+    passes = "traced" if traced else "decode"
+    wanted = [("enter", self.settings), *((passes, plan) for plan in plans or (self.plan,))]
+    missing = [pair for pair in wanted if self._key(*pair) not in self._programs]
     if missing:
       with self._precision():
-        made, new, seconds = programs.compiled(*map(self._job, missing))
-      for name, program in zip(missing, made, strict=True):
-        self._programs[self._key(name)] = program
+        made, new, seconds = programs.compiled(*(self._job(*pair) for pair in missing))
+      for pair, program in zip(missing, made, strict=True):
+        self._programs[self._key(*pair)] = program
       self.costs.programs += new
       self.costs.compile_seconds += seconds
 
@@ -196,17 +200,16 @@ class Runner:
     return jax.default_matmul_precision("highest")
 
   def _program(self, name: str) -> Callable:
-    return self._programs[self._key(name)]
-
-  def _key(self, name: str) -> tuple:
     settings = self.settings if name == "enter" else self.plan
+    return self._programs[self._key(name, settings)]
+
+  def _key(self, name: str, settings: Settings) -> tuple:
     return name, settings, self._sampling, programs.context()
 
-  def _job(self, name: str) -> programs.Job:
+  def _job(self, name: str, settings: Settings) -> programs.Job:
     one, ended = np.int32(1), np.zeros(self.slots, bool)
     pieces = state_lib.empty_pieces(self.settings, self.slots, self.pieces, self.piece)
-    settings = self.settings if name == "enter" else self.plan
-    passes = self.slots * self.plan.tokens
+    passes = self.slots * settings.tokens
     function, more, tokens = {
       "enter": (state_lib.enter, (pieces,), self.pieces * self.piece),
       "decode": (sampler.decode, (ended, one, one), passes),

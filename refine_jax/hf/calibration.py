@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from refine_jax.batch import Array
 from refine_jax.errors import UserError
 
 # Probabilities nearer to 0 and 1 say no more than these do.
@@ -65,12 +65,13 @@ class Calibration:
 PLAIN = Calibration()
 
 
-def chances(curve: Curve, probability_BD: Array) -> jax.Array:
+def chances(curve: Curve, probability_BD: ArrayLike) -> jax.Array:
   """What a curve makes of probabilities at offsets 0, 1, ..: float32 [B, D]."""
+  p = jnp.asarray(probability_BD, jnp.float32)
   if not curve.temperature:
-    return jnp.asarray(probability_BD, jnp.float32)
-  count = probability_BD.shape[1]
-  p = jnp.clip(jnp.asarray(probability_BD, jnp.float32), _LEAST, 1 - _LEAST)
+    return p
+  count = p.shape[1]
+  p = jnp.clip(p, _LEAST, 1 - _LEAST)
   logit = jnp.log(p) - jnp.log1p(-p)
   temperature, shift = (_spread(x, count)[None, :] for x in (curve.temperature, curve.shift))
   return jax.nn.sigmoid(logit / temperature + shift)
