@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import sampler_fixtures
 import scipy.optimize
+import scipy.special
 from hf_fixtures import tiny_hf_model
 from sampler_budget_test import shared_out
 
@@ -182,8 +183,35 @@ def test_the_text_is_the_same_whichever_plan_runs_next(model, monkeypatch, optio
     ({"draft": "budget", "budget": 1}, "budget=1 cannot be"),
     ({"draft": "budget", "mode": "threshold"}, "needs mode='exact'"),
     ({"draft": "auto", "mode": "fixed"}, "needs mode='exact'"),
+    ({"log_probabilities": True, "mode": "fixed"}, "needs mode exact or ar"),
   ],
 )
 def test_options_that_cannot_be_together_are_named(options, message):
   with pytest.raises(UserError, match=message):
     Options(**options)
+
+
+@pytest.mark.parametrize(
+  "options", [{"draft": "budget", "budget": 7}, {"draft": "tail"}, {"mode": "ar"}], ids=str
+)
+def test_log_probabilities_are_the_models_own(model, options):
+  """Of greedy rows and of samples, those that end early among them, against whole sequences."""
+  prompts = sampler_fixtures.unequal_prompts(4, model.config.vocab_size, seed=1)
+  for temperature in (0.0, 0.7):
+    out = refine_jax.generate(
+      model,
+      prompts,
+      log_probabilities=True,
+      temperature=temperature,
+      max_new_tokens=12,
+      eos_token_id=EOS,
+      noise_token=EOS,
+      slots=2,
+      **options,
+    )
+    for prompt, tokens, found in zip(prompts, out.tokens, out.log_probabilities, strict=True):
+      logits = np.asarray(model(np.array([prompt + tokens])))[0, len(prompt) - 1 : -1]
+      logits = scipy.special.log_softmax(logits / (temperature or 1.0), axis=-1)
+      np.testing.assert_allclose(found, logits[np.arange(len(tokens)), tokens], atol=1e-4)
+  assert min(map(len, out.tokens)) < 12
+  assert refine_jax.generate(model, prompts[:1], max_new_tokens=1).log_probabilities is None

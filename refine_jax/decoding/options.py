@@ -60,6 +60,8 @@ class Options:
       a special token ends it as EOS does. Looked for on the host: without a stream, after every
       8 passes, so that a row may take part in a few more than it needed.
     chat_template: for tokenizers without one.
+    log_probabilities: keep that of each token of the answer, in the distribution that it was chosen
+      from (of greedy rows the model's own).
     trace: keep what each pass predicted, to be shown. A pass then is a call of its own, which
       takes longer; the tokens are the same.
 
@@ -83,6 +85,7 @@ class Options:
   eos_token_id: int | Sequence[int] | None = None
   stop: str | Sequence[str] | None = ()
   chat_template: str = ""
+  log_probabilities: bool = False
   trace: bool = False
 
   def __post_init__(self) -> None:
@@ -95,6 +98,11 @@ class Options:
     if self.budget is not None and not budgeted:
       names = " or ".join(name for name in KINDS if KINDS[name].budgeted)
       raise UserError(f"budget={self.budget!r} needs draft={names}, and draft is {self.draft!r}.")
+    if self.log_probabilities and self.mode not in ("exact", "ar"):
+      raise UserError(
+        f"log_probabilities needs mode exact or ar; tokens of mode={self.mode!r} may be drafts,"
+        " which the model never gave a probability."
+      )
     if self.mode == "fixed" and kind and kind.needs_verifying:
       raise UserError(
         f"draft={self.draft!r} needs a mode that verifies, and mode='fixed' does not."

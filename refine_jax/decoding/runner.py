@@ -110,10 +110,14 @@ class Runner:
     self.costs.decode_seconds += time.perf_counter() - start
     return report, seen
 
-  def fetch(self) -> tuple[np.ndarray, np.ndarray]:
-    """The rows' tokens [B, S] and accepted counts [B, most], on the host."""
+  def fetch(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The rows' tokens [B, S], accepted counts [B, most] and probabilities [B, S], on the host.
+
+    These only where Settings.log_probabilities is true.
+    """
     assert self.state is not None
-    return jax.device_get((self.state.tokens, self.state.accepted))
+    probability = self.state.probability if self.settings.log_probabilities else None
+    return jax.device_get((self.state.tokens, self.state.accepted, probability))
 
   # Memory.
 

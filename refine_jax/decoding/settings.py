@@ -41,6 +41,7 @@ class Settings:
     plans: of draft "auto": what an engine switches between, of which `draft`, `block` and `budget`
       are one.
     least_most, least_reach: of `most` and `reach`, so that all plans share a State.
+    log_probabilities: whether those of answers are kept.
     adapted: whether the adapter of a model that has one takes part.
     random_noise: noise tokens are drawn from the vocabulary; a row's noise token only marks their
       places.
@@ -60,6 +61,7 @@ class Settings:
   plans: tuple[Plan, ...] = ()
   least_most: int = 0
   least_reach: int = 0
+  log_probabilities: bool = False
   adapted: bool = True
   random_noise: bool = False
   eos_places: int = _EOS_PLACES
@@ -82,7 +84,7 @@ class Settings:
   @property
   def records(self) -> bool:
     """Whether State.probability is kept."""
-    return self.kind.reads_probability
+    return self.log_probabilities or self.kind.reads_probability
 
   @property
   def extra_tokens(self) -> int:
@@ -167,6 +169,7 @@ def settings_for(model: "Model", options: Options, slots: int, eos_ids: int = 0)
     draft=draft,
     budget=budget,
     calibration=calibration,
+    log_probabilities=bool(options.log_probabilities),
     # One token a pass needs no drafts, and so no adapter.
     adapted=not ar,
     random_noise=options.noise_token is None and trained is not None and trained.random_noise,

@@ -45,7 +45,9 @@ def by_chance(
   most = chance_BD.shape[1]
   run = jnp.arange(most + 1)[None, :]
   chance = jnp.where(run[:, :most] < known_B[:, None], chance_BD, 0.0)
-  survives = jnp.cumprod(jnp.pad(chance, ((0, 0), (1, 0)), constant_values=1.0), axis=1)
+  # Products and sums over masks, here and below, are one kernel each; scans and sorts are several.
+  before = run[0, None, :most] < run[0, :, None]
+  survives = jnp.prod(jnp.where(before[None], chance[:, None, :], 1.0), axis=2)
   ends = survives * (1 - jnp.pad(chance, ((0, 0), (0, 1))))
 
   def gains(ends):
@@ -63,10 +65,7 @@ def by_chance(
 
 
 def _among_best(values_Bn, count_B):
-  """Which values are among the largest: bool [B, n]; the first of equals before the others.
-
-  By comparing all pairs, which is one kernel; sorting takes several.
-  """
+  """Which values are among the largest: bool [B, n]; the first of equals before the others."""
   order = jnp.arange(values_Bn.shape[1])
   mine, other = values_Bn[:, :, None], values_Bn[:, None, :]
   earlier = order[None, None, :] < order[None, :, None]

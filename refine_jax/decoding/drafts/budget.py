@@ -50,15 +50,19 @@ class BudgetDrafts(BranchDrafts):
     known = jnp.clip(rows.known, 0, block - 1 - rows.base)
     drafts, runs = self.allocate(rows, known, block, tokens - 1 - rows.base)
     clean = base + 1 + drafts[:, None]  # the window's tokens, which stand first
-    ends = clean + jnp.cumsum(runs, axis=1)
-    firsts = ends - runs
+    index = jnp.arange(block)
+    before = (index[None, :] < index[:, None])[None]
+    firsts = clean + jnp.sum(jnp.where(before, runs[:, None, :], 0), axis=2)
     order = jnp.broadcast_to(jnp.arange(tokens), (batch, tokens))
-    # Which run a token is of: as many as end before it. Those after the last are of none.
-    run = jnp.sum(order[:, :, None] >= ends[:, None, :], axis=2, dtype=jnp.int32)
-    first = jnp.take_along_axis(firsts, jnp.minimum(run, block - 1), axis=1)
-    is_noise = order >= clean
-    in_run = is_noise & (run < block)
-    upto = base + jnp.where(in_run, run, 0)  # the last token that it takes for right
+    past = order[:, :, None] - firsts[:, None, :]
+    inside = (past >= 0) & (past < runs[:, None, :])  # [B, T, N], of one run at most
+
+    def of_run(values):
+      return jnp.sum(jnp.where(inside, values, 0), axis=2, dtype=jnp.int32)
+
+    is_noise, in_run = order >= clean, jnp.any(inside, axis=2)
+    first = of_run(firsts[:, None, :])
+    upto = base + of_run(index[None, None, :])  # the last token that it takes for right
     offset = jnp.where(in_run, upto + 1 + order - first, base + 1)
     ids = jnp.pad(window.ids, ((0, 0), (0, tokens - width)))
     return Layout(
