@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from refine_jax.decoding.plans import Chooser, Plan
 from refine_jax.decoding.requests import requests
 from refine_jax.decoding.result import Pass
 from refine_jax.errors import UserError
+from refine_jax.evaluation import tune
 from refine_jax.hf import calibration
 from refine_jax.hf.generation_config import Refinement, read_generation_config
 
@@ -215,3 +217,27 @@ def test_log_probabilities_are_the_models_own(model, options):
       np.testing.assert_allclose(found, logits[np.arange(len(tokens)), tokens], atol=1e-4)
   assert min(map(len, out.tokens)) < 12
   assert refine_jax.generate(model, prompts[:1], max_new_tokens=1).log_probabilities is None
+
+
+def test_a_tuned_directory_is_read_by_engines(tmp_path, monkeypatch, capsys):
+  directory, _ = tiny_hf_model("llama", tmp_path, num_hidden_layers=1)
+  place = directory / "generation_config.json"
+  values = json.loads(place.read_text()) if place.exists() else {}
+  place.write_text(json.dumps(values | {"refinement": {"noise_token": EOS, "block_size": 4}}))
+  data = tmp_path / "prompts.jsonl"
+  data.write_text("\n".join(json.dumps({"prompt": [3 + i, 5]}) for i in range(4)))
+  monkeypatch.setattr(tune, "_BUDGETS", (8,))
+  monkeypatch.setattr(tune, "_CYCLES", ())
+  monkeypatch.setattr(tune, "_REPEATS", 1)
+  command = f"tune --model={directory} --data={data} --rows=2 --max_new_tokens=12"
+  monkeypatch.setattr(sys, "argv", command.split())
+  with pytest.raises(SystemExit) as ended:
+    tune.main()
+  assert ended.value.code in (0, None)
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[-1].startswith("rows=2 best=") and "worst offset" in lines[0]
+  model = refine_jax.load(directory)
+  assert model.refinement.calibration is not None
+  (found,) = model.plans["cpu"].values()
+  assert [plan.draft for plan in found] == ["ar", "budget"]
+  assert Engine(model, 2, options=Options(draft="auto")).settings.plans == found

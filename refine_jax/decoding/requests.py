@@ -222,7 +222,8 @@ class Row:
     self.tokens = tokens
     if probability is not None:
       start = len(self.request.prompt)
-      self.log_probabilities = np.log(probability[slot, start : start + len(tokens)]).tolist()
+      own = probability[slot, start : start + len(tokens)]
+      self.log_probabilities = np.log(np.maximum(own, np.finfo(np.float32).tiny)).tolist()
     if self._growing is None:
       return False
     finite = tokens[:-1] if NOT_FINITE in tokens[-1:] else tokens
