@@ -20,9 +20,11 @@ from refine_jax.decoding.options import Options
 from refine_jax.decoding.plans import Chooser, Plan
 from refine_jax.decoding.requests import requests
 from refine_jax.decoding.result import Pass
+from refine_jax.decoding.settings import Settings
 from refine_jax.errors import UserError
 from refine_jax.evaluation import tune
 from refine_jax.hf import calibration
+from refine_jax.hf.calibration import Calibration, Curve
 from refine_jax.hf.generation_config import Refinement, read_generation_config
 
 EOS = sampler_fixtures.EOS
@@ -241,3 +243,20 @@ def test_a_tuned_directory_is_read_by_engines(tmp_path, monkeypatch, capsys):
   (found,) = model.plans["cpu"].values()
   assert [plan.draft for plan in found] == ["ar", "budget"]
   assert Engine(model, 2, options=Options(draft="auto")).settings.plans == found
+
+
+def test_a_draft_that_no_pass_verified_is_no_text():
+  """The copier says i + 1 after i, so after noise 4 too, which is right behind the prompt's 4."""
+  unsure = Calibration(Curve((1.0,), (-30.0,), (0.9,)))
+  copier = sampler_fixtures.copier_model()
+  copier = dataclasses.replace(copier, refinement=Refinement(4, 3, calibration=unsure))
+  out = refine_jax.generate(copier, [[4]], draft="budget", budget=3, max_new_tokens=8)
+  assert out.tokens == [list(range(5, 13))]
+  assert out.passes == [8]  # all tokens were spent on noise
+
+
+@pytest.mark.parametrize("block, budget", [(16, 16), (8, 9), (4, 40)])
+def test_a_row_has_room_for_what_a_pass_reads_and_predicts(block, budget):
+  settings = Settings(block=block, draft="budget", budget=budget)
+  assert (settings.tokens, settings.width) == (budget, 2 * block - 1)
+  assert settings.reach >= max(budget, 2 * block - 1)
