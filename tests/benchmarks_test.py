@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import (
   attention,
+  budgets,
   embedding,
   engine,
   gated,
@@ -222,6 +223,19 @@ def test_embedding(run):
     assert row["tokens_per_second"] == pytest.approx(TOKENS / row["ms"] * 1e3)
     assert row["share_of_ceiling"] == pytest.approx(result["floor_ms"] / row["ms"])
     assert row["error"] < (0.1 if "bfloat16" in row["strategy"] else 1e-5)
+
+
+def test_budgets(run):
+  options = ("--rows=2", "--problems=3", "--new=6", "--plans=ar,budget:8")
+  result = run(budgets, *options)
+  assert [row["plan"] for row in result["rows"]] == ["ar", "budget:8", "auto"]
+  ar, budget, auto = result["rows"]
+  assert ar["tokens_per_pass"] == 1 and all(row["same"] == 1 for row in result["rows"])
+  for row in (ar, budget):
+    rate = 2 * row["tokens_per_pass"] / row["step_ms"] * 1e3
+    assert row["tokens_per_second"] == pytest.approx(rate)
+    assert row["times_ar"] == pytest.approx(rate / ar["tokens_per_second"])
+  assert result["worst_auto"] == auto["times_ar"] and result["choosing_share"] == {}
 
 
 def byte_lengths(texts, max_length) -> list[int]:

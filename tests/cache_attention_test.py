@@ -89,9 +89,9 @@ def test_the_kernel_gives_branches_what_xla_does(rows, window):
   base = jnp.asarray(np.random.default_rng(2).integers(0, 3, rows))
   positions, reach = cached.following(start, block)
   tokens = Batch(jnp.zeros_like(positions), positions, is_noise=positions < 0)
-  tokens, reach = drafts.KINDS["branches"].extend(
-    tokens, reach, base, block, jnp.ones(rows, jnp.int32)
-  )
+  ones = jnp.ones(rows, jnp.int32)
+  row = drafts.Rows(base, ones, ones * 8, jnp.ones((rows, block - 1)), ones > 1)
+  tokens, reach, *_ = drafts.KINDS["branches"].lay_out(tokens, reach, row, block)
   new = tokens.positions, reach
   shapes = [(rows, block * block, n, 16) for n in (heads, kv_heads, kv_heads)]
   shapes += [(rows, kv_heads, places, 16)] * 2

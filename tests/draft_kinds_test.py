@@ -46,7 +46,7 @@ def passes(monkeypatch, count, **options):
 
 
 # Whose later passes hold noise tokens too; a kind that writes all drafts itself has none.
-WITH_NOISE = ("tail", "noise", "ngram", "branches")
+WITH_NOISE = ("tail", "noise", "ngram", "branches", "budget", "cycle")
 CASES = [(kind, "exact") for kind in drafts.KINDS] + [("tail", "threshold"), ("tail", "fixed")]
 
 

@@ -83,6 +83,7 @@ def test_wilson_solves_its_equation():
     ("threshold:0.5", {"mode": "threshold", "tau": 0.5}),
     ("exact:ngram", {"mode": "exact", "draft": "ngram"}),
     ("threshold:0.5:branches", {"mode": "threshold", "tau": 0.5, "draft": "branches"}),
+    ("exact:budget:16", {"mode": "exact", "draft": "budget", "budget": 16}),
     ("threshold:branches", {"mode": "threshold", "tau": 0.9, "draft": "branches"}),
   ],
 )

@@ -53,7 +53,7 @@ MAY_IMPORT = {
   }
   | {"model", "objective", "sharding", "text"},
 }
-DOORS = {"main", "evaluate", "lm_eval", "serve", "__init__"}
+DOORS = {"main", "evaluate", "lm_eval", "serve", "tune", "__init__"}
 
 
 class _DropTypeImports(ast.NodeTransformer):

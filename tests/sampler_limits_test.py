@@ -184,7 +184,9 @@ def allowed(logits, *, temperature, top_k=0, top_p=1.0):
   ids=str,
 )
 # Samples in blocks are those of one token a pass whatever the draft kind (sampler_test).
-@pytest.mark.parametrize("draft", ["tail", pytest.param("ngram", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  "draft", ["tail", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ngram", "budget"))]
+)
 def test_pairs_of_tokens_follow_the_models_distribution(sampled, options, draft):
   """Chi-square of what one block commits against the product of the model's conditionals."""
   prompt, count = [1, 3, 1, 3], 2048

@@ -32,7 +32,7 @@ class Reach(NamedTuple):
 
   Attributes:
     upto: int32 [B, T], the first upto + 1 tokens.
-    first, last: int32 [T], and those from first to last; none where last < first.
+    first, last: int32 [B, T], and those from first to last; none where last < first.
   """
 
   upto: jax.Array
@@ -43,7 +43,7 @@ class Reach(NamedTuple):
 def following(start_B: jax.Array, count: int) -> tuple:
   """Positions [B, T] and Reach of tokens that follow one another, each seeing those before it."""
   order = jnp.broadcast_to(jnp.arange(count), (len(start_B), count))
-  nothing = jnp.zeros(count, jnp.int32), jnp.full(count, -1)
+  nothing = jnp.zeros_like(order), jnp.full_like(order, -1)
   return start_B[:, None] + order, Reach(order, *nothing)
 
 
@@ -111,8 +111,8 @@ def _probe(attend, config: ModelConfig, dtype) -> list:
       branch = order >= count // 2
       reach = Reach(
         jnp.where(branch[None, :], count // 4, plain.upto),
-        jnp.where(branch, order // 3 * 3, 0),
-        jnp.where(branch, order, -1),
+        jnp.where(branch, order // 3 * 3, plain.first),
+        jnp.where(branch, order, plain.last),
       )
       new = (x[:, :count] for x in (q, k, v))
       out, after = attend(*new, cache, start_B, positions_BT, reach, window, config.attention_scale)
@@ -168,7 +168,7 @@ def _seen(start_B, positions_BT, reach, window, places):
   seen_BTS = order_BTS <= reach.upto[:, :, None]
   if window is not None:
     seen_BTS &= positions_BT[:, :, None] - places_S < window
-  first, last = reach.first[None, :, None], reach.last[None, :, None]
+  first, last = reach.first[:, :, None], reach.last[:, :, None]
   return seen_BTS | ((order_BTS >= first) & (order_BTS <= last))
 
 

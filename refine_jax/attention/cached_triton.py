@@ -76,7 +76,6 @@ def attend(
   # Of program (row and head, part of the queries, stretch of the cache).
   row, head = lambda i: i // heads, lambda i: i % heads
   by_row = pl.BlockSpec((None, size), lambda i, j, s: (row(i), j))
-  same_for_rows = pl.BlockSpec((size,), lambda i, j, s: (j,))
   queries = pl.BlockSpec((None, size, None, head_dim), lambda i, j, s: (row(i), j, head(i), 0))
 
   def new(before):  # all new tokens, of the program's key head
@@ -107,8 +106,8 @@ def attend(
       pl.BlockSpec((None,), lambda i, j, s: (row(i),)),
       by_row,
       by_row,
-      same_for_rows,
-      same_for_rows,
+      by_row,
+      by_row,
       queries,
       new(heads),
       new(heads + kv_heads),
@@ -134,8 +133,8 @@ def attend(
     start_B,
     padded(positions_BT, 1, 2**30),
     padded(reach.upto, 1, -1),
-    padded(reach.first, 0),
-    padded(reach.last, 0, -1),
+    padded(reach.first, 1),
+    padded(reach.last, 1, -1),
     qkv,
     qkv,
     qkv,

@@ -102,7 +102,11 @@ def gathered(model: Model, answers: list[Answer], costs: Costs) -> Generation:
     prompts = [answer.request.prompt for answer in answers]
     texts = [str(p) if tokenizer is None else tokenizer.decode(p) for p in prompts]
     trace = Trace([list(row) for row in rows], texts, token_texts(tokenizer, ids))
+  sure = None
+  if any(answer.request.options.log_probabilities for answer in answers):
+    sure = [answer.log_probabilities or [] for answer in answers]
   return Generation(
+    log_probabilities=sure,
     prompts=[answer.request.prompt for answer in answers],
     tokens=[answer.tokens for answer in answers],
     texts=None if model.tokenizer is None else [answer.text or "" for answer in answers],

@@ -2,15 +2,15 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from refine_jax.decoding import state as state_lib
 from refine_jax.decoding.loading import Model
 from refine_jax.decoding.options import Options
+from refine_jax.decoding.plans import Chooser, Plan
 from refine_jax.decoding.requests import Answer, Request, Row
-from refine_jax.decoding.result import Pass
 from refine_jax.decoding.runner import Costs, Runner
 from refine_jax.decoding.settings import Settings, settings_for
 from refine_jax.errors import UserError
@@ -54,6 +54,8 @@ class Engine:
     self.slots = slots
     self.context = min(context or model.config.max_length, model.config.max_length)
     self._runner = Runner(model, slots, settings_for(model, options, slots, eos_ids))
+    found = self._runner.settings.plans
+    self._chooser = Chooser(found) if found else None
     self._waiting: collections.deque[Request] = collections.deque()
     self._rows: list[Row | None] = [None] * slots
     self._finished: list[Answer] = []
@@ -106,8 +108,13 @@ class Engine:
     """
     before = self.costs
     self._runner.grow(tokens + max(self.settings.reach, self._runner.piece))
-    self._runner.prepare(traced=traced, samples=samples)
+    plans = [self.settings.planned(plan) for plan in self._chooser.plans] if self._chooser else ()
+    self._runner.prepare(traced=traced, samples=samples, plans=plans)
     return self.costs.since(before)
+
+  def use(self, plans: Sequence[Plan]) -> None:
+    """Chooses between these plans from now on, all of them with the settings' own blocks."""
+    self._chooser = Chooser(plans)
 
   def step(self, passes: int | None = None) -> list[Answer]:
     """Lets waiting requests enter, runs some passes, and returns the answers that ended.
@@ -133,6 +140,8 @@ class Engine:
     coming = [self._waiting[i] for i in range(min(free, len(self._waiting)))]
     if coming:
       self._runner.grow(max(map(self._places, coming)))
+    if self._chooser:
+      self._runner.plan = self.settings.planned(self._chooser.current)
     requests = [row.request for row in self._rows if row] + coming
     if requests:
       self._runner.prepare(
@@ -154,9 +163,9 @@ class Engine:
     """The requests that have a slot, and what there is of their answers."""
     with held_back():
       decoding, nothing = self._decoding(), [0] * self.settings.most
-      tokens, accepted = self._runner.fetch() if decoding else (np.zeros(0), np.zeros(0))
+      tokens, accepted, sure = self._runner.fetch() if decoding else (np.zeros(0),) * 3
       for slot in decoding:
-        self._row(slot).see(self._new_tokens(tokens, slot), False)
+        self._row(slot).see(self._new_tokens(tokens, slot), False, sure, slot)
       return {
         row.request: row.answer(False, accepted[slot].tolist() if slot in decoding else nothing)
         for slot, row in enumerate(self._rows)
@@ -203,24 +212,9 @@ class Engine:
     ahead = self.settings.drafts_of_prompt
     for i, slot in enumerate(slots):
       row = self._row(slot)
-      prompt, start = row.request.prompt, row.entered
-      # The last piece has room for the drafts that it makes.
-      left = len(prompt) - start
-      last = left + max(ahead - 1, 0) <= size
-      count = left if last else min(size, left - 1)
-      for column, value in (
-        (pieces.slot, slot),
-        (pieces.start, start),
-        (pieces.count, count),
-        (pieces.last, last),
-        (pieces.limit, row.limit),
-        *zip(pieces.choices, row.request.choices(self.settings.eos_places), strict=True),
-      ):
-        column[i] = value
-      pieces.ids[i, :count] = prompt[start : start + count]
-      row.entered += count
+      row.put_piece(pieces, i, slot, ahead)
       self._ended[slot] = False
-      self._lengths[slot] = len(prompt)
+      self._lengths[slot] = len(row.request.prompt)
     self._runner.enter(pieces)
 
   def _decode(self, passes: int | None) -> list[Answer]:
@@ -242,17 +236,7 @@ class Engine:
       before = self._lengths.copy()
       report, seen = self._runner.traced_pass(self._ended)
       for slot in self._decoding():
-        row, start = self._row(slot), int(before[slot])
-        if row.trace is not None:
-          room = row.limit - start
-          row.trace.append(
-            Pass(
-              start - len(row.request.prompt),
-              seen.predicted[slot, :room].tolist(),
-              seen.probability[slot, :room].tolist(),
-              int(seen.count[slot]),
-            )
-          )
+        self._row(slot).record(seen, slot, int(before[slot]))
       finished = self._collect(report)
       passes -= 1
     return finished
@@ -262,17 +246,21 @@ class Engine:
     self._ended[:] = False
     lengths, passes, done = report
     decoding = self._decoding()
+    if self._chooser:
+      new = int(np.sum(lengths[decoding] - self._lengths[decoding]))
+      took = int(np.sum(passes[decoding])) - sum(self._row(slot).passes for slot in decoding)
+      self._chooser.observe(new, took)
     self._lengths[decoding] = lengths[decoding]
     for slot in decoding:
       self._row(slot).passes = int(passes[slot])
     seen = [slot for slot in decoding if done[slot] or self._row(slot).request.watched]
     if not seen:
       return []
-    tokens, accepted = self._runner.fetch()
+    tokens, accepted, sure = self._runner.fetch()
     finished = []
     for slot in seen:
       row, ended = self._row(slot), bool(done[slot])
-      if row.see(self._new_tokens(tokens, slot), ended) or ended:
+      if row.see(self._new_tokens(tokens, slot), ended, sure, slot) or ended:
         finished.append(row.answer(True, accepted[slot].tolist()))
         self._rows[slot], self._ended[slot] = None, not ended
     return finished

@@ -13,7 +13,8 @@ from jax.typing import DTypeLike
 from refine_jax import compile_cache, files
 from refine_jax.attention import cached, packed
 from refine_jax.batch import Array, Batch
-from refine_jax.decoding import sources
+from refine_jax.decoding import plans, sources
+from refine_jax.decoding.plans import Plan
 from refine_jax.errors import UserError
 from refine_jax.hf import weights as hf_weights
 from refine_jax.hf.generation_config import Refinement, read_generation_config
@@ -38,6 +39,7 @@ class Model:
     refinement: what it was trained with; None where that is not known.
     directory: where it was loaded from.
     adapter: a gated one, which acts on noise tokens while answers are generated; or None.
+    plans: what `refine_jax.tune` measured: device kind -> rows -> plans.
   """
 
   config: ModelConfig
@@ -48,6 +50,7 @@ class Model:
   directory: Path
   refinement: Refinement | None = None
   adapter: LoadedAdapter | None = None
+  plans: dict[str, dict[int, tuple[Plan, ...]]] = dataclasses.field(default_factory=dict)
 
   def __call__(self, ids: Array, segment_ids: Array | None = None) -> jax.Array:
     """Logits of whole sequences: float32 [B, T, V]. A gated adapter has no part in them.
@@ -184,6 +187,7 @@ def from_params(
     directory,
     generation.refinement,
     adapter,
+    plans.read(directory),
   )
 
 

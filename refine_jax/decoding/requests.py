@@ -12,8 +12,9 @@ from refine_jax.decoding.options import Options
 from refine_jax.decoding.programs import bucket
 from refine_jax.decoding.prompts import prompt_ids
 from refine_jax.decoding.result import Pass
+from refine_jax.decoding.sampler import Seen
 from refine_jax.decoding.sampling import NOT_FINITE
-from refine_jax.decoding.state import NO_TOKEN, Choices
+from refine_jax.decoding.state import NO_TOKEN, Choices, Pieces
 from refine_jax.text import detokenize
 from refine_jax.text.vocabulary import check_ids
 
@@ -125,6 +126,7 @@ class Answer:
     passes: forward passes that the row took part in after its prompt.
     accepted: for each offset in the block, how many passes committed it.
     trace: every pass, where it was asked for.
+    log_probabilities: of each of `tokens`, likewise.
   """
 
   request: Request
@@ -134,6 +136,7 @@ class Answer:
   passes: int
   accepted: list[int]
   trace: list[Pass] | None = None
+  log_probabilities: list[float] | None = None
 
   @property
   def stopped(self) -> bool:
@@ -151,6 +154,7 @@ class Row:
     tokens: of the answer, as far as the host has seen them.
     passes: as in Answer.
     trace: likewise.
+    log_probabilities: of the tokens.
   """
 
   def __init__(self, model: Model, request: Request, context: int) -> None:
@@ -161,6 +165,7 @@ class Row:
     self.tokens: list[int] = []
     self.passes = 0
     self.trace: list[Pass] | None = [] if request.options.trace else None
+    self.log_probabilities: list[float] | None = None
     self._tokenizer = model.tokenizer
     self._growing = None
     if request.watched:
@@ -171,9 +176,54 @@ class Row:
     """Whether the prompt is in the cache as a whole."""
     return self.entered == len(self.request.prompt)
 
-  def see(self, tokens: list[int], done: bool) -> bool:
-    """Takes all tokens of the answer so far; returns whether a stop string ends it."""
+  def put_piece(self, pieces: Pieces, i: int, slot: int, ahead: int) -> None:
+    """Writes the next piece of the prompt into place i of numpy arrays.
+
+    Args:
+      ahead: drafts that the prompt's last piece makes, and has room for.
+    """
+    prompt, start = self.request.prompt, self.entered
+    size, left = pieces.ids.shape[1], len(prompt) - start
+    last = left + max(ahead - 1, 0) <= size
+    count = left if last else min(size, left - 1)
+    for column, value in (
+      (pieces.slot, slot),
+      (pieces.start, start),
+      (pieces.count, count),
+      (pieces.last, last),
+      (pieces.limit, self.limit),
+      *zip(pieces.choices, self.request.choices(pieces.choices.eos_ids.shape[1]), strict=True),
+    ):
+      column[i] = value
+    pieces.ids[i, :count] = prompt[start : start + count]
+    self.entered += count
+
+  def record(self, seen: Seen, slot: int, start: int) -> None:
+    """Adds a pass that began at place `start` of the row to the trace, if there is one."""
+    if self.trace is not None:
+      room = self.limit - start
+      self.trace.append(
+        Pass(
+          start - len(self.request.prompt),
+          seen.predicted[slot, :room].tolist(),
+          seen.probability[slot, :room].tolist(),
+          int(seen.count[slot]),
+        )
+      )
+
+  def see(
+    self, tokens: list[int], done: bool, probability: np.ndarray | None = None, slot: int = 0
+  ) -> bool:
+    """Takes all tokens of the answer so far; returns whether a stop string ends it.
+
+    Args:
+      probability: float [B, S], of the tokens of all rows, this one's in row `slot`.
+    """
     self.tokens = tokens
+    if probability is not None:
+      start = len(self.request.prompt)
+      own = probability[slot, start : start + len(tokens)]
+      self.log_probabilities = np.log(np.maximum(own, np.finfo(np.float32).tiny)).tolist()
     if self._growing is None:
       return False
     finite = tokens[:-1] if NOT_FINITE in tokens[-1:] else tokens
@@ -196,4 +246,14 @@ class Row:
       reason = "eos" if tokens and tokens[-1] in self.request.eos_ids else "length"
     if text is None and self._tokenizer is not None:
       text = detokenize.decode(self._tokenizer, tokens)
-    return Answer(self.request, tokens, text, reason, self.passes, accepted, self.trace)
+    sure = self.log_probabilities
+    return Answer(
+      self.request,
+      tokens,
+      text,
+      reason,
+      self.passes,
+      accepted,
+      self.trace,
+      None if sure is None else sure[: len(tokens)],
+    )

@@ -54,6 +54,7 @@ class Generation:
     compile_seconds: 0 where the programs were there already.
     trace: where it was asked for.
     programs: how many were compiled.
+    log_probabilities: of each row's tokens, where they were asked for.
   """
 
   prompts: list[list[int]]
@@ -67,6 +68,7 @@ class Generation:
   compile_seconds: float
   trace: Trace | None = dataclasses.field(default=None, repr=False)
   programs: int = 0
+  log_probabilities: list[list[float]] | None = dataclasses.field(default=None, repr=False)
 
   @property
   def tokens_per_pass(self) -> float:
@@ -124,6 +126,7 @@ def joined(parts: list[Generation]) -> Generation:
       [prompt for t in traces for prompt in t.prompts],
       {token: piece for t in traces for token, piece in t.pieces.items()},
     )
+  sure = [part.log_probabilities for part in parts if part.log_probabilities is not None]
   passes = max(sum(lists["passes"]), 1)
   accepted = [
     sum(share * sum(part.passes) for share, part in zip(shares, parts, strict=True)) / passes
@@ -134,6 +137,7 @@ def joined(parts: list[Generation]) -> Generation:
     texts=[text for some in texts for text in some] if len(texts) == len(parts) else None,
     accepted=accepted,
     trace=trace,
+    log_probabilities=[row for rows in sure for row in rows] if len(sure) == len(parts) else None,
     programs=sum(part.programs for part in parts),
     **lists,
     **seconds,

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +50,7 @@ class Runner:
 
   Attributes:
     settings: what the programs are made for.
+    plan: those of passes, which may change between two calls; else the same.
     slots: rows.
     pieces, piece: how many pieces of prompts a pass takes, and how many tokens each.
     state: State; None before the first row.
@@ -58,11 +59,8 @@ class Runner:
 
   def __init__(self, model: Model, slots: int, settings: Settings) -> None:
     self.config, self.slots, self.settings = model.config, slots, settings
-    self.params = (
-      model.decoding_params(slots * settings.tokens)
-      if settings.adapted
-      else model.base_decoding_params
-    )
+    self.plan = settings
+    self._model = model
     self.pieces = min(slots, max(_PIECES, slots // 16))
     self.piece = max(_PIECE, programs.bucket(settings.drafts_of_prompt + 1, 1))
     self.state: State | None = None
@@ -73,6 +71,16 @@ class Runner:
       self._sharding = NamedSharding(leaf.sharding.mesh, PartitionSpec())
     self._programs: dict[Any, Callable] = {}
     self._sampling = "any"
+
+  @property
+  def params(self) -> dict:
+    """The parameters of prompts' passes."""
+    return self._params(self.settings)
+
+  def _params(self, settings: Settings) -> dict:
+    if not settings.adapted:
+      return self._model.base_decoding_params
+    return self._model.decoding_params(self.slots * settings.tokens)
 
   @property
   def size(self) -> int:
@@ -89,7 +97,7 @@ class Runner:
     """Runs sampler.decode; returns its report, int32 [3, B]."""
     more = (ended, np.int32(passes), np.int32(least_active))
     start = time.perf_counter()
-    self.state, report = self._program("decode")(self.params, self.state, *more)
+    self.state, report = self._program("decode")(self._params(self.plan), self.state, *more)
     report = np.asarray(report)
     self.costs.decode_seconds += time.perf_counter() - start
     return report
@@ -97,15 +105,19 @@ class Runner:
   def traced_pass(self, ended: np.ndarray) -> tuple[np.ndarray, sampler.Seen]:
     """Runs sampler.traced_pass; returns its report and what it saw, on the host."""
     start = time.perf_counter()
-    self.state, *seen = self._program("traced")(self.params, self.state, ended)
+    self.state, *seen = self._program("traced")(self._params(self.plan), self.state, ended)
     report, seen = jax.device_get(seen)
     self.costs.decode_seconds += time.perf_counter() - start
     return report, seen
 
-  def fetch(self) -> tuple[np.ndarray, np.ndarray]:
-    """The rows' tokens [B, S] and accepted counts [B, most], on the host."""
+  def fetch(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The rows' tokens [B, S], accepted counts [B, most] and probabilities [B, S], on the host.
+
+    These only where Settings.log_probabilities is true.
+    """
     assert self.state is not None
-    return jax.device_get((self.state.tokens, self.state.accepted))
+    probability = self.state.probability if self.settings.log_probabilities else None
+    return jax.device_get((self.state.tokens, self.state.accepted, probability))
 
   # Memory.
 
@@ -131,7 +143,7 @@ class Runner:
       make = functools.partial(state_lib.empty, self.config, self.settings, **more)
       self.state = self._once(make)()
       return
-    tokens = (self.state.tokens, self.state.choices.noise_token)
+    tokens = (self.state.tokens, self.state.probability, self.state.choices.noise_token)
     grow_tokens = self._once(functools.partial(state_lib.grow_tokens, size=size), *tokens)
     caches = list(self.state.caches)
     grow_cache = self._once(functools.partial(state_lib.grow_cache, size=size), caches[0])
@@ -139,7 +151,8 @@ class Runner:
       # A layer at a time, so that both sizes of all layers are never there together.
       for i in range(len(caches)):
         self.state.caches[i] = caches[i] = grow_cache(caches[i])
-      self.state = self.state._replace(tokens=grow_tokens(*tokens), caches=caches)
+      grown, probability = grow_tokens(*tokens)
+      self.state = self.state._replace(tokens=grown, probability=probability, caches=caches)
 
   def _size_for(self, places: int) -> int:
     least = _LEAST_PLACES[self.settings.engine]
@@ -159,23 +172,26 @@ class Runner:
 
   # Programs.
 
-  def prepare(self, *, traced: bool = False, samples: bool = False) -> None:
+  def prepare(
+    self, *, traced: bool = False, samples: bool = False, plans: Sequence[Settings] = ()
+  ) -> None:
     """Makes the programs that are not there for the calls that follow.
 
     Args:
       traced: whether `traced_pass` is to be called, and not `decode`.
       samples: whether a row has a temperature.
+      plans: that passes will follow; default: `plan`.
     """
     if jax.default_backend() == "gpu":
       self._sampling = "sampled" if samples else "greedy"
-    key = programs.context()
-    names = ("enter", "traced" if traced else "decode")
-    missing = [name for name in names if (name, self._sampling, key) not in self._programs]
+    passes = "traced" if traced else "decode"
+    wanted = [("enter", self.settings), *((passes, plan) for plan in plans or (self.plan,))]
+    missing = [pair for pair in wanted if self._key(*pair) not in self._programs]
     if missing:
       with self._precision():
-        made, new, seconds = programs.compiled(*map(self._job, missing))
-      for name, program in zip(missing, made, strict=True):
-        self._programs[name, self._sampling, key] = program
+        made, new, seconds = programs.compiled(*(self._job(*pair) for pair in missing))
+      for pair, program in zip(missing, made, strict=True):
+        self._programs[self._key(*pair)] = program
       self.costs.programs += new
       self.costs.compile_seconds += seconds
 
@@ -188,12 +204,16 @@ class Runner:
     return jax.default_matmul_precision("highest")
 
   def _program(self, name: str) -> Callable:
-    return self._programs[name, self._sampling, programs.context()]
+    settings = self.settings if name == "enter" else self.plan
+    return self._programs[self._key(name, settings)]
 
-  def _job(self, name: str) -> programs.Job:
+  def _key(self, name: str, settings: Settings) -> tuple:
+    return name, settings, self._sampling, programs.context()
+
+  def _job(self, name: str, settings: Settings) -> programs.Job:
     one, ended = np.int32(1), np.zeros(self.slots, bool)
     pieces = state_lib.empty_pieces(self.settings, self.slots, self.pieces, self.piece)
-    passes = self.slots * self.settings.tokens
+    passes = self.slots * settings.tokens
     function, more, tokens = {
       "enter": (state_lib.enter, (pieces,), self.pieces * self.piece),
       "decode": (sampler.decode, (ended, one, one), passes),
@@ -201,10 +221,10 @@ class Runner:
     }[name]
     # Prompts' drafts are greedy, so all have one program for them.
     sampling = "any" if name == "enter" else self._sampling
-    settings = dataclasses.replace(self.settings, sampling=sampling)
+    settings = dataclasses.replace(settings, sampling=sampling)
     return programs.Job(
       programs.jitted(function, self.config, settings, self._sharding),
-      (self.params, self.state, *more),
+      (self._params(settings), self.state, *more),
       programs.compiler_options(tokens),
       f"{_NAMES[name]} ({self.slots} rows of up to {self.size} tokens)",
     )

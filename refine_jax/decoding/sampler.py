@@ -100,7 +100,9 @@ def one_pass(
   noise_B = state.choices.noise_token
   tokens, drafted = settings.kind.fill(state.tokens, state.drafted, state.length, settings.block)
   filled = state._replace(tokens=tokens, drafted=drafted)
-  (predicted, probability), verified, caches = _predict(params, filled, start, config, settings)
+  (predicted, probability), known, verified, caches = _predict(
+    params, filled, start, config, settings
+  )
   count, turn = _commit_count(verified, probability, state, settings)
 
   # The end of a row: an EOS among the committed, its limit, or that the model says nothing more.
@@ -115,8 +117,11 @@ def one_pass(
 
   # "fixed" refines what it predicted, wherever a block's first drafts come from.
   after = drafts.KINDS["tail"] if settings.mode == "fixed" else settings.kind
-  keep, drafted = after.following(predicted, count, state.length, noise_B)
+  keep, drafted = after.following(predicted, known, count, state.length, noise_B)
   written = write_rows(tokens, keep, state.length)
+  if settings.records:
+    kept = write_rows(state.probability, probability, state.length)
+    state = state._replace(probability=jnp.where(state.done[:, None], state.probability, kept))
   new = state._replace(
     tokens=jnp.where(state.done[:, None], state.tokens, written),
     length=length,
@@ -133,32 +138,55 @@ def one_pass(
 
 
 def _predict(params, state, start, config, settings):
-  """What one forward pass says: Predicted [B, width], verified drafts [B], caches."""
+  """What one forward pass says.
+
+  Returns:
+    Predicted [B, width], how many of these mean anything [B], verified drafts [B], caches.
+  """
   block, kind = settings.block, settings.kind
   base = state.length - 1 - start
   positions, reach = cached.following(start, settings.window)
   ids = slice_rows(state.tokens, start, settings.window)
   window = Batch(ids, positions, is_noise=positions >= state.drafted[:, None])
-  window, reach = kind.extend(window, reach, base, block, state.choices.noise_token)
+  rows = drafts.Rows(
+    base,
+    state.choices.noise_token,
+    state.drafted - state.length,
+    slice_rows(state.probability, state.length, block - 1),
+    state.choices.inverse_temperature > 0,
+  )
+  layout = kind.lay_out(window, reach, rows, block)
+  batch = layout.batch
   if settings.random_noise:
-    window = sampling.with_random_noise(window, config.vocab_size)
-  x, caches = run(params, config, window, start, reach, state.caches, settings.engine)
+    batch = sampling.with_random_noise(batch, config.vocab_size)
+  x, caches = run(params, config, batch, start, layout.reach, state.caches, settings.engine)
 
-  def choose(x_BND, first_B):
-    positions = first_B[:, None] + jnp.arange(x_BND.shape[1])[None, :]
-    logits = transformer.logits(params, x_BND)
-    return drafts.Predicted(*sampling.choose(logits, positions, state.choices, settings.sampling))
+  def predicted_by(x_BnD, positions):
+    logits = transformer.logits(params, x_BnD)
+    chosen = sampling.choose(logits, positions + 1, state.choices, settings.sampling)
+    return drafts.Predicted(*chosen)
 
-  # Only the rows that predict the block meet the head.
-  own = choose(slice_rows(x, base, block), state.length)
+  # Only the rows that predict the block and one run meet the head, or all, where these are fewer.
+  every = settings.extra_tokens and settings.tokens <= settings.width
+  everything = predicted_by(x, batch.positions) if every else None
+
+  def choose(order_Bn):
+    if everything is not None:
+      return jax.tree.map(lambda y: jnp.take_along_axis(y, order_Bn, axis=1), everything)
+    x_BnD = jnp.take_along_axis(x, order_Bn[:, :, None], axis=1)
+    return predicted_by(x_BnD, jnp.take_along_axis(batch.positions, order_Bn, axis=1))
+
+  own = choose(base[:, None] + jnp.arange(block)[None, :])
   drafted = slice_rows(state.tokens, state.length, block)
   right = own.tokens[:, :-1] == drafted[:, :-1]
+  offset = jnp.arange(block - 1)[None, :]
+  right &= offset < layout.drafts[:, None]
   if settings.random_noise or adapters.is_attached(params):
     # One that happens to be right was computed with the adapter, or from another id: no text yet.
-    noise_from = state.drafted - state.length
-    right &= jnp.arange(block - 1)[None, :] < noise_from[:, None]
+    right &= offset < (state.drafted - state.length)[:, None]
   verified = _leading(right)
-  return kind.predict(own, verified, state.length, x, choose), verified, caches
+  predicted, known = kind.predict(own, verified, layout, choose)
+  return predicted, known, verified, caches
 
 
 def _commit_count(verified, probability, state, settings):

@@ -5,10 +5,18 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from refine_jax.decoding import drafts
-from refine_jax.decoding.options import Options, default_block_size, default_draft
+from refine_jax.decoding import drafts, plans
+from refine_jax.decoding.options import (
+  AUTO,
+  Options,
+  default_block_size,
+  default_budget,
+  default_draft,
+)
+from refine_jax.decoding.plans import Plan
 from refine_jax.decoding.programs import bucket
 from refine_jax.errors import UserError
+from refine_jax.hf.calibration import PLAIN, Calibration
 
 if TYPE_CHECKING:
   from refine_jax.decoding.loading import Model
@@ -28,6 +36,12 @@ class Settings:
     block: tokens that a pass can commit, block - 1 of them drafts ("threshold" may go on in the
       kind's extra predictions: `most`).
     draft: one of options.DRAFTS.
+    budget: tokens a row of a pass with drafts "budget" or "cycle"; 0: the kind's default.
+    calibration: what probabilities of drafts are worth.
+    plans: of draft "auto": what an engine switches between, of which `draft`, `block` and `budget`
+      are one.
+    least_most, least_reach: of `most` and `reach`, so that all plans share a State.
+    log_probabilities: whether those of answers are kept.
     adapted: whether the adapter of a model that has one takes part.
     random_noise: noise tokens are drawn from the vocabulary; a row's noise token only marks their
       places.
@@ -42,6 +56,12 @@ class Settings:
   mode: str = "exact"
   block: int = 8
   draft: str = "tail"
+  budget: int = 0
+  calibration: Calibration = PLAIN
+  plans: tuple[Plan, ...] = ()
+  least_most: int = 0
+  least_reach: int = 0
+  log_probabilities: bool = False
   adapted: bool = True
   random_noise: bool = False
   eos_places: int = _EOS_PLACES
@@ -58,7 +78,13 @@ class Settings:
   @property
   def kind(self) -> drafts.DraftKind:
     """Where drafts come from; a block of one token has none, whatever was asked for."""
-    return drafts.KINDS[self.draft if self.block > 1 else "tail"]
+    kind = drafts.KINDS[self.draft if self.block > 1 else "tail"]
+    return kind.set_up(self.budget, self.calibration)
+
+  @property
+  def records(self) -> bool:
+    """Whether State.probability is kept."""
+    return self.log_probabilities or self.kind.reads_probability
 
   @property
   def extra_tokens(self) -> int:
@@ -83,12 +109,25 @@ class Settings:
   @property
   def most(self) -> int:
     """Tokens that a pass can commit."""
-    return self.width if self.mode == "threshold" else self.block
+    return max(self.width if self.mode == "threshold" else self.block, self.least_most)
 
   @property
   def reach(self) -> int:
     """Places of the cache after the committed tokens that a pass may write."""
-    return self.tokens + (0 if self.extra_tokens else self.block)
+    written = self.tokens + (0 if self.extra_tokens else self.block)
+    return max(written, self.width, self.least_reach)
+
+  def planned(self, plan: Plan) -> "Settings":
+    """The settings of a plan, whose State is that of these."""
+    ar = plan.draft == "ar"
+    return dataclasses.replace(
+      self,
+      draft="tail" if ar else plan.draft,
+      block=plan.block,
+      budget=plan.budget,
+      adapted=not ar,
+      plans=(),
+    )
 
   def require(self, wanted: "Settings", eos_ids: int) -> None:
     """Raises UserError where a request that has so many EOS ids wants other programs than these."""
@@ -110,21 +149,64 @@ def settings_for(model: "Model", options: Options, slots: int, eos_ids: int = 0)
     slots: rows of a pass; with many of them default blocks are smaller.
     eos_ids: how many a row has at most.
   """
+  if options.draft == AUTO and options.mode == "exact":
+    return _auto(model, options, slots, eos_ids)
   trained = model.refinement
   block = options.block_size
   if block is None:
     block = default_block_size(trained, options.mode, options.draft, slots)
   ar = options.mode == "ar"
+  block = 1 if ar else int(block)
+  draft = "tail" if ar else options.draft or default_draft(trained, options.mode)
+  budget, calibration = 0, PLAIN
+  if drafts.KINDS[draft].budgeted:
+    budget = int(options.budget or default_budget(block, draft, slots))
+    block = min(block, budget)  # no run or draft has room beyond
+    calibration = (trained and trained.calibration) or PLAIN
   return Settings(
     mode="exact" if ar else options.mode,
-    block=1 if ar else int(block),
-    draft="tail" if ar else options.draft or default_draft(trained, options.mode),
+    block=block,
+    draft=draft,
+    budget=budget,
+    calibration=calibration,
+    log_probabilities=bool(options.log_probabilities),
     # One token a pass needs no drafts, and so no adapter.
     adapted=not ar,
     random_noise=options.noise_token is None and trained is not None and trained.random_noise,
     eos_places=bucket(eos_ids, _EOS_PLACES),
     engine=model.cache_engine,
     least_window=least_window(slots),
+  )
+
+
+def _auto(model: "Model", options: Options, slots: int, eos_ids: int) -> Settings:
+  """Settings whose plans are those of this device and so many rows."""
+  trained = model.refinement
+  block = (trained.block_size if trained else None) or 1
+  block = min(block, options.block_size or block)
+  device = jax.local_devices()[0].device_kind
+  found = plans.chosen(model.plans.get(device, {}), slots)
+  if found is None:
+    found = plans.built_in(slots, block, adapted=model.adapter is not None)
+  # A smaller block than that of the training was asked for.
+  found = tuple(plan for plan in found if plan.block <= max(block, 1)) or found[:1]
+  first = max(found, key=lambda plan: plan.block)
+  most = dataclasses.replace(
+    options,
+    draft="tail" if first.draft == "ar" else first.draft,
+    block_size=first.block,
+    budget=first.budget or None if first.draft in ("budget", "cycle") else None,
+  )
+  base = dataclasses.replace(
+    settings_for(model, most, slots, eos_ids),
+    calibration=(trained and trained.calibration) or PLAIN,
+  )
+  each = [base.planned(plan) for plan in found]
+  return dataclasses.replace(
+    base,
+    plans=found,
+    least_most=max(settings.most for settings in each),
+    least_reach=max(settings.reach for settings in each),
   )
 
 

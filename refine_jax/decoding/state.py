@@ -49,6 +49,8 @@ class State(NamedTuple):
     tokens: int32 [B, S].
     length: int32 [B], committed tokens, prompt included.
     cached: int32 [B], leading tokens whose cache rows are right.
+    probability: float32 [B, S], of tokens after the prompt in the distribution that each was chosen
+      from, where Settings.records is true.
     drafted: int32 [B], leading tokens that are text or predictions; noise tokens follow.
     limit: int32 [B], the most that length may become.
     done: bool [B]: no pass changes the row. So are rows that are free, and those whose prompt is
@@ -61,6 +63,7 @@ class State(NamedTuple):
   """
 
   tokens: Array
+  probability: Array
   length: Array
   cached: Array
   drafted: Array
@@ -113,6 +116,7 @@ def empty(config: ModelConfig, settings: Settings, rows: int, size: int, dtype: 
   )
   return State(
     tokens=jnp.zeros((rows, size), jnp.int32),
+    probability=jnp.zeros((rows, size), jnp.float32),
     length=each(1),
     cached=each(0),
     drafted=each(1),
@@ -159,11 +163,14 @@ def cache_bytes(config: ModelConfig, rows: int, size: int, dtype: DTypeLike) -> 
   return rows * size * width * np.dtype(dtype).itemsize
 
 
-def grow_tokens(tokens: jax.Array, noise_token: jax.Array, size: int) -> jax.Array:
-  """The rows' tokens [B, S] in `size` places."""
+def grow_tokens(
+  tokens: jax.Array, probability: jax.Array, noise_token: jax.Array, size: int
+) -> tuple[jax.Array, jax.Array]:
+  """The rows' tokens and probabilities [B, S] in `size` places."""
   rows, before = tokens.shape
   more = jnp.broadcast_to(noise_token[:, None], (rows, size - before))
-  return jnp.concatenate([tokens, more], axis=1)
+  grown = jnp.pad(probability, ((0, 0), (0, size - before)))
+  return jnp.concatenate([tokens, more], axis=1), grown
 
 
 def grow_cache(cache: tuple, size: int) -> tuple:
@@ -205,15 +212,23 @@ def enter(
   tokens = jnp.where((pieces.start == 0)[:, None], noise_B1, tokens)
   tokens = write_rows(tokens, ids, pieces.start)
   end = pieces.start + pieces.count
+  probability = of_rows(state.probability)
   if ahead:
     x_BND = slice_rows(x, pieces.count - 1, ahead)
-    drafted = jnp.argmax(transformer.logits(params, x_BND), axis=-1)
-    tokens = jnp.where(pieces.last[:, None], write_rows(tokens, drafted, end), tokens)
+    logits = transformer.logits(params, x_BND)
+    tokens = jnp.where(
+      pieces.last[:, None], write_rows(tokens, jnp.argmax(logits, axis=-1), end), tokens
+    )
+    if settings.records:
+      sure = jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
+      # The first is no guess: the prompt's own last token predicts it.
+      probability = write_rows(probability, sure.at[:, 0].set(1.0), end)
   # In a row that waits for its next piece passes may write where that piece will be.
   length = jnp.where(pieces.last, end, end + 1)
   zeros = jnp.zeros_like(length)
   return State(
     tokens=put(state.tokens, tokens),
+    probability=put(state.probability, probability),
     length=put(state.length, length),
     cached=put(state.cached, end),
     drafted=put(state.drafted, jnp.where(pieces.last, end + ahead, length)),

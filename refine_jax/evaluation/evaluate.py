@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from refine_jax.cli import entry_point, whole_number
 from refine_jax.decoding import generation, loading
+from refine_jax.decoding.drafts import KINDS
 from refine_jax.decoding.loading import Model
 from refine_jax.decoding.options import DRAFTS, MODES, Options
 from refine_jax.decoding.prompts import refusals
@@ -37,9 +38,15 @@ class Setting(NamedTuple):
 
 
 def parse_mode(text: str) -> dict:
-  """ "exact", "ar", "fixed:2" (passes), "threshold:0.9" (probability), "exact:ngram" (draft)."""
+  """ "exact", "ar", "fixed:2" (passes), "threshold:0.9" (probability), "exact:ngram" (draft).
+
+  A budget may follow its draft: "exact:budget:16".
+  """
   mode, *values = text.split(":")
-  result = {"mode": mode}
+  result: dict[str, Any] = {"mode": mode}
+  budgeted = [name for name in KINDS if KINDS[name].budgeted]
+  if len(values) > 1 and values[-2] in budgeted and values[-1].isdecimal():
+    result["budget"] = int(values.pop())
   if values and values[-1] in DRAFTS:
     result["draft"] = values.pop()
   number = {"fixed": ("refine_iter", int, 2), "threshold": ("tau", float, 0.9)}.get(mode)
@@ -199,7 +206,8 @@ def parse() -> argparse.Namespace:
   add(
     "--modes",
     default="ar,exact",
-    help="ar, exact, fixed:PASSES, threshold:PROBABILITY; a draft may follow: exact:branches",
+    help="ar, exact, fixed:PASSES, threshold:PROBABILITY; a draft may follow: exact:branches,"
+    " exact:budget:TOKENS",
   )
   add("--block_sizes", default="4,8,16,32", help="tokens a pass can commit")
   add("--scorer", default="auto", help="auto, " + ", ".join(scoring.SCORERS))

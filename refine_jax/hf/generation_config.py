@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 
 from refine_jax.errors import UserError
+from refine_jax.hf.calibration import Calibration
+from refine_jax.hf.calibration import read as read_calibration
 from refine_jax.hf.config import read_json
 from refine_jax.model.transformer import ModelConfig
 from refine_jax.text.vocabulary import check_ids
@@ -22,6 +24,7 @@ class Refinement:
     adapter: the folder with a gated adapter, next to generation_config.json; None: there is none.
     base: the model that the adapter belongs to, a path or a hub name; None: this directory.
     base_fingerprint: of the weights of `base` (checkpoint/checksums.py); None: not known.
+    calibration: what the probabilities of drafts are worth; None: it was not measured.
   """
 
   noise_token: int
@@ -30,6 +33,7 @@ class Refinement:
   adapter: str | None = None
   base: str | None = None
   base_fingerprint: str | None = None
+  calibration: Calibration | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +119,8 @@ def _read_refinement(values: object, config: ModelConfig, where: str) -> Refinem
   # Any folder above would let the file point out of its directory.
   if adapter is not None and (Path(adapter).name != adapter or adapter == ".."):
     raise UserError(f"{where}.adapter={adapter!r} must name a folder beside {NAME}.")
-  return Refinement(noise, block, random_noise, **texts)
+  calibration = read_calibration(values.get("calibration"), f"{where}.calibration")
+  return Refinement(noise, block, random_noise, **texts, calibration=calibration)
 
 
 def describe_generation(directory: Path, eos: int | None, refinement: dict | None) -> dict:

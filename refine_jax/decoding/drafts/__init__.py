@@ -1,7 +1,8 @@
 """Where drafts come from: a file for each kind."""
 
 from refine_jax.decoding.drafts.branches import BranchDrafts
-from refine_jax.decoding.drafts.kind import DraftKind, Predicted
+from refine_jax.decoding.drafts.budget import BudgetDrafts, CycleDrafts
+from refine_jax.decoding.drafts.kind import DraftKind, Predicted, Rows
 from refine_jax.decoding.drafts.ngram import NgramDrafts
 from refine_jax.decoding.drafts.noise import NoiseDrafts
 from refine_jax.decoding.drafts.tail import TailDrafts
@@ -12,6 +13,8 @@ KINDS: dict[str, DraftKind] = {
   "noise": NoiseDrafts(),
   "ngram": NgramDrafts(),
   "branches": BranchDrafts(),
+  "budget": BudgetDrafts(),
+  "cycle": CycleDrafts(),
 }
 
-__all__ = ["KINDS", "DraftKind", "Predicted"]
+__all__ = ["KINDS", "DraftKind", "Predicted", "Rows"]

@@ -7,6 +7,7 @@ import jax
 
 from refine_jax.attention.cached import Reach
 from refine_jax.batch import Batch
+from refine_jax.hf.calibration import Calibration
 
 
 class Predicted(NamedTuple):
@@ -21,9 +22,44 @@ class Predicted(NamedTuple):
   probability: jax.Array
 
 
-# (hidden states x_BnD, first_B) -> Predicted: the tokens after these, where the first predicted one
-# stands at position first_B of its row.
-Choose = Callable[[jax.Array, jax.Array], Predicted]
+class Rows(NamedTuple):
+  """What a kind may know of the rows when it lays out a pass.
+
+  Attributes:
+    base: int32 [B], where in the window the last committed token stands.
+    noise: int32 [B], the rows' noise tokens.
+    known: int32 [B], how many drafts follow it that are predictions.
+    probability: float32 [B, N - 1], of each draft in the distribution that it was chosen from.
+    samples: bool [B], whether the row has a temperature.
+  """
+
+  base: jax.Array
+  noise: jax.Array
+  known: jax.Array
+  probability: jax.Array
+  samples: jax.Array
+
+
+class Layout(NamedTuple):
+  """What a pass runs over.
+
+  Attributes:
+    batch: ids, positions and is_noise [B, T].
+    reach: who sees whom.
+    drafts: int32 [B], how many of the window's drafts may be verified.
+    first, count: int32 [B, N], where the run of noise stands whose predictions go on after so many
+      right drafts, and how long it is; None where there are no runs.
+  """
+
+  batch: Batch
+  reach: Reach
+  drafts: jax.Array
+  first: jax.Array | None = None
+  count: jax.Array | None = None
+
+
+# order_Bn -> Predicted: the tokens after those of the pass at these places.
+Choose = Callable[[jax.Array], Predicted]
 
 
 class DraftKind(Protocol):
@@ -36,9 +72,18 @@ class DraftKind(Protocol):
 
   Attributes:
     needs_verifying: whether the kind is of no use to a mode that verifies no drafts ("fixed").
+    budgeted: whether Options.budget says how many tokens a pass has; such a kind serves mode
+      "exact" alone.
+    reads_probability: whether it needs those of the drafts.
   """
 
   needs_verifying: bool
+  budgeted: bool
+  reads_probability: bool
+
+  def set_up(self, budget: int, calibration: Calibration) -> "DraftKind":
+    """The kind for passes of so many tokens a row (0: its default), and a model's calibration."""
+    ...
 
   def prompt_drafts(self, block: int) -> int:
     """Counts the drafts that the prompt's pass makes for the first one."""
@@ -67,36 +112,26 @@ class DraftKind(Protocol):
     """
     ...
 
-  def extend(
-    self, window: Batch, reach: Reach, base_B: jax.Array, block: int, noise_B: jax.Array
-  ) -> tuple[Batch, Reach]:
+  def lay_out(self, window: Batch, reach: Reach, rows: Rows, block: int) -> Layout:
     """Adds the extra tokens to a pass, and says who sees whom.
 
     Args:
       window: ids, positions and is_noise of the window [B, W].
       reach: who sees whom in it.
-      base_B: int32, where in the window the last committed token stands.
-      noise_B: int32, the rows' noise tokens.
     """
     ...
 
   def predict(
-    self,
-    own: Predicted,
-    verified_B: jax.Array,
-    length_B: jax.Array,
-    x_BTD: jax.Array,
-    choose: Choose,
-  ) -> Predicted:
+    self, own: Predicted, verified_B: jax.Array, layout: Layout, choose: Choose
+  ) -> tuple[Predicted, jax.Array]:
     """Joins what the window predicts [B, N] with what the extra tokens do.
 
     Args:
       verified_B: int32, how many of the window's drafts are right.
-      length_B: int32, the position of the first predicted token.
-      x_BTD: hidden states of all tokens of the pass.
 
     Returns:
-      [B, N + extra_predictions]: those after the first verified + 1 are guesses.
+      [B, N + extra_predictions]: those after the first verified + 1 are guesses; and int32 [B], how
+      many of the leading ones mean anything.
     """
     ...
 
@@ -109,12 +144,18 @@ class DraftKind(Protocol):
     ...
 
   def following(
-    self, predicted: jax.Array, accepted_B: jax.Array, length_B: jax.Array, noise_B: jax.Array
+    self,
+    predicted: jax.Array,
+    count_B: jax.Array,
+    accepted_B: jax.Array,
+    length_B: jax.Array,
+    noise_B: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
     """Decides what stands from position length on for the next pass.
 
     Args:
       predicted: int32 [B, n], this pass's predictions, the first `accepted` of them committed.
+      count_B: int32, how many of them `predict` says mean anything.
       noise_B: int32, the rows' noise tokens.
 
     Returns:

@@ -13,7 +13,12 @@ class NoiseDrafts(TailDrafts):
     return 0
 
   def following(
-    self, predicted: jax.Array, accepted_B: jax.Array, length_B: jax.Array, noise_B: jax.Array
+    self,
+    predicted: jax.Array,
+    count_B: jax.Array,
+    accepted_B: jax.Array,
+    length_B: jax.Array,
+    noise_B: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
     committed = jnp.arange(predicted.shape[1])[None, :] < accepted_B[:, None]
     return jnp.where(committed, predicted, noise_B[:, None]), length_B + accepted_B
