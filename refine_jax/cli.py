@@ -24,28 +24,36 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
       status = main()
       sys.stdout.flush()
       sys.exit(status)
-    except UserError as error:
-      _fail(error)
     except KeyboardInterrupt:
       print(file=sys.stderr)
       sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
       _drop_output()
       sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-      if error.errno not in files.DISK_ERRORS:
+    except Exception as error:
+      text = one_line(error)
+      if text is None:
         raise
-      place = f"{error.filename}: " if error.filename else ""
-      _fail(f"{place}{error.strerror}; make room, or write elsewhere.")
-    except (MemoryError, RuntimeError) as error:  # JAX's errors are RuntimeErrors
-      if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-        raise
-      _fail(
-        f"There is too little memory ({reason(error)}); lower the batch size or the length, or take"
-        " a larger device. docs/troubleshooting.md says what else saves memory."
-      )
+      _fail(text)
 
   return run
+
+
+def one_line(error: BaseException) -> str | None:
+  """What a user is told of an error that can be mended; None for others, which are faults."""
+  if isinstance(error, UserError):
+    return str(error)
+  if isinstance(error, OSError) and error.errno in files.DISK_ERRORS:
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror}; make room, or write elsewhere."
+  # JAX's errors are RuntimeErrors.
+  full = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+  if full or isinstance(error, MemoryError):
+    return (
+      f"There is too little memory ({reason(error)}); lower the batch size or the length, or take"
+      " a larger device. docs/troubleshooting.md says what else saves memory."
+    )
+  return None
 
 
 def whole_number(option: str, least: int) -> Callable[[str], int]:

@@ -20,17 +20,17 @@ class Interrupt:
   on or a file system that does not answer.
 
   With several processes all must stop after the same step: JAX's preemption service, which
-  catches SIGTERM itself, agrees on one.
+  catches SIGTERM itself, agrees on one. SIGINT is handed on to it.
   """
 
   def __init__(self) -> None:
     self._signal: int | None = None
-    self._asked = False
+    self._asked = self._agreed = False
     self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> Self:
-    if jax.process_count() == 1:
-      self._previous = {s: signal.signal(s, self._handle) for s in _SIGNALS}
+    caught = _SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
+    self._previous = {s: signal.signal(s, self._handle) for s in caught}
     return self
 
   def __exit__(self, *_: object) -> None:
@@ -39,13 +39,16 @@ class Interrupt:
   def requested(self, step: int) -> bool:
     """Whether to stop after `step` steps; with several processes once for each step."""
     if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-      self._signal = signal.SIGTERM
+      self._agreed = True
+      self._signal = self._signal or signal.SIGTERM
     return self.pending
 
   @property
   def pending(self) -> bool:
-    """Whether to stop soon, as far as this process knows without asking others."""
-    return self._signal is not None or (self._asked and jax.process_count() == 1)
+    """Whether to stop soon; with several processes, whether all know it."""
+    if jax.process_count() > 1:
+      return self._agreed
+    return self._signal is not None or self._asked
 
   def ask(self) -> None:
     """Asks for a stop as a signal does; with several processes of all of them."""
@@ -71,6 +74,8 @@ class Interrupt:
     self._signal = number
     for s in self._previous:
       signal.signal(s, signal.SIG_DFL)
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
 
   def _restore(self):
     for s, handler in self._previous.items():

@@ -12,8 +12,11 @@ from refine_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives: checkpoints, logs, metrics.")
 _DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "Join the other hosts of this job (jax.distributed.initialize)."
+  "distributed", False, "Join the other processes of this run; implied by the three flags below."
 )
+_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT, where process 0 listens.")
+_COUNT = flags.DEFINE_integer("num_processes", None, "How many processes the run has.")
+_INDEX = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
 _HELP = {"--help", "-help", "-h", "-?", "--helpshort", "--helpfull"}
 
 
@@ -33,14 +36,15 @@ def main(argv: list[str]) -> int:
   # the libraries' own workspaces.
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
   # After the flags: importing jax takes seconds, and --help should not.
-  import jax
-
+  from refine_jax import distributed
   from refine_jax.training import train
 
-  if _DISTRIBUTED.value:
-    jax.distributed.initialize()
   logging.set_verbosity(logging.INFO if os.environ.get("REFINE_JAX_VERBOSE") else logging.WARNING)
-  return train.run(checked, _WORKDIR.value)
+  given = (_ADDRESS.value, _COUNT.value, _INDEX.value)
+  if not _DISTRIBUTED.value and all(value is None for value in given):
+    return train.run(checked, _WORKDIR.value)
+  with distributed.joined(distributed.find_place(*given, os.environ)):
+    return train.run(checked, _WORKDIR.value)
 
 
 @entry_point

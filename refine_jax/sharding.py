@@ -5,16 +5,18 @@ of name patterns, which covers the optimizer's moments too, as their names end a
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from refine_jax.batch import Batch
 from refine_jax.config import MeshConfig, OptimConfig
 from refine_jax.errors import UserError
+from refine_jax.quoting import reason
 from refine_jax.tree import leaf_name
 
 AXES = ("data", "fsdp", "tensor")
@@ -40,7 +42,7 @@ def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
   """A ("data", "fsdp", "tensor") mesh over all devices (or those given).
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices.
+    UserError: the sizes do not multiply to the number of devices, or no layout is known for them.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [config.data, config.fsdp, config.tensor]
@@ -59,7 +61,29 @@ def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
         f"config.mesh ({asked}) does not fit {len(devices)} devices; sizes must multiply to that."
       )
     devices = devices[:known]
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  return Mesh(_layout(sizes, devices, asked), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _layout(sizes: list[int], devices: Sequence, asked: str) -> np.ndarray:
+  """The devices in the order of a mesh: neighbours on an axis are neighbours of the network."""
+  kind = devices[0].device_kind
+  slices = len({d.slice_index for d in devices}) if devices[0].platform == "tpu" else 1
+  try:
+    # An axis may be no product of the network's own axes, as 8 on a torus of 4 x 4.
+    if slices == 1:
+      return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if sizes[0] % slices:
+      raise ValueError(f"{slices} slices take equal parts of mesh.data={sizes[0]}")
+    # Between TPU slices there is a slower network, for "data" alone.
+    within, between = [sizes[0] // slices, *sizes[1:]], [slices, 1, 1]
+    return mesh_utils.create_hybrid_device_mesh(
+      within, between, devices, allow_split_physical_axes=True
+    )
+  except (NotImplementedError, ValueError, AssertionError) as error:
+    raise UserError(
+      f"config.mesh ({asked}) cannot be laid out on {len(devices)} x {kind} ({reason(error)});"
+      " choose other sizes."
+    ) from error
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -110,7 +134,82 @@ def batch_sharding(mesh: Mesh, *, accumulated: bool) -> NamedSharding:
   return NamedSharding(mesh, spec)
 
 
-def put_batch(batch: Batch, mesh: Mesh, *, accumulated: bool) -> Batch:
-  """This process's rows (numpy, [A, B_local, T] or [B_local, T]) as global device arrays."""
-  sharding = batch_sharding(mesh, accumulated=accumulated)
-  return batch.map(lambda x: jax.make_array_from_process_local_data(sharding, x))
+def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
+  """Which of so many rows of a batch this process's devices hold: int [B_local], ascending.
+
+  Several processes hold the same rows where "tensor" reaches over them.
+  """
+  places = batch_sharding(mesh, accumulated=False).addressable_devices_indices_map((rows,))
+  held = [np.arange(rows)[index] for index in places.values()]
+  return np.unique(np.concatenate(held))
+
+
+def put_batch(batch: Batch, mesh: Mesh, *, accumulated: bool, rows: int | None = None) -> Batch:
+  """The rows that this process holds (numpy, [A, B_local, T] or [B_local, T]) as global arrays.
+
+  Args:
+    rows: B, of the global batch, of which these are `local_rows`; None: these are all of them.
+
+  Raises:
+    ValueError: they are not as many.
+  """
+  sharding, axis = batch_sharding(mesh, accumulated=accumulated), int(accumulated)
+  held = np.arange(batch.ids.shape[axis]) if rows is None else local_rows(mesh, rows)
+  if len(held) != batch.ids.shape[axis]:
+    raise ValueError(f"{batch.ids.shape[axis]} rows are not the {len(held)} that are held here")
+  count = len(held) if rows is None else rows
+
+  def put(x):
+    def part(index):
+      mine = np.searchsorted(held, np.arange(count)[index[axis]])
+      return np.take(x, mine, axis=axis)
+
+    shape = (*x.shape[:axis], count, *x.shape[axis + 1 :])
+    return jax.make_array_from_callback(shape, sharding, part)
+
+  return batch.map(put)
+
+
+def on_each_device(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+  """jax.shard_map over all axes of the mesh, or over those left inside of another one.
+
+  check_vma is off because custom kernels do not say over which axes their outputs vary.
+  """
+  place, specs = left(mesh, (in_specs, out_specs))
+  axes = set(mesh.axis_names) - _split_around()
+  return jax.shard_map(
+    function,
+    mesh=place,
+    in_specs=specs[0],
+    out_specs=specs[1],
+    axis_names=axes,
+    check_vma=False,
+  )
+
+
+def left(mesh: Mesh, specs: Any) -> tuple[Any, Any]:
+  """The mesh, and PartitionSpecs, without axes over which a jax.shard_map around us has split."""
+  manual = _split_around()
+  if not manual:
+    return mesh, specs
+
+  def without(part):
+    kept = tuple(a for a in ((part,) if isinstance(part, str) else part or ()) if a not in manual)
+    return kept or None
+
+  def leaf(spec):
+    return PartitionSpec(*map(without, spec))
+
+  around = jax.sharding.get_abstract_mesh()
+  return around, jax.tree.map(leaf, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def _split_around() -> set:
+  """Axes over which a jax.shard_map around us has split."""
+  around = jax.sharding.get_abstract_mesh()
+  return set() if around.empty else set(around.manual_axes)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """For what every device holds whole, and so every process can read."""
+  return NamedSharding(mesh, PartitionSpec())

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import train_fixtures as tiny
 
+from refine_jax import processes
 from refine_jax.checkpoint import checkpointer as checkpoint
 from refine_jax.checkpoint import checksums
 from refine_jax.checkpoint.checkpointer import Checkpointer
@@ -109,7 +111,6 @@ def _truncate(path):
     _truncate,
     lambda path: shutil.rmtree(path / "state"),
     lambda path: shutil.rmtree(path / "record"),
-    lambda path: shutil.rmtree(path / "data"),
   ],
 )
 def test_a_damaged_newest_is_reported_and_the_one_before_is_used(tmp_path, damage, caplog):
@@ -308,7 +309,6 @@ def _edit(path, old, new):
 @pytest.mark.parametrize(
   "file, old, new",
   [
-    ("data/process_0-of-1.json", '"next_index": 2', '"next_index": 3'),
     ("record/metadata", '"next_index": 2', '"next_index": 3'),
     ("record/metadata", '"seed": 2', '"seed": 7'),
   ],
@@ -319,6 +319,48 @@ def test_one_changed_digit_beside_the_arrays_sets_the_checkpoint_aside(tmp_path,
   state, step = restore_numbers(tmp_path)
   assert step == 1 and (tmp_path / "checkpoints" / "2.damaged").is_dir()
   assert_same(state, NUMBERS)
+
+
+def _rewrite_record(workdir, step, change):
+  path = workdir / "checkpoints" / str(step) / "record" / "metadata"
+  record = json.loads(path.read_text())
+  del record["crc"]
+  change(record)
+  path.write_text(json.dumps(record))
+
+
+def test_a_position_that_no_iterator_has_is_damage(tmp_path):
+  save_numbers(tmp_path, (1, 2))
+  _rewrite_record(tmp_path, 2, lambda record: record.update(position={"next": "?"}))
+  assert restore_numbers(tmp_path)[1] == 1
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_checkpoint_of_an_earlier_release_has_its_position_in_a_file_a_process(tmp_path, count):
+  save_numbers(tmp_path, (1, 2))
+  _rewrite_record(tmp_path, 2, lambda record: record.pop("position"))
+  (tmp_path / "checkpoints" / "2" / "data").mkdir()
+  for i in range(count):
+    file = tmp_path / "checkpoints" / "2" / "data" / f"process_{i}-of-{count}.json"
+    file.write_text('{"next_index": 2}')
+  iterator = new_iterator()
+  reader = Checkpointer(tmp_path, max_to_keep=3)
+  assert reader.restore(None, abstract(NUMBERS), iterator, IDENTITY)[1] == 2
+  assert next(iterator) == 2
+
+
+@pytest.mark.parametrize("other", ["", "no such file"])
+def test_a_checkpoint_that_only_some_processes_can_read_is_an_error_and_stays(
+  tmp_path, other, monkeypatch
+):
+  save_numbers(tmp_path, (1, 2))
+  if not other:
+    shutil.rmtree(tmp_path / "checkpoints" / "2" / "state")
+  said = iter(["2 1", "", other])  # by another process: its steps, no error, what it read
+  monkeypatch.setattr(processes, "gather", lambda text: [text, next(said)])
+  with pytest.raises(UserError, match="checkpoints/2 cannot be read by process . of 2"):
+    restore_numbers(tmp_path)
+  assert (tmp_path / "checkpoints" / "2").is_dir() and not list(tmp_path.rglob("*.damaged"))
 
 
 def test_what_does_not_belong_to_its_step_is_set_aside(tmp_path):

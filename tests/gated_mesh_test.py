@@ -56,6 +56,24 @@ def test_eight_devices_give_the_loss_and_gradient_of_one():
     assert place.is_equivalent_to(x.sharding, x.ndim)
 
 
+def test_lora_on_data_parallel_devices_gives_the_gradient_of_one():
+  config, adapter = tiny.tiny_config(), dataclasses.replace(ADAPTER, kind="lora")
+  batch, key = tiny.split(tiny.packed_batch(24), 2), jax.random.key(4)
+  params, factors = tiny.params_with_biases(config), random_factors(config)
+
+  def run(mesh, batch):
+    forward = tiny.forward(config, adapter=adapter, mesh=mesh)
+    base = jax.jit(forward.freeze)(params)
+    of_rounds = functools.partial(
+      gradients.of_rounds, step_config=tiny.step_config(), forward=forward
+    )
+    return jax.jit(of_rounds)(factors, batch, base, key)
+
+  mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=1, tensor=1), jax.devices()[:4])
+  want, got = run(None, batch), run(mesh, sharding.put_batch(batch, mesh, accumulated=True))
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-4), got, want)
+
+
 def test_each_device_scores_its_own_drafts():
   keys = jax.random.split(jax.random.key(0), 3)
   x, clean = (jax.random.normal(k, (8, 9, 16)) for k in keys[:2])

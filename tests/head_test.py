@@ -12,14 +12,18 @@ from refine_jax.model.head import cross_entropy
 B, T, D, V = 4, 24, 16, 101
 
 
-@pytest.fixture
-def problem():
+def make_problem(V=V):
   keys = jax.random.split(jax.random.key(0), 4)
   x = jax.random.normal(keys[0], (B, T, D))
   head = jax.random.normal(keys[1], (V, D))
   targets = jax.random.randint(keys[2], (B, T), 0, V)
   weights = jax.random.uniform(keys[3], (B, T)) * jax.random.bernoulli(keys[3], 0.4, (B, T))
   return x, head, targets, weights
+
+
+@pytest.fixture
+def problem():
+  return make_problem()
 
 
 def dense(x, head, targets, weights):
@@ -30,9 +34,10 @@ def dense(x, head, targets, weights):
 
 @pytest.mark.parametrize("gradient", ["forward", "recompute"])
 @pytest.mark.parametrize("chunk", [7, 32, 96, 1000])
-@pytest.mark.parametrize("meshed", [False, True])
-def test_equals_dense_logits(problem, gradient, chunk, meshed):
-  x, head, targets, weights = problem
+# The vocabulary is split where tensor divides it, else the tokens are.
+@pytest.mark.parametrize("meshed, vocabulary", [(False, V), (True, V), (True, 102)])
+def test_equals_dense_logits(gradient, chunk, meshed, vocabulary):
+  x, head, targets, weights = make_problem(vocabulary)
   mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)) if meshed else None
 
   def scaled(x, head):  # a cotangent that is not one
@@ -63,6 +68,15 @@ def test_of_equal_logits_the_lowest_id_is_predicted():
   head = jnp.zeros((V, D)).at[jnp.array([17, 5, 90])].set(1.0)
   _, output = cross_entropy(x, head, jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 3)))
   np.testing.assert_array_equal(output.predictions, [[5, 5, 5]])
+
+
+def test_of_equal_logits_on_several_devices_the_lowest_id_is_predicted():
+  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=2), jax.devices()[:2])
+  x, head = jnp.ones((1, 2, D)), jnp.zeros((100, D)).at[jnp.array([90, 17, 50])].set(1.0)
+  run = jax.jit(lambda head: cross_entropy(x, head, *targets, mesh=mesh)[1].predictions)
+  targets = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2))
+  np.testing.assert_array_equal(run(head), [[17, 17]])
+  np.testing.assert_array_equal(run(head.at[17].set(0)), [[50, 50]])
 
 
 def test_tokens_of_weight_zero_never_reach_the_head(problem):

@@ -24,15 +24,17 @@ MAY_IMPORT = {
   "cli": {"errors", "files", "quoting"},
   "interrupt": set(),
   "lock": {"errors", "files"},
+  "processes": {"errors"},
+  "distributed": {"cli", "errors", "quoting"},
   "config": _LEAVES,
   "sharding": _LEAVES | {"batch", "config"},
   "text": _LEAVES,
   "model": {"batch", "sharding"},
-  "checkpoint": _LEAVES,
+  "checkpoint": _LEAVES | {"processes"},
   "attention": {"batch", "errors", "model", "sharding"},
   "objective": {"batch", "config", "errors"},
   "data": _LEAVES | {"batch", "config", "text"},
-  "hf": _LEAVES | {"model", "objective", "text"},
+  "hf": _LEAVES | {"model", "objective", "processes", "text"},
   "decoding": _LEAVES
   | {"attention", "batch", "checkpoint", "compile_cache", "hf", "interrupt", "model", "text"},
   "evaluation": _LEAVES | {"cli", "data", "decoding", "hf", "model", "text"},
@@ -51,7 +53,7 @@ MAY_IMPORT = {
     "interrupt",
     "lock",
   }
-  | {"model", "objective", "sharding", "text"},
+  | {"model", "objective", "processes", "sharding", "text"},
 }
 DOORS = {"main", "evaluate", "lm_eval", "serve", "tune", "__init__"}
 

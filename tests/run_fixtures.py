@@ -81,11 +81,17 @@ def train(place, workdir, *extra, check=True) -> Ended:
   """A run in this process, which costs no imports and shares compiled programs; on one device."""
   flag_values = flags.FlagValues()
   workdir_flag = flags.DEFINE_string("workdir", None, "", flag_values=flag_values)
-  distributed = flags.DEFINE_bool("distributed", False, "", flag_values=flag_values)
+  others = {
+    "_DISTRIBUTED": flags.DEFINE_bool("distributed", False, "", flag_values=flag_values),
+    "_ADDRESS": flags.DEFINE_string("coordinator_address", None, "", flag_values=flag_values),
+    "_COUNT": flags.DEFINE_integer("num_processes", None, "", flag_values=flag_values),
+    "_INDEX": flags.DEFINE_integer("process_id", None, "", flag_values=flag_values),
+  }
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(main_lib, "flags", types.SimpleNamespace(FLAGS=flag_values))
     patch.setattr(main_lib, "_WORKDIR", workdir_flag)
-    patch.setattr(main_lib, "_DISTRIBUTED", distributed)
+    for name, flag in others.items():
+      patch.setattr(main_lib, name, flag)
     one = () if any("mesh.data" in a for a in extra) else ("--config.mesh.data=1",)
     return _call(place, main_lib.run, ["main", *arguments(workdir, *one, *extra)], check)
 

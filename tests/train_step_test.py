@@ -66,7 +66,7 @@ def test_micro_batches_give_the_step_of_one_batch():
 
 @pytest.mark.parametrize(
   "sizes,kind",
-  [((8, 1, 1), "uniform"), ((1, 8, 1), "uniform"), ((2, 2, 2), "block"), ((1, 4, 2), "uniform")],
+  [((8, 1, 1), "block"), ((1, 8, 1), "uniform"), ((2, 2, 2), "block"), ((1, 4, 2), "uniform")],
 )
 def test_eight_devices_take_the_step_of_one(sizes, kind):
   batch, forward = tiny.split(tiny.packed_batch(48), 2), tiny.forward()

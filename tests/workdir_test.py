@@ -182,13 +182,11 @@ def test_a_name_that_is_not_compared_cannot_be_allowed(tmp_path, configure):
 
 
 def test_a_data_position_that_is_not_the_steps_is_set_aside(used, configure):
-  # Both places agree, so that only the step tells.
   step = used / "checkpoints" / "3"
   record = json.loads((step / "record" / "metadata").read_text())
   del record["crc"]
   record["position"] = {"next_index": 4}
   (step / "record" / "metadata").write_text(json.dumps(record))
-  (step / "data" / "process_0-of-1.json").write_text('{"next_index": 4}')
   assert train.run(configure(), used) == 0
   assert (used / "checkpoints" / "3.damaged").is_dir()
   assert checkpointer.steps(used / "checkpoints") == [2, 3]

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from refine_jax.batch import Array, Batch
 from refine_jax.model.layer import AttendWith
-from refine_jax.sharding import BATCH_AXES
+from refine_jax.sharding import BATCH_AXES, on_each_device
 
 _SPLASH_LANES = 128
 
@@ -68,8 +68,6 @@ def on_mesh(
 ) -> Callable:
   """Gives each device its rows and heads, where kernels know nothing of meshes.
 
-  check_vma is off because custom kernels do not say over which axes their outputs vary.
-
   Args:
     engine: (q, k, v and others [B, T, H, h], arrays of this rank that lead with B) -> [B, T, H, h].
     mesh: None: one device.
@@ -80,7 +78,7 @@ def on_mesh(
   by_head = PartitionSpec(BATCH_AXES, None, "tensor", None)
   by_row = PartitionSpec(BATCH_AXES, *(None,) * (rank - 1))
   in_specs = (by_head,) * heads + (by_row,) * rows
-  return jax.shard_map(engine, mesh=mesh, in_specs=in_specs, out_specs=by_head, check_vma=False)
+  return on_each_device(engine, mesh, in_specs, by_head)
 
 
 def for_batch(batch: Batch, **options: Any) -> AttendWith:

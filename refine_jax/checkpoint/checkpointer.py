@@ -1,8 +1,9 @@
 """Checkpoints at WORKDIR/checkpoints/STEP: everything that Orbax does, in one file.
 
-One holds the training state, the data iterator and a JSON record (run config, the model's shape,
-what makes the run, checksums). A step's directory appears under its name only when it is complete;
-what a killed run left of one has another name, and is deleted when the next run first saves.
+One holds the training state and a JSON record (run config, the model's shape, what makes the run,
+the position in the data, checksums), whatever the number of processes. A step's directory appears
+under its name only when it is complete; what a killed run left of one has another name, and is
+deleted when the next run first saves.
 """
 
 import json
@@ -11,13 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from grain import DatasetIterator
-from jax.experimental import multihost_utils
 
+from refine_jax import processes
 from refine_jax.checkpoint import checksums, compare
 from refine_jax.checkpoint.directory import (
   Disk,
@@ -25,6 +25,7 @@ from refine_jax.checkpoint.directory import (
   checkpoint_directory,
   delete_all_but,
   find_step,
+  position,
   quiet_threads,
   read_newest,
   refuse_taken,
@@ -54,6 +55,10 @@ class Checkpointer:
   def latest_step(self) -> int | None:
     return max(steps(self.directory), default=None)
 
+  def has_any(self) -> bool:
+    """Whether there is a checkpoint, as the first process sees it; all must call it."""
+    return bool(processes.from_first(self.latest_step() is not None))
+
   def save(
     self,
     step: int,
@@ -78,7 +83,7 @@ class Checkpointer:
       UserError: this save, or the one before, could not be written.
     """
     self.wait()
-    if step in steps(self.directory):
+    if processes.from_first(step in steps(self.directory)):
       return
     refuse_taken(self.directory / str(step))
     record = {
@@ -93,7 +98,6 @@ class Checkpointer:
       state = jax.tree.map(lambda x: x.copy(), state)
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
-      data=grain.checkpoint.CheckpointSave(iterator),
       record=ocp.args.JsonSave(record | {"crc": _crc(record)}),
     )
     with self._disk.errors():
@@ -123,7 +127,8 @@ class Checkpointer:
     """The newest checkpoint that can be read, or that of `step`.
 
     One that cannot be read is reported, and the one before tried; when that succeeds, those
-    damaged are set aside as STEP.damaged, to make room for their steps.
+    damaged are set aside as STEP.damaged, to make room for their steps. Of several processes the
+    first one chooses, and a checkpoint is damaged where none of them can read it.
 
     Args:
       abstract_state: the state's tree of jax.ShapeDtypeStruct with shardings.
@@ -137,18 +142,15 @@ class Checkpointer:
       (state, step)
 
     Raises:
-      UserError: of another model, optimizer or run, or none can be read.
+      UserError: of another model, optimizer or run, or none can be read, or only some processes
+        can read it.
     """
-
-    def read(path):
-      return _restore(path, abstract_state, iterator, identity, run=run, allow=allow, check=check)
-
-    state, found, damaged = read_newest(self.directory, step, read)
-    for path in damaged:
-      if jax.process_index() == 0:
+    state, found, damaged = _restore(
+      self.directory, step, abstract_state, iterator, identity, run=run, allow=allow, check=check
+    )
+    with processes.together():
+      for path in damaged if processes.is_first() else ():
         set_aside(path)
-      if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"set aside {path}")
     return state, found
 
   def restore_from(
@@ -162,13 +164,10 @@ class Checkpointer:
     Returns:
       (state, the checkpoint's path)
     """
-    workdir, step = resolve_resume_path(path)
+    with processes.together():
+      workdir, step = resolve_resume_path(path)
     directory = checkpoint_directory(workdir)
-
-    def read(path):
-      return _restore(path, abstract_state, iterator, identity, **compared)
-
-    state, found, _ = read_newest(directory, step, read)
+    state, found, _ = _restore(directory, step, abstract_state, iterator, identity, **compared)
     return state, directory / str(found)
 
   def check(self) -> None:
@@ -192,7 +191,7 @@ class Checkpointer:
     with self._disk.errors():
       self._open().wait_until_finished()
     _open_again(path)
-    if jax.process_index() == 0:
+    if processes.is_first():
       with self._disk.errors():
         delete_all_but(self.directory, self._max_to_keep)
 
@@ -223,22 +222,25 @@ def _open_again(path):
     ) from error
 
 
-def _restore(path, abstract_state, iterator, identity, *, run=None, allow=(), check=None):
-  record = _read(path).record
+def _restore(directory, step, abstract_state, iterator, identity, run=None, allow=(), check=None):
+  """What read_newest gives: (state, its step, paths of newer ones that are damaged)."""
   leaves = {leaf_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(abstract_state)}
-  compare.refuse_others(path, record, identity, leaves, run or {}, allow)
-  restored = _read(
-    path,
-    state=ocp.args.StandardRestore(abstract_state),
-    data=grain.checkpoint.CheckpointRestore(iterator),
-  )
-  checksums.verify(restored.state, record["checksums"])
-  position = json.loads(json.dumps(iterator.get_state()))
-  if position != record.get("position", position):
-    raise ValueError(f"the data is at {position}, not at {record['position']} as when it was saved")
-  if check is not None:
-    check(int(path.name), restored.state, iterator)
-  return restored.state
+
+  def read(path):
+    record = _read(path).record
+    compare.refuse_others(path, record, identity, leaves, run or {}, allow)
+    restored = _read(path, state=ocp.args.StandardRestore(abstract_state))
+    return record, position(path, record), restored.state
+
+  def verify(path, parts):  # all processes together: sums go over the parts of all
+    record, place, state = parts
+    checksums.verify(state, record["checksums"])
+    iterator.set_state(place)
+    if check is not None:
+      check(int(path.name), state, iterator)
+    return state
+
+  return read_newest(directory, step, read, verify)
 
 
 def restore_params(workdir: str | Path, step: int | None = None) -> tuple[dict, int]:
@@ -273,7 +275,13 @@ def _read(path, **items):
   Raises:
     ValueError: the record is not what was saved.
   """
-  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+  # Each process for itself: one that fails must not leave the others waiting.
+  own = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(own, {own}, f"process_{own}")
+  handler = ocp.CompositeCheckpointHandler(
+    composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
+  )
+  with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
     args = ocp.args.Composite(record=ocp.args.JsonRestore(), **items)
     restored = checkpointer.restore(path, args)
   # Checkpoints of earlier releases have none.

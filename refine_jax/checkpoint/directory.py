@@ -1,6 +1,7 @@
 """WORKDIR/checkpoints: which steps are there, and what the path must look like for Orbax."""
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from refine_jax import files
+from refine_jax import files, processes
 from refine_jax.errors import UserError
 from refine_jax.quoting import reason
 
@@ -86,31 +87,73 @@ def find_step(workdir: str | Path, step: int | None) -> int:
 
 
 def read_newest(
-  directory: Path, step: int | None, read: Callable[[Path], Any]
+  directory: Path,
+  step: int | None,
+  read: Callable[[Path], Any],
+  verify: Callable[[Path, Any], Any] = lambda _, found: found,
 ) -> tuple[Any, int, list[Path]]:
-  """Reads the newest checkpoint that can be read, or that of `step`.
+  """Reads the newest checkpoint that can be read, or that of `step`; all processes must call it.
+
+  Args:
+    read: of a path; each process for itself.
+    verify: of a path and what `read` gave, when all processes have it.
 
   Returns:
-    what `read` gives of its path; its step; the paths of newer ones that cannot be read.
+    what `verify` gives; its step; the paths of newer ones that no process can read.
 
   Raises:
-    UserError: none can be read; or what `read` raises so.
+    UserError: none can be read, or only some processes can read one; or what `read` raises so.
   """
   damaged, why = [], "none"
-  for candidate in steps(directory)[::-1] if step is None else [step]:
+  there = steps(directory)[::-1] if step is None else [step]
+  chosen = processes.gather(" ".join(map(str, there)))[0]  # the first process's choice
+  for candidate in map(int, chosen.split()):
     path = directory / str(candidate)
-    try:
-      return read(path), candidate, damaged
-    except UserError:
-      raise
-    except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
-      why = f"{path} cannot be read: {reason(error)}"
-      logging.warning("checkpoint %s", why)
-      damaged.append(path)
+    found, error = _agreed(path, read, path)
+    if error is None:
+      found, error = _agreed(path, verify, path, found)
+    if error is None:
+      return found, candidate, damaged
+    why = f"{path} cannot be read: {error}"
+    logging.warning("checkpoint %s", why)
+    damaged.append(path)
   raise UserError(
     f"No checkpoint in {directory} can be read ({why}). Nothing was changed; mend it, or"
     " choose another --workdir to start anew."
   )
+
+
+def _agreed(path: Path, function: Callable, *arguments: Any) -> tuple[Any, str | None]:
+  """What the function gives, or why no process could call it.
+
+  Raises:
+    UserError: what it raises so, or some processes could and others not.
+  """
+  result, why = None, ""
+  with processes.together():
+    try:
+      result = function(*arguments)
+    except UserError:
+      raise
+    except Exception as error:  # Orbax, TensorStore and JSON raise many kinds
+      why = reason(error) or "an error"
+  reasons = processes.gather(why)
+  failed = [i for i, text in enumerate(reasons) if text]
+  if 0 < len(failed) < len(reasons):
+    raise UserError(
+      f"{path} cannot be read by process {failed[0]} of {len(reasons)} ({reasons[failed[0]]}), and"
+      " can by others. Nothing was changed; see that every host reaches the same files."
+    )
+  return result, why or None
+
+
+def position(path: Path, record: dict) -> dict:
+  """The data iterator's state in a checkpoint: one index, whatever the number of processes."""
+  if "position" in record:
+    return record["position"]
+  # Of earlier releases: in a file for each process, all the same.
+  file = min((path / "data").glob("process_*.json"))
+  return json.loads(file.read_text(encoding="utf-8"))
 
 
 def refuse_taken(path: Path) -> None:

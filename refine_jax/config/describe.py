@@ -29,7 +29,10 @@ def help_text() -> str:
   flags = {
     "--config=FILE[:RECIPE]": "A Python file with get_config, such as those of configs/.",
     "--workdir=DIR": "Where the run lives: checkpoints, logs, metrics.",
-    "--[no]distributed": "Join the other hosts of this job (jax.distributed.initialize).",
+    "--[no]distributed": "Join the other processes of this run (docs/scale.md).",
+    "--coordinator_address=..": "HOST:PORT, where process 0 listens; implies --distributed.",
+    "--num_processes=N": "How many processes the run has; implies --distributed.",
+    "--process_id=I": "Which of them this one is, from 0; implies --distributed.",
     "--flagfile=FILE": "More flags, one per line.",
     "--help": "Print this.",
   }

@@ -51,7 +51,8 @@ class EvalConfig:
   generate_every: int = key(
     0,
     "Optimizer steps between answering problems (columns data.prompt_key and answer), also at the"
-    " end, in blocks of noise.block_size, mode exact. One host only.",
+    " end, in blocks of noise.block_size, mode exact. Every process answers all of them, on"
+    " one of its devices.",
     least=1,
     special={0: "never"},
   )

@@ -136,19 +136,17 @@ def _pack(examples: Examples, data: DataConfig) -> Packing:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Batches(Sequence):
-  """Batch i as [A, B_local, T]: this process's part of each micro-batch."""
+  """Batch i as [A, B_local, T]: the rows of each micro-batch that this process holds."""
 
   rows: Rows
   accumulation: int
-  process_index: int
-  process_count: int
+  held: np.ndarray | None
 
   def __post_init__(self) -> None:
-    if self.rows.batch_size % (self.accumulation * self.process_count):
+    if self.rows.batch_size % self.accumulation:
       raise UserError(
         f"A batch of {self.rows.batch_size} rows does not split into accumulation="
-        f"{self.accumulation} equal parts on each of {self.process_count} processes;"
-        " change config.optim.batch_size (for validation: config.eval.batch_size)."
+        f"{self.accumulation} equal parts; change config.optim.batch_size."
       )
 
   def __len__(self) -> int:
@@ -159,9 +157,9 @@ class _Batches(Sequence):
       raise IndexError(index)
     size = self.rows.batch_size
     # The global batch is the same however it is split: rows of a micro-batch lie together, and
-    # each process takes a contiguous part of every micro-batch.
-    indices = (index * size + np.arange(size)).reshape(self.accumulation, self.process_count, -1)
-    mine = indices[:, self.process_index]
+    # each process takes those of every micro-batch that its devices hold.
+    indices = (index * size + np.arange(size)).reshape(self.accumulation, -1)
+    mine = indices if self.held is None else indices[:, self.held]
     return self.rows.batch(mine.ravel()).map(lambda x: x.reshape(*mine.shape, -1))
 
 
@@ -176,33 +174,34 @@ def train_iterator(
   rows: Rows,
   *,
   accumulation: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  held: np.ndarray | None = None,
   prefetch: int = 4,
 ) -> grain.DatasetIterator:
   """A Grain iterator over batches, `Rows.batch` as [A, B_local, T], read ahead by threads.
 
   Its state is the index of the next batch, so it goes on exactly where it was saved. What a
-  global batch holds depends neither on the accumulation nor on the number of processes: put
-  together along B_local and then along A, it is rows i * batch_size up to (i + 1) * batch_size.
+  global batch holds depends neither on the accumulation nor on the processes: global batch i is
+  rows i * batch_size up to (i + 1) * batch_size, in micro-batches of equal size one after another.
 
   Args:
     accumulation: A, micro-batches a step.
+    held: the B_local rows of each micro-batch that this process holds, counted from its first
+      (sharding.local_rows); None: all of them.
     prefetch: batches to make ahead.
 
   Raises:
     UserError: the batch does not split evenly.
   """
-  source = _Batches(rows, accumulation, process_index, process_count)
+  source = _Batches(rows, accumulation, held)
   threads = min(_READ_THREADS, prefetch)
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
   return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
-def eval_batches(rows: Rows, *, process_index: int = 0, process_count: int = 1) -> Sequence[Batch]:
+def eval_batches(rows: Rows, *, held: np.ndarray | None = None) -> Sequence[Batch]:
   """`Rows.batch` as [B_local, T]; the last batch may hold empty rows.
 
-  Raises:
-    UserError: the batch does not split evenly.
+  Args:
+    held: as for `train_iterator`.
   """
-  return _EvalBatches(rows, 1, process_index, process_count)
+  return _EvalBatches(rows, 1, held)

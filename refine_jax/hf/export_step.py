@@ -28,14 +28,13 @@ def export_step(
   Returns:
     the directory; processes other than the first take part in gathering only.
   """
-  import jax
-  from jax.experimental import multihost_utils
+  from refine_jax import processes
 
-  if jax.process_count() > 1:
-    params = multihost_utils.process_allgather(params, tiled=True)
+  if processes.several():
+    params = processes.whole(params)
   workdir = Path(workdir)
   output = workdir / f"global_step_{step}" / "huggingface"
-  if jax.process_index() != 0 or output.exists():
+  if not processes.is_first() or output.exists():
     return output
   identity = identity or {}
   shape = adapters.from_json(identity.get("adapter"))

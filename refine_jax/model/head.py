@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from refine_jax.batch import Array
-from refine_jax.sharding import AXES, BATCH_AXES
+from refine_jax.sharding import AXES, BATCH_AXES, on_each_device
 
 
 class HeadOutput(NamedTuple):
@@ -56,7 +56,8 @@ def cross_entropy(
     chunk: tokens at a time.
     gradient: "forward" or "recompute".
     frozen: the head gets no gradient, and none is computed.
-    mesh: splits tokens over all its axes ([B, T, D] only); None: one device.
+    mesh: splits rows over data and fsdp, and over tensor the vocabulary, where that divides it,
+      else the tokens of a row ([B, T, D] only); None: one device.
 
   Returns:
     (sum of weight * cross-entropy, float32 scalar; HeadOutput). Gradients flow to x and
@@ -67,6 +68,15 @@ def cross_entropy(
   if mesh is None or mesh.size == 1:
     total, output = local(x, head_VD, targets, weights, scored)
     return total[0], output
+  if mesh.shape["tensor"] > 1 and head_VD.shape[0] % mesh.shape["tensor"] == 0:
+    rows = PartitionSpec(BATCH_AXES)
+    total, output = on_each_device(
+      functools.partial(local, split=True),
+      mesh,
+      (rows, PartitionSpec("tensor"), rows, rows, rows),
+      (PartitionSpec(AXES), rows),
+    )(x, head_VD, targets, weights, scored)
+    return jnp.sum(total), output
   # Each device takes its own tokens against the whole head; the sum of its shards' gradients
   # is one reduction at the end, not one a chunk.
   count = targets.shape[1]
@@ -76,50 +86,50 @@ def cross_entropy(
     return jnp.pad(y, [(0, 0), (0, missing), *[(0, 0)] * (y.ndim - 2)])
 
   tokens = PartitionSpec(BATCH_AXES, "tensor")
-  total, output = jax.shard_map(
+  total, output = on_each_device(
     local,
-    mesh=mesh,
-    in_specs=(PartitionSpec(BATCH_AXES, "tensor", None), PartitionSpec(), tokens, tokens, tokens),
-    out_specs=(PartitionSpec(AXES), tokens),
-    check_vma=False,
+    mesh,
+    (PartitionSpec(BATCH_AXES, "tensor", None), PartitionSpec(), tokens, tokens, tokens),
+    (PartitionSpec(AXES), tokens),
   )(filled_up(x), head_VD, *map(filled_up, (targets, weights, scored)))
   return jnp.sum(total), jax.tree.map(lambda y: y[:, :count], output)
 
 
-def _local(x, head_VD, targets, weights, scored, *, chunk, gradient, frozen):
+def _local(x, head_VD, targets, weights, scored, *, chunk, gradient, frozen, split=False):
   shape = targets.shape
   flat = x.reshape(-1, x.shape[-1])
   chunk = min(chunk, targets.size)
   per_token = (y.reshape(-1) for y in (targets, weights, scored))
-  total, output = cast(tuple, _chunked(flat, head_VD, *per_token, chunk, gradient, frozen))
+  static = (chunk, gradient, frozen, split)
+  total, output = cast(tuple, _chunked(flat, head_VD, *per_token, *static))
   return total[None], jax.tree.map(lambda y: y.reshape(shape), output)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _chunked(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, gradient, frozen) -> tuple:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _chunked(
+  x_ND, head_VD, targets_N, weights_N, scored_N, chunk, gradient, frozen, split
+) -> tuple:
   del gradient, frozen
-  return _run(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, with_gradients=False)[:2]
+  arrays = (x_ND, head_VD, targets_N, weights_N, scored_N)
+  return _run(*arrays, chunk, split, with_gradients=False)[:2]
 
 
-def _chunked_fwd(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, gradient, frozen):
+def _chunked_fwd(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, gradient, frozen, split):
+  arrays = (x_ND, head_VD, targets_N, weights_N, scored_N)
   if gradient == "forward":
-    total, output, dx, dhead = _run(
-      x_ND, head_VD, targets_N, weights_N, scored_N, chunk, with_gradients=True, frozen=frozen
-    )
+    total, output, dx, dhead = _run(*arrays, chunk, split, with_gradients=True, frozen=frozen)
     return (total, output), (dx, None if frozen else dhead.astype(head_VD.dtype))
-  result = _chunked(x_ND, head_VD, targets_N, weights_N, scored_N, chunk, gradient, frozen)
-  return result, (x_ND, head_VD, targets_N, weights_N, scored_N)
+  return _chunked(*arrays, chunk, gradient, frozen, split), arrays
 
 
-def _chunked_bwd(chunk, gradient, frozen, residuals, cotangents):
+def _chunked_bwd(chunk, gradient, frozen, split, residuals, cotangents):
   scale = cotangents[0]
   if gradient == "forward":
     dx, dhead = residuals
   else:
     x_ND, head_VD, targets_N, weights_N, scored_N = residuals
-    _, _, dx, dhead = _run(
-      x_ND, head_VD, targets_N, weights_N, scored_N, chunk, with_gradients=True, frozen=frozen
-    )
+    arrays = (x_ND, head_VD, targets_N, weights_N, scored_N)
+    _, _, dx, dhead = _run(*arrays, chunk, split, with_gradients=True, frozen=frozen)
     dhead = None if frozen else dhead.astype(head_VD.dtype)
   dhead = None if dhead is None else (dhead * scale).astype(dhead.dtype)
   return (dx * scale).astype(dx.dtype), dhead, None, None, None
@@ -129,12 +139,20 @@ _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
 def _run(
-  x_ND, head_VD, targets_N, weights_N, scored_N, chunk, *, with_gradients, frozen=False
+  x_ND, head_VD, targets_N, weights_N, scored_N, chunk, split, *, with_gradients, frozen=False
 ) -> Any:
-  """The loop over chunks of scored tokens: (total, HeadOutput[, dx_ND, dhead_VD float32])."""
+  """The loop over chunks of scored tokens: (total, HeadOutput[, dx_ND, dhead_VD float32]).
+
+  Where the vocabulary is split over "tensor", total is the part of targets that this device has,
+  dx_ND the part of its columns, and their sums over devices are what is meant.
+  """
   count = targets_N.size
   head = head_VD.astype(x_ND.dtype)
   order, turns = scored_first(scored_N, chunk)
+  first_id = 0
+  if split:
+    first_id = jax.lax.axis_index("tensor") * head_VD.shape[0]
+    turns = jax.lax.pmax(turns, "tensor")  # all take part in each reduction over it
 
   def body(i, carry):
     total, outputs, dx, dhead = carry
@@ -148,10 +166,17 @@ def _run(
       x, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
     highest, log_sum, predictions = reduce_logits(logits)
+    if split:
+      targets -= first_id
+      here = used & (targets >= 0) & (targets < head.shape[0])
+      local = _one_a_row(logits, jnp.where(here, targets, 0))
+      target_logits = jax.lax.psum(jnp.where(here, local, 0), "tensor")
+      highest, log_sum, predictions = _over_vocabulary(highest, log_sum, predictions + first_id)
+    else:
+      here, target_logits = used, _one_a_row(logits, targets)
     lse = highest + log_sum
-    # A gather of one logit a token: a masked sum would read them all once more.
-    losses = lse - jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-    total += jnp.sum(jnp.where(used, losses * weights, 0))
+    losses = lse - target_logits
+    total += jnp.sum(jnp.where(here, losses * weights, 0))
     new = (predictions, losses, jnp.exp(-log_sum))
     outputs = tuple(
       o.at[rows].set(jnp.where(used, n, 0).astype(o.dtype), mode="drop")
@@ -179,6 +204,20 @@ def _run(
   total, outputs, dx, dhead = jax.lax.fori_loop(0, turns, body, (jnp.zeros(()), outputs, dx, dhead))
   output = HeadOutput(*outputs)
   return (total, output, dx, dhead) if with_gradients else (total, output)
+
+
+def _one_a_row(logits_NV, columns_N):
+  """A gather of one logit a token: a masked sum would read them all once more."""
+  return jnp.take_along_axis(logits_NV, columns_N[:, None], axis=1)[:, 0]
+
+
+def _over_vocabulary(highest, log_sum, predictions):
+  """reduce_logits of all columns from that of each device's; of equals the lowest id."""
+  top = jax.lax.pmax(highest, "tensor")
+  total = jax.lax.psum(jnp.exp(log_sum + highest - top), "tensor")
+  none = jnp.iinfo(jnp.int32).max
+  best = jax.lax.pmin(jnp.where(highest == top, predictions, none), "tensor")
+  return top, jnp.log(total), best
 
 
 def scored_first(scored_N: jax.Array, chunk: int) -> tuple:

@@ -22,6 +22,17 @@ Attend = Callable[..., tuple]
 # The attention of a layer with this sliding window (None: no window).
 AttendWith = Callable[[int | None], Attend]
 
+# (activations, what they are: "residual" [B, T, D], "heads" [B, T, H, h], "features" [B, T, F]) ->
+# the same, with a sharding where there are several devices.
+Constrain = Callable[[jax.Array, str], jax.Array]
+
+
+def anywhere(x: jax.Array, kind: str) -> jax.Array:
+  """The Constrain that leaves it to the compiler where activations are."""
+  del kind
+  return x
+
+
 # Which tokens a projection's low-rank change acts on: none, all, or those where [B, T, 1] is true.
 Gate = bool | jax.Array
 
@@ -103,6 +114,7 @@ class Attention(nn.Module):
   """Grouped-query attention (arXiv:2305.13245) around an engine that the caller gives."""
 
   config: ModelConfig
+  constrain: Constrain = anywhere
 
   @nn.compact
   def __call__(
@@ -125,13 +137,14 @@ class Attention(nn.Module):
     else:
       q, k = project("query", c.heads), project("key", c.kv_heads)
       v = project("value", c.kv_heads)
+    q, k, v = (self.constrain(x, "heads") for x in (q, k, v))
     if c.qk_norm:
       q, k = norm(c, "query_norm")(q), norm(c, "key_norm")(k)
     q = checkpoint_name(rope_lib.rotate(q, *rotation), "query")
     k = checkpoint_name(rope_lib.rotate(k, *rotation), "key")
     v = checkpoint_name(v, "value")
     out, cache = attend(q, k, v, cache, scale=c.attention_scale)
-    out = checkpoint_name(out, "attention")
+    out = checkpoint_name(self.constrain(out, "heads"), "attention")
     out = out.reshape(*out.shape[:-2], c.heads * c.head_dim)
     return _dense(c, c.width, c.output_bias, dtype, "output")(out, gate), cache
 
@@ -140,13 +153,15 @@ class MLP(nn.Module):
   """A gated MLP such as SwiGLU or GeGLU (arXiv:2002.05202)."""
 
   config: ModelConfig
+  constrain: Constrain = anywhere
 
   @nn.compact
   def __call__(self, x: jax.Array, gate: Gate = False) -> jax.Array:
     c, dtype = self.config, x.dtype
 
     def project(name, width):
-      return checkpoint_name(_dense(c, width, c.mlp_bias, dtype, name)(x, gate), name)
+      y = self.constrain(_dense(c, width, c.mlp_bias, dtype, name)(x, gate), "features")
+      return checkpoint_name(y, name)
 
     if self.has_variable("params", "gate_up"):  # layout.join_projections
       gates, up = jnp.split(project("gate_up", 2 * c.feed_forward), 2, axis=-1)
@@ -160,6 +175,7 @@ class Layer(nn.Module):
   """Attention and MLP, each after a norm and added to the residual stream."""
 
   config: ModelConfig
+  constrain: Constrain = anywhere
 
   @nn.compact
   def __call__(
@@ -173,9 +189,9 @@ class Layer(nn.Module):
     c = self.config
     with jax.named_scope("attention"):
       y = norm(c, "attention_norm")(x_BTD)
-      y, cache = Attention(c, name="attention")(y, rotation, attend, cache, gate)
+      y, cache = Attention(c, self.constrain, name="attention")(y, rotation, attend, cache, gate)
       x_BTD = x_BTD + (norm(c, "attention_post_norm")(y) if c.post_norms else y)
     with jax.named_scope("mlp"):
-      y = MLP(c, name="mlp")(norm(c, "mlp_norm")(x_BTD), gate)
+      y = MLP(c, self.constrain, name="mlp")(norm(c, "mlp_norm")(x_BTD), gate)
       x_BTD = x_BTD + (norm(c, "mlp_post_norm")(y) if c.post_norms else y)
     return x_BTD, cache

@@ -23,7 +23,7 @@ from refine_jax.batch import Batch
 from refine_jax.model import remat as remat_lib
 from refine_jax.model import rope as rope_lib
 from refine_jax.model.config import ModelConfig
-from refine_jax.model.layer import ACTIVATIONS, Attend, Gate, Layer, norm
+from refine_jax.model.layer import ACTIVATIONS, Attend, Constrain, Gate, Layer, anywhere, norm
 
 __all__ = [
   "ACTIVATIONS",
@@ -106,7 +106,7 @@ def hidden_states(
   remat: str = "none",
   unroll: int = 1,
   backward_slack: int = 0,
-  constrain: Callable = lambda x: x,
+  constrain: Constrain = anywhere,
   caches: list | None = None,
   adapt_all: bool = False,
 ) -> Any:
@@ -122,23 +122,23 @@ def hidden_states(
     unroll: layers in one step of the scan; not read for a list of layers.
     backward_slack: how many layers the backward pass may go on before the gradients of a layer's
       weights must be there; only for a list of layers.
-    constrain: applied to the residual stream, to pin its sharding.
+    constrain: applied to the residual stream, heads and features, to pin their sharding.
     caches: one attention cache a layer; only with a list of layers.
     adapt_all: an adapter acts on every token; otherwise it acts on noise tokens alone.
 
   Returns:
     hidden states [B, T, D] in `dtype`; with `caches`, also the list of new ones.
   """
-  x = constrain(embed(params, config, batch.ids, dtype))
+  x = constrain(embed(params, config, batch.ids, dtype), "residual")
   rotation_with = rotations(config, batch.positions)
   gate: Gate = adapt_all or (False if batch.is_noise is None else batch.is_noise[..., None])
 
   def layer(x, layer_params, cache, window, prevent_cse=True):
     def run(x, layer_params, cache):
-      module = Layer(config)
+      module = Layer(config, constrain)
       rotation, attend = rotation_with(window), attend_with(window)
       x, cache = module.apply({"params": layer_params}, x, rotation, attend, cache, gate)
-      return constrain(x), cache
+      return constrain(x, "residual"), cache
 
     if remat != "none":
       run = jax.checkpoint(run, policy=remat_lib.policy(remat), prevent_cse=prevent_cse)

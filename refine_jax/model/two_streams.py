@@ -17,7 +17,7 @@ from refine_jax.batch import Batch
 from refine_jax.model import adapters
 from refine_jax.model import remat as remat_lib
 from refine_jax.model.config import ModelConfig
-from refine_jax.model.layer import Attend, Layer, norm
+from refine_jax.model.layer import Attend, Constrain, Layer, anywhere, norm
 from refine_jax.model.transformer import backward_in_order, embed, rotations, scan_layers
 
 
@@ -33,7 +33,7 @@ def hidden_states(
   dtype: DTypeLike = jnp.float32,
   remat: str = "none",
   unroll: int = 1,
-  constrain: Callable = lambda x: x,
+  constrain: Constrain = anywhere,
 ) -> tuple[jax.Array, jax.Array]:
   """Runs both streams up to the final norm.
 
@@ -70,9 +70,12 @@ def hidden_states(
 
     if remat != "none":
       run = jax.checkpoint(run, policy=remat_lib.policy(remat), prevent_cse=prevent_cse)
-    return (constrain(x), constrain(run(draft_x, change, keys_values))), cache
+    return (
+      constrain(x, "residual"),
+      constrain(run(draft_x, change, keys_values), "residual"),
+    ), cache
 
-  xs = tuple(constrain(embed(params, config, x.ids, dtype)) for x in (clean, drafts))
+  xs = tuple(constrain(embed(params, config, x.ids, dtype), "residual") for x in (clean, drafts))
   layers, changes = params["layers"], factors["layers"]
   if isinstance(layers, list):
     for weights, change, window in zip(layers, changes, config.windows, strict=True):

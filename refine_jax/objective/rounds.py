@@ -4,6 +4,7 @@ Round 0 predicts the clean response from a noised one, each further round from t
 greedy prediction of the round before. Pure jnp on arrays; knows no model.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -114,7 +115,12 @@ def refine(
 
 
 def refinement_gradients(
-  round_loss: Callable, params: dict, batch: Batch, noised: Noised, plan: plan_lib.Plan
+  round_loss: Callable,
+  params: dict,
+  batch: Batch,
+  noised: Noised,
+  plan: plan_lib.Plan,
+  sum_over_devices: Callable = lambda turns: turns,
 ) -> tuple:
   """The gradient of the sum of weight * loss over the plan's terms.
 
@@ -128,6 +134,8 @@ def refinement_gradients(
       weight * cross-entropy, HeadOutput of what is scored).
     batch, noised: arrays [A, B, S], as NoiseKind.corrupt makes them. Each loss is a mean over its
       scored tokens of all A.
+    sum_over_devices: makes of the loop, a function of (params, trees of arrays [A, B, ..], a tree
+      of others) that gives sums over rows, one that has the rows split over devices.
 
   Returns:
     the gradient, float32, like params; for each term's name a dict of ROUND_SUMS, float32 scalars.
@@ -148,9 +156,9 @@ def refinement_gradients(
     lambda w: jnp.maximum(jnp.sum(w), 1e-6), jax.vmap(weights_of)(batch, noised)
   )
 
-  def body(carry, step):
+  def body(params, rows, totals, carry, step):
     ids_BS, gradients = carry
-    micro, noise = jax.tree.map(lambda x: jnp.asarray(x)[step // passes], (batch, noised))
+    micro, noise = jax.tree.map(lambda x: jnp.asarray(x)[step // passes], rows)
     index = step % passes
     is_first, is_clean = index == own_pass, index < own_pass
     ids_BS = jnp.where(is_first, noise.ids, jnp.where(is_clean, micro.ids, ids_BS))
@@ -175,10 +183,16 @@ def refinement_gradients(
     ids_BS = next_round_ids(micro, output.predictions, noise)
     return (ids_BS, gradients), jax.tree.map(jnp.sum, sums)
 
-  zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-  (_, gradients), sums = jax.lax.scan(
-    body, (noised.ids[0], zeros), jnp.arange(micro_batches * passes)
-  )
+  def turns(params, rows, totals):
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    (_, gradients), sums = jax.lax.scan(
+      functools.partial(body, params, rows, totals),
+      (rows[1].ids[0], zeros),
+      jnp.arange(micro_batches * passes),
+    )
+    return gradients, sums
+
+  gradients, sums = sum_over_devices(turns)(params, (batch, noised), totals)
   sums = jax.tree.map(lambda x: x.reshape(-1, passes).sum(axis=0), sums)
   by_name = {term.name: _entry(sums["round"], own_pass + i) for i, term in enumerate(rounds)}
   if clean_weight > 0:

@@ -5,7 +5,6 @@ import zlib
 from collections.abc import Sequence
 
 import grain
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -26,6 +25,7 @@ class DataPlan:
   train: data.Rows
   validation: data.Rows | None
   total_steps: int
+  mesh: Mesh
 
   @property
   def max_segments(self) -> int:
@@ -52,18 +52,18 @@ class DataPlan:
     return data.train_iterator(
       self.train,
       accumulation=self.config.optim.accumulation,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      held=sharding.local_rows(self.mesh, self.config.optim.micro_batch),
       prefetch=self.config.data.prefetch,
     )
 
   def eval_batches(self) -> Sequence[Batch]:
     assert self.validation is not None
-    return data.eval_batches(
-      self.validation,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
+    held = sharding.local_rows(self.mesh, self.validation.batch_size)
+    return data.eval_batches(self.validation, held=held)
+
+  def first_row(self, batch: int) -> Batch:
+    """The first row of global batch `batch`, the same on every process: [1, T]."""
+    return self.train.batch([batch * self.train.batch_size])
 
 
 def plan_data(config: Config, source: ModelSource, mesh: Mesh) -> DataPlan:
@@ -100,4 +100,4 @@ def plan_data(config: Config, source: ModelSource, mesh: Mesh) -> DataPlan:
     epochs = -(-total_steps * optim_config.batch_size // rows.packing.rows)
     rows = dataclasses.replace(rows, total_epochs=epochs)
   check_steps(config, total_steps)
-  return DataPlan(config, rows, validation, total_steps)
+  return DataPlan(config, rows, validation, total_steps, mesh)

@@ -3,11 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from refine_jax import records
+from refine_jax import processes, records
 from refine_jax.config import Config
 
 # A name that each kind of validation always writes.
@@ -71,9 +69,7 @@ def missing(config: Config, workdir: Path, step: int, *, total: int, validation:
       wanted.answer and _ANSWERED not in there,
     ]
   )
-  if jax.process_count() > 1:
-    undone = multihost_utils.broadcast_one_to_all(undone)
-  return Duties(False, *map(bool, undone))
+  return Duties(False, *map(bool, processes.from_first(undone)))
 
 
 def _recorded(path: Path, step: int) -> set[str]:

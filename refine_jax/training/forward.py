@@ -1,6 +1,7 @@
 """How a model is computed in a run: precision, kernels, what is kept for the backward pass."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from refine_jax.batch import Batch
 from refine_jax.model import adapters, draft_head, head, layout, transformer, two_streams
 from refine_jax.model.transformer import ModelConfig
 from refine_jax.objective.draft_blocks import DraftBlocks
-from refine_jax.sharding import BATCH_AXES
+from refine_jax.sharding import BATCH_AXES, left
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ class ForwardConfig:
       unroll=self.unroll,
       # Several devices sum a layer's gradients while the next layer's backward pass runs.
       backward_slack=0 if self.mesh is None or self.mesh.size == 1 else 1,
-      constrain=self._rows_stay_split,
+      constrain=self._placed,
       adapt_all=self.adapter is not None and self.adapter.kind == "lora",
     )
 
@@ -158,7 +159,7 @@ class ForwardConfig:
       dtype=jnp.dtype(self.dtype),
       remat=self.remat,
       unroll=self.unroll,
-      constrain=self._rows_stay_split,
+      constrain=self._placed,
     )
     same_place = jnp.take_along_axis(clean_x, blocks.columns[..., None], axis=1)
     with jax.named_scope("head"):
@@ -173,11 +174,63 @@ class ForwardConfig:
         mesh=self.mesh,
       )
 
-  def _rows_stay_split(self, x_BTD):
+  @property
+  def splits_rows(self) -> bool:
+    """Whether rows are split over devices that hold the same parameters."""
+    return self.mesh is not None and self.mesh.shape["data"] > 1
+
+  @property
+  def _rows_alone(self) -> bool:
+    return self.mesh is not None and self.mesh.size == self.mesh.shape["data"]
+
+  def inside(self) -> "ForwardConfig":
+    """How devices compute what they have of the rows, inside of `summed_once`."""
+    return dataclasses.replace(self, mesh=None) if self._rows_alone else self
+
+  def summed_once(self, turns: Callable) -> Callable:
+    """Runs a loop over each part of the rows, and sums over "data" once, at its end.
+
+    Without it the compiler sums the gradients of the layers over "data" in every turn.
+
+    Args:
+      turns: of (params, trees of arrays [A, B, ..], a tree of others), computed as `inside` has it;
+        gives (gradients like params, sums), each a sum over rows.
+
+    Returns:
+      the same function of whole arrays. Gradients are summed in the dtype of the parameter, as a
+      turn gives them.
+    """
+    mesh = self.mesh
+    assert mesh is not None
+    # XLA promotes bfloat16 sums on a CPU, and fails at it where other axes are not split by hand.
+    whole = mesh.devices.flat[0].platform == "cpu"
+
+    def local(params, rows, others):
+      gradients, sums = turns(params, rows, others)
+      rounded = jax.tree.map(lambda g, p: g if whole else g.astype(p.dtype), gradients, params)
+      total, sums = jax.lax.psum((rounded, sums), "data")
+      return jax.tree.map(lambda t, g: t.astype(g.dtype), total, gradients), sums
+
+    return jax.shard_map(
+      local,
+      mesh=mesh,
+      in_specs=(PartitionSpec(), PartitionSpec(None, "data"), PartitionSpec()),
+      out_specs=PartitionSpec(),
+      # Of kernels some want every axis split by hand; beside other axes attention does that.
+      axis_names=set(mesh.axis_names) if self._rows_alone else {"data"},
+      check_vma=False,
+    )
+
+  def _placed(self, x, kind):
+    """Rows over data and fsdp; heads and features over tensor, as their matrices are."""
     if self.mesh is None or self.mesh.size == 1:
-      return x_BTD
-    sharding = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES, None, None))
-    return jax.lax.with_sharding_constraint(x_BTD, sharding)
+      return x
+    tensor = self.mesh.shape["tensor"]
+    if kind != "residual" and (tensor == 1 or x.shape[2] % tensor):
+      return x
+    inner = {"residual": (None,), "heads": ("tensor", None), "features": ("tensor",)}[kind]
+    mesh, spec = left(self.mesh, PartitionSpec(BATCH_AXES, None, *inner))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def choose_join(mesh: Mesh) -> tuple[str, ...]:

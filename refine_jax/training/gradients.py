@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from refine_jax.batch import Batch
 from refine_jax.objective import draft_blocks
 from refine_jax.objective import noise as noise_lib
+from refine_jax.objective import plan as plan_lib
 from refine_jax.objective import rounds as objective
 from refine_jax.objective.draft_gradients import DRAFT, draft_gradients, draft_sums
 from refine_jax.training.forward import ForwardConfig
@@ -38,12 +39,23 @@ def of_rounds(
     lambda micro: noise_lib.add_noise(key, micro, step_config.noise, step_config.noise_token)
   )(batch)
 
-  def adapted_loss(factors, *arguments):
-    return forward.loss(forward.working(factors, frozen), *arguments)
+  # One turn alone sums each layer's gradient while the layer before it is computed.
+  once = batch.ids.shape[0] * plan_lib.passes(step_config.plan) > 1 and forward.splits_rows
+  inner = forward.inside() if once else forward
 
-  loss: Callable = forward.loss if forward.adapter is None else adapted_loss
+  def adapted_loss(factors, *arguments):
+    return inner.loss(inner.working(factors, frozen), *arguments)
+
+  loss: Callable = inner.loss if forward.adapter is None else adapted_loss
   trained = forward.cast(params) if forward.adapter is None else params
-  gradients, sums = objective.refinement_gradients(loss, trained, batch, noised, step_config.plan)
+  gradients, sums = objective.refinement_gradients(
+    loss,
+    trained,
+    batch,
+    noised,
+    step_config.plan,
+    *((forward.summed_once,) if once else ()),
+  )
   if forward.adapter is None:
     gradients = forward.canonical(gradients)
   return gradients, sums, jnp.sum(noised.rates * batch.response_mask)

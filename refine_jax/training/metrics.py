@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self, SupportsFloat
 
-import jax
 from tqdm import tqdm
 
-from refine_jax import files, lock
+from refine_jax import files, lock, processes
 from refine_jax.config import LogConfig, NoiseConfig, ObjectiveConfig
 from refine_jax.errors import UserError
 from refine_jax.objective import block_metrics
@@ -162,7 +161,7 @@ class Writers:
     self, workdir: Path, config: LogConfig, run_config: dict, *, first: int, total: int
   ) -> None:
     self.failure: UserError | None = None
-    self._active = jax.process_index() == 0
+    self._active = processes.is_first()
     self._console = self._active and "console" in config.logger
     self._mute = False
     self._total = total

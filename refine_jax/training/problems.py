@@ -5,9 +5,9 @@ from pathlib import Path
 
 import jax
 
+from refine_jax import processes
 from refine_jax.config import Config
 from refine_jax.decoding import loading
-from refine_jax.errors import UserError
 from refine_jax.evaluation import evaluate, reading, scoring
 from refine_jax.hf.peft import LoadedAdapter
 from refine_jax.model import adapters, layout
@@ -18,13 +18,13 @@ from refine_jax.training.choices import make_adapter
 class Problems:
   """A slice of the problems, answered while a run goes on (config.eval.generate_every).
 
+  Of several processes each answers all of them, on one device: none waits longer than that takes.
+
   Raises:
-    UserError: several hosts; what reading, scoring.choose and evaluate.unanswerable raise.
+    UserError: what reading, scoring.choose and evaluate.unanswerable raise.
   """
 
   def __init__(self, config: Config, shape: ModelConfig, model_files: Path, dtype: str) -> None:
-    if jax.process_count() > 1:
-      raise UserError("config.eval.generate_every works on one host; set it to 0.")
     self._prompt_key = config.data.prompt_key
     self._adapter = make_adapter(config)
     problems = reading.read(
@@ -53,6 +53,7 @@ class Problems:
       frozen: the base of that adapter, in a form of layout.py.
     """
     device = jax.local_devices()[0]
+    params, frozen = processes.whole((params, frozen))
     params = jax.tree.map(lambda x: jax.device_put(x, device).astype(self._dtype), params)
     model = dataclasses.replace(self._model, params=params)
     if self._adapter is not None:

@@ -131,7 +131,7 @@ def init_or_restore(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places
   )
   compared = {"run": run, "allow": config.checkpoint.allow_changes, "check": _check_position}
-  if checkpointer.latest_step() is not None:
+  if checkpointer.has_any():
     state, step = checkpointer.restore(None, abstract, iterator, ours, **compared)
     return state, f"resumed at step {step} from {checkpointer.directory}"
   if config.checkpoint.resume_mode == "resume_path":

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from refine_jax import compile_cache, files, interrupt, lock, sharding
+from refine_jax import compile_cache, files, interrupt, lock, processes, sharding
 from refine_jax.checkpoint.checkpointer import Checkpointer
 from refine_jax.config import Config
 from refine_jax.errors import UserError
@@ -17,6 +17,7 @@ from refine_jax.training.data_plan import plan_data
 from refine_jax.training.flops import peak_flops
 from refine_jax.training.frozen import load_frozen
 from refine_jax.training.problems import Problems
+from refine_jax.training.profile import Profile
 from refine_jax.training.source import read_source
 from refine_jax.training.workdir import check_held, check_workdir, hold, prepare_workdir
 
@@ -32,7 +33,8 @@ def run(config: Config, workdir: str) -> int:
   """
   place = files.local_path(workdir, "--workdir").absolute()
   noise.from_config(config.noise)  # refuses, before anything is done, what the kind cannot do
-  check_workdir(place, config)
+  with processes.together():
+    check_workdir(place, config)
   with hold(place) as held:
     return _run(config, place, held)
 
@@ -53,7 +55,7 @@ def _run(config: Config, workdir: Path, held: lock.Lock | None) -> int:
   iterator = plan.train_iterator()
   checkpointer = Checkpointer(workdir, max_to_keep=config.checkpoint.max_ckpt_to_keep)
   try:
-    own = checkpointer.latest_step() is not None
+    own = checkpointer.has_any()
     state, origin = startup.init_or_restore(
       config, source, mesh, checkpointer, iterator, record, identity
     )
@@ -63,9 +65,10 @@ def _run(config: Config, workdir: Path, held: lock.Lock | None) -> int:
       print(f"step {int(state.step)}: this run is complete; nothing left to do.")
       return 0
     # After the start: a workdir of another model has been refused by now, and is left as it was.
-    changed = prepare_workdir(
-      workdir, config, source, step_config.noise_token, step=int(state.step)
-    )
+    with processes.together():
+      changed = prepare_workdir(
+        workdir, config, source, step_config.noise_token, step=int(state.step)
+      )
     lines = startup.describe(config, source, plan, step_config, forward, state, origin, frozen)
     for line in lines + changed:
       print(line)
@@ -91,14 +94,16 @@ class _Loop:
     self.checkpointer, self.iterator, self.record, self.identity = saved
     self.total = step_config.total_steps
     bound = {"step_config": step_config, "forward": forward}
-    self.eval_step = jax.jit(functools.partial(train_step.eval_step, **bound))
-    self.debug_rounds = jax.jit(functools.partial(train_step.debug_rounds, **bound))
+    whole = sharding.replicated(self.mesh)  # so that every process can read what they give
+    jit = functools.partial(jax.jit, out_shardings=whole)
+    self.eval_step = jit(functools.partial(train_step.eval_step, **bound))
+    self.debug_rounds = jit(functools.partial(train_step.debug_rounds, **bound))
     flops = flops_per_token(config, source, plan, step_config)
     self.problems: Problems | None = None
     if config.eval.generate_every:
       self.problems = Problems(config, source.model, workdir / "model", forward.dtype)
     self.throughput = metrics.Throughput(flops, peak_flops(), self.mesh.size)
-    self._profiling = False
+    self.profile = Profile(workdir, config.log)
 
   def run(self, state, missing) -> int:
     """Trains from `state`, after what an earlier process left undone at its step."""
@@ -117,7 +122,7 @@ class _Loop:
         raise UserError(f"{writers.failure} {error}") from error
       raise
     finally:
-      self._stop_profile(writers)
+      self.profile.stop(writers)
       writers.close()
     if writers.failure:
       newest = self.checkpointer.latest_step()
@@ -135,15 +140,15 @@ class _Loop:
     return self._done(writers)
 
   def _steps(self, state, first, writers, requests) -> int:
-    host_batch, batch = self._next_batch()
+    batch = self._next_batch()
     step_fn = self._compile(state, batch, writers, requests)
     if step_fn is None:
       return requests.status
     pending = None  # the metrics of the step before, still on the device
     for done in range(first + 1, self.total + 1):
       if duties.is_due(self.config.log.debug_every, done - 1):
-        self._debug(state, host_batch, done - 1, writers)
-      self._profile(done, writers)
+        self._debug(state, done - 1, writers)
+      self.profile.before_step(done, writers)
       state, step_metrics = step_fn(state, batch, self.frozen)
       # From here to the next step the host works while the device does; it waits only for the
       # metrics of the step before.
@@ -177,7 +182,7 @@ class _Loop:
       if due:
         self.throughput.restart()
       if not last:
-        host_batch, batch = self._next_batch()
+        batch = self._next_batch()
     self.checkpointer.wait()
     return self._done(writers)
 
@@ -198,8 +203,8 @@ class _Loop:
       check_held(self.workdir, self.held)
 
   def _next_batch(self):
-    host_batch = next(self.iterator)
-    return host_batch, sharding.put_batch(host_batch, self.mesh, accumulated=True)
+    rows = self.config.optim.micro_batch
+    return sharding.put_batch(next(self.iterator), self.mesh, accumulated=True, rows=rows)
 
   def _compile(self, state, batch, writers, requests):
     """The step ahead of time, so that its memory is known before it runs, and compiled once.
@@ -218,21 +223,6 @@ class _Loop:
     size = metrics.gibibytes(memory.temp_size_in_bytes) if memory else "unknown"
     writers.note(f"compiled      in {timer.seconds:.1f} s; temporary memory {size} a device")
     return compiled
-
-  def _profile(self, done, writers):
-    first, last = self.config.log.profile or (0, 0)
-    if first <= done <= last and not self._profiling:
-      with writers.keeping_failures(self.workdir / "profile"):
-        jax.profiler.start_trace(str(self.workdir / "profile"))
-        self._profiling = True
-    elif done > last:
-      self._stop_profile(writers)
-
-  def _stop_profile(self, writers):
-    if self._profiling:
-      self._profiling = False
-      with writers.keeping_failures(self.workdir / "profile"):
-        jax.profiler.stop_trace()
 
   def _report(self, step, step_metrics, writers):
     values = metrics.train_metrics(jax.device_get(step_metrics), self.step_config.plan)
@@ -280,20 +270,21 @@ class _Loop:
     for host_batch in self.plan.eval_batches():
       if requests.pending:
         return
-      batch = sharding.put_batch(host_batch, self.mesh, accumulated=False)
+      rows = self.plan.validation.batch_size
+      batch = sharding.put_batch(host_batch, self.mesh, accumulated=False, rows=rows)
       part = self.eval_step(state.params, batch, self.frozen)
       sums = part if sums is None else jax.tree.map(jax.numpy.add, sums, part)
     values = metrics.eval_metrics(jax.device_get(sums), self.config.objective, self.config.noise)
     writers.write(step, values)
 
-  def _debug(self, state, host_batch, step, writers):
+  def _debug(self, state, step, writers):
     # The mesh splits rows over its shards, so each shard gets a copy of the one row.
-    row = host_batch.map(lambda x: x[0, :1])
-    copies = sharding.batch_shards(self.mesh) // jax.process_count()
+    row, shards = self.plan.first_row(step), sharding.batch_shards(self.mesh)
+    copies = len(sharding.local_rows(self.mesh, shards))
     tiled = row.map(lambda x: np.repeat(x, copies, axis=0))
-    batch = sharding.put_batch(tiled, self.mesh, accumulated=False)
+    batch = sharding.put_batch(tiled, self.mesh, accumulated=False, rows=shards)
     rounds = jax.device_get(self.debug_rounds(state.params, batch, self.frozen, step=step))
-    if jax.process_index() == 0:
+    if processes.is_first():
       first = row.map(lambda x: x[0])
       text = debug_log.format_example(self.source.tokenizer, step, first, rounds)
       with writers.keeping_failures(self.workdir / "log" / "debug.log"):

@@ -7,9 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-
-from refine_jax import files, lock
+from refine_jax import files, lock, processes
 from refine_jax.checkpoint.directory import check_writable_name, checkpoint_directory, steps
 from refine_jax.config import Config
 from refine_jax.errors import UserError
@@ -73,9 +71,14 @@ def hold(workdir: Path) -> Iterator[lock.Lock | None]:
   Raises:
     UserError: it cannot be made, or another process holds it, which is named.
   """
-  if jax.process_index() != 0:
-    yield None
-    return
+  with contextlib.ExitStack() as stack:
+    with processes.together():
+      held = stack.enter_context(_hold(workdir)) if processes.is_first() else None
+    yield held
+
+
+@contextlib.contextmanager
+def _hold(workdir: Path) -> Iterator[lock.Lock]:
   made = [p for p in (workdir, *workdir.parents) if not p.exists()]
   try:
     with files.write_errors(workdir):
@@ -134,7 +137,7 @@ def prepare_workdir(
   Returns:
     a line for each value of the config that an earlier start had otherwise.
   """
-  if jax.process_index() != 0:
+  if not processes.is_first():
     return []
   before, now = read_config(workdir), json.loads(json.dumps(config.to_dict()))
   history = before.pop("history", []) if before else []
