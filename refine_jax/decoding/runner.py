@@ -61,7 +61,7 @@ class Runner:
     self.config, self.slots, self.settings = model.config, slots, settings
     self.plan = settings
     self._model = model
-    self.pieces = min(slots, max(_PIECES, slots // 16))
+    self.pieces = min(slots, max(_PIECES, slots // 4))
     self.piece = max(_PIECE, programs.bucket(settings.drafts_of_prompt + 1, 1))
     self.state: State | None = None
     self.costs = Costs()

@@ -147,7 +147,7 @@ def empty_pieces(settings: Settings, rows: int, count: int, width: int) -> Piece
     seed=each(np.uint32),
   )
   return Pieces(
-    slot=np.full(count, rows, np.int32),
+    slot=np.arange(rows, rows + count, dtype=np.int32),
     ids=each(np.int32, width),
     start=each(np.int32),
     count=np.ones(count, np.int32),
@@ -238,8 +238,23 @@ def enter(
     passes=put(state.passes, zeros),
     accepted=put(state.accepted, jnp.zeros((len(zeros), settings.most), jnp.int32)),
     choices=jax.tree.map(put, state.choices, pieces.choices),
-    caches=jax.tree.map(put, state.caches, caches),
+    caches=caches if alone else _with_new_places(state.caches, caches, pieces),
   )
+
+
+def _with_new_places(caches: list, entered: list, pieces: Pieces) -> list:
+  """The rows' caches with what the pieces' own, of their rows alone, have in the pieces' places."""
+  width = pieces.ids.shape[1]
+  places = pieces.start[:, None, None] + jnp.arange(width)[None, None, :]
+
+  def put(cache_BKSh, entered_RKSh):
+    new = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, width, axis=1))
+    heads = jnp.arange(cache_BKSh.shape[1])[None, :, None]
+    return cache_BKSh.at[pieces.slot[:, None, None], heads, places].set(
+      new(entered_RKSh, pieces.start), mode="drop", unique_indices=True
+    )
+
+  return jax.tree.map(put, caches, entered)
 
 
 def run(
