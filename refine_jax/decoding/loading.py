@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -80,7 +81,7 @@ class Model:
     """The parameters with the adapter, if there is one, as passes over so many tokens have them."""
     if self.adapter is None:
       return self.base_decoding_params
-    paired = adapters.faster_paired(self._attached["layers"][0], tokens)
+    paired = self._paired_for(tokens)
     if paired not in self._adapted:
       form = jax.jit(adapters.decoding_form, static_argnames="paired")
       self._adapted[paired] = form(self._attached, paired=paired)
@@ -94,6 +95,12 @@ class Model:
     factors = adapters.working_copy(self.adapter.factors, self.adapter.shape, dtype)
     factors = layout.unstack_layers(factors)
     return adapters.attach(self.base_decoding_params, factors, self.config)
+
+  @functools.cached_property
+  def _paired_for(self) -> Callable[[int], frozenset[str]]:
+    """Tokens of a pass -> adapters.faster_paired, kept: every step of an engine asks."""
+    layer = self._attached["layers"][0]
+    return functools.cache(lambda tokens: adapters.faster_paired(layer, tokens))
 
   @functools.cached_property
   def _adapted(self) -> dict[frozenset[str], dict]:
