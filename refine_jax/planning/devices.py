@@ -175,11 +175,8 @@ def find(wanted: Slice) -> Sequence[Any]:
     if len(jax.devices("cpu")) < wanted.count:
       raise UserError(f"--device={wanted.name!r}: this process has {len(jax.devices('cpu'))} CPUs.")
     return jax.devices("cpu")[: wanted.count]
-  package, what = {
-    "gpu": ("jax_plugins.xla_cuda13", "JAX's CUDA plugin"),
-    "tpu": ("libtpu", "libtpu"),
-  }[platform]
-  if not _installed(package):
+  what = {"gpu": "JAX's CUDA plugin", "tpu": "libtpu"}[platform]
+  if not is_installed(wanted):
     raise UserError(
       f"--device={wanted.name!r} needs {what}, which is not installed: pip install -e '.[plan]'."
     )
@@ -213,26 +210,32 @@ def _description(wanted: Slice) -> str:
 
 @contextlib.contextmanager
 def answering_for(wanted: Slice) -> Iterator[None]:
-  """Has JAX take a GPU that is not here for one that its packed attention is written for.
+  """Has JAX compile for devices that are not here: it asks this process's, and keeps programs.
 
-  It asks the GPUs of this process, of which there are none.
+  Its packed attention asks what the GPUs here can do, of which there are none. Programs would go to
+  the compilation cache, from which none for such devices can be read.
   """
-  if wanted.kind.platform != "gpu":
+  if wanted.kind.platform == "cpu":
     yield
     return
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
   asked: Any = cudnn
-  before = asked.check_compute_capability
+  config: Any = jax.config
+  before = asked.check_compute_capability, config.jax_persistent_cache_min_compile_time_secs
   asked.check_compute_capability = lambda least: float(least) <= 9.0
+  config.update("jax_persistent_cache_min_compile_time_secs", float(10**9))
   try:
     yield
   finally:
-    asked.check_compute_capability = before
+    asked.check_compute_capability = before[0]
+    config.update("jax_persistent_cache_min_compile_time_secs", before[1])
 
 
-def _installed(package: str) -> bool:
+def is_installed(wanted: Slice) -> bool:
+  """Whether what compiles for these devices is there (extra `plan`)."""
+  packages = {"cpu": "jax", "gpu": "jax_plugins.xla_cuda13", "tpu": "libtpu"}
   try:
-    return importlib.util.find_spec(package) is not None
+    return importlib.util.find_spec(packages[wanted.kind.platform]) is not None
   except ModuleNotFoundError:
     return False

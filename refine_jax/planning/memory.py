@@ -53,6 +53,8 @@ def read(step: Step, compiled: Any, room: int | None, refused: str = "") -> Memo
     return Memory(parameters, optimizer, base, None, None, room, refused)
   analysis = compiled.memory_analysis()
   kept = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-  # The runtime takes temporaries as one block, so what lives at one time is not what counts.
+  # A GPU's runtime takes temporaries as one block, whatever of them lives at one time.
   peak = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + max(kept, 0)
+  if step.mesh.devices.flat[0].platform == "tpu":
+    peak = analysis.peak_memory_in_bytes
   return Memory(parameters, optimizer, base, analysis.temp_size_in_bytes, peak, room)
