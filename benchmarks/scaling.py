@@ -10,7 +10,7 @@ share of the peak that one device was measured to reach.
 """
 
 import argparse
-import dataclasses
+import contextlib
 import json
 import os
 import subprocess
@@ -22,158 +22,12 @@ import jax
 if not __package__:  # Python has put benchmarks/ on its path, not the folder around it
   raise SystemExit("error: run it from the repository's root as python -m benchmarks.scaling")
 
-from benchmarks import timing
-from benchmarks.step import example_length, random_batch
-from refine_jax import sharding
-from refine_jax.config import Config, MeshConfig, ObjectiveConfig, OptimConfig
-from refine_jax.config.schema import DataConfig, ModelSource
+from benchmarks import mesh_step, timing
 from refine_jax.errors import UserError
 from refine_jax.model import remat as remat_lib
-from refine_jax.model import transformer
-from refine_jax.planning import collectives, devices, plan, program, projection, report
-from refine_jax.training import choices, flops, train_step
+from refine_jax.planning import devices
 
 _PROJECTED = "2x1x1,1x2x1,1x1x2,4x1x1,1x4x1,8x1x1,1x8x1,2x4x1,1x4x2"
-
-
-def make_config(arguments, mesh: str, accumulation: int) -> Config:
-  """The run that is timed: uniform noise, full rows."""
-  sizes = [int(x) for x in mesh.split("x")]
-  count = sizes[0] * sizes[1] * sizes[2]
-  shape = timing.SHAPES[arguments.shape]
-  rounds = arguments.rounds
-  return Config(
-    data=DataConfig(max_length=arguments.length or shape.length),
-    model=ModelSource(
-      compute_dtype=arguments.dtype or timing.default_dtype(),
-      remat=arguments.remat,
-      attention=arguments.attention,
-      scan_unroll=arguments.unroll,
-    ),
-    objective=ObjectiveConfig(num_iterations=rounds, loss_weights=(1.0,) * rounds),
-    optim=OptimConfig(
-      batch_size=(arguments.rows or shape.rows) * accumulation * count,
-      accumulation=accumulation,
-      moment_dtype=arguments.moment_dtype,
-    ),
-    mesh=MeshConfig(**dict(zip(sharding.AXES, sizes, strict=True))),
-  )
-
-
-def measure(arguments, mesh_name: str, accumulation: int) -> dict:
-  """Compiles and times the step on the devices of this process."""
-  config = make_config(arguments, mesh_name, accumulation)
-  shape = timing.SHAPES[arguments.shape]
-  rows = program.Rows(config.data.max_length, shape.segments)
-  mesh = sharding.make_mesh(config.mesh)
-  step = program.make_step(config, shape.model, mesh, rows)
-  compiled, seconds = step.compile()
-  places = jax.tree.map(lambda x: x.sharding, step.state)
-  state = jax.jit(
-    lambda key: train_step.init_state(transformer.init_params(shape.model, key), config.optim),
-    out_shardings=places,
-  )(jax.random.key(0))
-  whole = timing.Shape(shape.model, config.optim.batch_size, rows.length, rows.examples)
-  batch = random_batch(whole, packed=True, prompt=min(128, rows.length // 16))
-  length = example_length(batch)
-  batch = batch.map(lambda x: x.reshape(accumulation, -1, rows.length))
-  batch = sharding.put_batch(batch, mesh, accumulated=True)
-
-  def run():
-    nonlocal state
-    state, metrics = compiled(state, batch, None)
-    return metrics["loss_total"]
-
-  took = timing.median_seconds(run, arguments.repeats)
-  tokens = config.optim.batch_size * rows.length
-  per_token = choices.flops_per_token(config, shape.model, rows, length, step.step_config)
-  peak, rate = flops.peak_flops(), tokens / took / mesh.size
-  kind = mesh.devices.flat[0].device_kind
-  known = next((k for k in devices.KINDS.values() if k.kind == kind), None)
-  return {
-    **_named("measured", config, step),
-    "device": kind,
-    "step_ms": took * 1e3,
-    "tokens_per_second": tokens / took,
-    "tokens_per_second_device": rate,
-    "flops_per_token": per_token,
-    "mfu": rate * per_token / peak if peak else None,
-    "peak_gib": peak_gibibytes(mesh),
-    **timing.memory(compiled),
-    "compile_seconds": seconds,
-    "collectives": _collectives(compiled, known or devices.KINDS["cpu"], mesh.size),
-    "loss": float(jax.device_get(run())),
-  }
-
-
-def project(arguments, mesh_name: str, accumulation: int) -> dict:
-  """The same from a plan, for devices that are not here."""
-  config = make_config(arguments, mesh_name, accumulation)
-  wanted = devices.parse(f"{arguments.device}:{_size(mesh_name)}")
-  devices.prepare(wanted)
-  shape = timing.SHAPES[arguments.shape]
-  made = plan.make(
-    config,
-    shape.model,
-    wanted,
-    devices.find(wanted),
-    rows=program.Rows(config.data.max_length, shape.segments),
-    efficiency=arguments.efficiency,
-    decode=None,
-  )
-  row = {
-    **_named("projected", config, made.step),
-    "device": wanted.kind.kind,
-    "peak_gib": made.memory.peak and made.memory.peak / 2**30,
-    "fits": made.memory.fits,
-    "compile_seconds": made.seconds,
-    "collectives": [dataclasses.asdict(x) for x in made.traffic],
-  }
-  if made.projected is None:
-    return row
-  each = (made.projected.slowest / _size(mesh_name), made.projected.fastest / _size(mesh_name))
-  per_token = made.model_flops * _size(mesh_name) / made.tokens
-  peak = made.projected.peak
-  return row | {
-    "step_ms": [made.tokens / _size(mesh_name) / rate * 1e3 for rate in each],
-    "tokens_per_second_device": list(each),
-    "mfu": [rate * per_token / peak for rate in each],
-    "assumptions": report.assumptions(made),
-  }
-
-
-def _size(mesh: str) -> int:
-  a, b, c = map(int, mesh.split("x"))
-  return a * b * c
-
-
-def _named(kind, config, step) -> dict:
-  sizes = [getattr(config.mesh, axis) for axis in sharding.AXES]
-  forward = step.forward
-  apart = forward.unroll >= forward.model.layers
-  return {
-    "row": kind,
-    "mesh": "x".join(map(str, sizes)),
-    "devices": step.mesh.size,
-    "accumulation": config.optim.accumulation,
-    "rows_a_device": config.optim.micro_batch // step.mesh.size,
-    "length": config.data.max_length,
-    "attention": forward.attention,
-    "remat": forward.remat,
-    "layers": "apart" if apart else f"scan {forward.unroll}",
-  }
-
-
-def _collectives(compiled, kind, count) -> list[dict]:
-  found = collectives.read(compiled.as_text())
-  return [dataclasses.asdict(x) for x in projection.traffic(found, kind, count)]
-
-
-def peak_gibibytes(mesh) -> float | None:
-  """The most memory in use on any of the mesh's devices since the process started."""
-  stats = [device.memory_stats() or {} for device in mesh.devices.flat]
-  peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
-  return max(peaks) / 2**30 if peaks else None
 
 
 def in_own_process(argv: list[str], mesh: str, accumulation: int, more: list[str]) -> dict:
@@ -191,30 +45,14 @@ def in_own_process(argv: list[str], mesh: str, accumulation: int, more: list[str
   return json.loads(lines[-1])
 
 
-def compared(rows: list[dict]) -> list[dict]:
-  """The rows, with how each device's speed stands to that of one device alone."""
-  alone = {
-    (row["device"], row["accumulation"]): row["tokens_per_second_device"]
-    for row in rows
-    if row["row"] == "measured" and row["devices"] == 1
-  }
-  for row in rows:
-    rate = row.get("tokens_per_second_device")
-    one = alone.get((row.get("device"), row["accumulation"]))
-    if rate is None or one is None:
-      continue
-    row["of_one_device"] = [x / one for x in rate] if isinstance(rate, list) else rate / one
-  return rows
-
-
-def efficiency(row: dict, shape: str) -> float | None:
-  """The share of the device's peak that a measured row reaches, recomputation included."""
-  if row["mfu"] is None:
-    return None
-  model = timing.SHAPES[shape].model
-  attention = flops.attention_flops(model, row["length"] / timing.SHAPES[shape].segments)
-  forward = flops.matmul_flops_per_token(model) + attention
-  return row["mfu"] * (1 + projection.recomputed(model, row["remat"], attention) / (3 * forward))
+def compared(row: dict, alone: list[dict]) -> None:
+  """Adds to a row how its devices' speed stands to that of one such device alone."""
+  rate, same = row.get("tokens_per_second_device"), ("device", "accumulation")
+  one = [r for r in alone if [r[x] for x in same] == [row.get(x) for x in same]]
+  if rate is None or not one:
+    return
+  base = one[0]["tokens_per_second_device"]
+  row["of_one_device"] = [x / base for x in rate] if isinstance(rate, list) else rate / base
 
 
 def parse(argv) -> argparse.Namespace:
@@ -243,61 +81,94 @@ def parse(argv) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
+class Rows:
+  """The rows so far, and those of earlier calls, which are not run again."""
+
+  def __init__(self, arguments, argv: list[str]) -> None:
+    self._arguments, self._argv = arguments, argv
+    self._output = arguments.output
+    self.rows: list[dict] = []
+    self._there = []
+    if self._output and self._output.exists():
+      lines = self._output.read_text(encoding="utf-8").splitlines()
+      self._there = [r for r in map(json.loads, lines) if self._like(r)]
+
+  def _like(self, row: dict) -> bool:
+    shape = timing.SHAPES[self._arguments.shape]
+    rows, length = self._arguments.rows or shape.rows, self._arguments.length or shape.length
+    here = (self._arguments.shape, rows, length, self._arguments.rounds)
+    return (row["shape"], row["rows_a_device"], row["length"], row["rounds"]) == here
+
+  def add(self, kind: str, mesh: str, turn: int, more: tuple[str, ...] = ()) -> None:
+    """Runs one, or takes it from an earlier call, and prints it."""
+    known = (kind, mesh, turn)
+    row = next((r for r in self._there if _key(r) == known), None)
+    if row is None:
+      row = in_own_process(self._argv, mesh, turn, [f"--one={kind}", *more])
+      if self._output and row["row"] != "failed":
+        with self._output.open("a", encoding="utf-8") as file:
+          file.write(json.dumps(row) + "\n")
+    self.rows.append(row)
+    compared(row, self.alone())
+    print(json.dumps(row), flush=True)
+
+  def alone(self) -> list[dict]:
+    """Measured rows of one device."""
+    found = self._there + self.rows
+    return [r for r in found if r["row"] == "measured" and r["devices"] == 1]
+
+  def project(self, mesh: str, turn: int) -> None:
+    """Adds a row for devices of the kind that was measured, at the speed that one of them has."""
+    options = self._arguments
+    kinds = [r["device"] for r in self.rows if r["row"] == "measured"]
+    names = [name for name, kind in devices.KINDS.items() if kind.kind in kinds]
+    name = options.device or next(iter(names), "h100")
+    reached = [
+      mesh_step.efficiency(r, options.shape)
+      for r in self.alone()
+      if r["accumulation"] == turn
+      and devices.KINDS.get(name, devices.KINDS["cpu"]).kind == r["device"]
+    ]
+    share = options.efficiency or next(filter(None, reached), 0.5)
+    dtype = options.dtype or ("float32" if name == "cpu" else "bfloat16")
+    more = (f"--device={name}", f"--efficiency={share}", f"--dtype={dtype}")
+    self.add("projected", mesh, turn, more)
+
+
+def _key(row: dict) -> tuple:
+  return row["row"], row["mesh"], row["accumulation"]
+
+
 def main(argv=None) -> list[dict]:
   argv = sys.argv[1:] if argv is None else list(argv)
   arguments = parse(argv)
   turns = timing.integers(arguments.accumulation)
-  for mesh in filter(None, f"{arguments.meshes},{arguments.project}".split(",")):
+  meshes, wanted = (
+    [x for x in text.split(",") if x] for text in (arguments.meshes, arguments.project)
+  )
+  for mesh in meshes + wanted:
     if len(mesh.split("x")) != 3 or not all(x.isdigit() and int(x) for x in mesh.split("x")):
       raise UserError(f"{mesh!r} is no mesh; write data x fsdp x tensor, such as 2x1x1.")
   if arguments.one:
-    if arguments.one == "measured":
-      jax.config.update("jax_num_cpu_devices", _size(arguments.meshes))
-    row = {"measured": measure, "projected": project}[arguments.one](
-      arguments, arguments.meshes, turns[0]
-    )
-    print(json.dumps(row))
-    return [row]
-  there = []
-  if arguments.output and arguments.output.exists():
-    there = [json.loads(x) for x in arguments.output.read_text(encoding="utf-8").splitlines()]
-  rows = []
-
-  def add(kind, mesh, turn, more=()):
-    known = (kind, mesh, turn)
-    row = next((r for r in there if (r["row"], r["mesh"], r["accumulation"]) == known), None)
-    if row is None:
-      row = in_own_process(argv, mesh, turn, [f"--one={kind}", *more])
-      if arguments.output and row["row"] != "failed":
-        with arguments.output.open("a", encoding="utf-8") as file:
-          file.write(json.dumps(row) + "\n")
-    rows.append(row)
-    print(json.dumps(compared(rows)[-1]), flush=True)
-
+    # On a CPU devices are simulated; too late where this process has looked for them already.
+    with contextlib.suppress(RuntimeError):
+      jax.config.update("jax_num_cpu_devices", mesh_step.size(meshes[0]))
+    make = {"measured": mesh_step.measure, "projected": mesh_step.project}[arguments.one]
+    rows = [make(arguments, meshes[0], turns[0])]
+    print(json.dumps(rows[0]))
+    return rows
+  found = Rows(arguments, argv)
   for turn in turns:
-    for mesh in arguments.meshes.split(","):
-      add("measured", mesh, turn)
-  first = next((r for r in rows if r["row"] == "measured"), None)
+    for mesh in meshes:
+      found.add("measured", mesh, turn)
   for turn in turns:
-    for mesh in filter(None, arguments.project.split(",")):
-      measured = [r for r in rows if r["row"] == "measured" and r["accumulation"] == turn]
-      reached = next((efficiency(r, arguments.shape) for r in measured if r["devices"] == 1), None)
-      name = arguments.device or _device_name(first)
-      share = arguments.efficiency or reached or 0.5
-      dtype = arguments.dtype or ("float32" if name == "cpu" else "bfloat16")
-      add(
-        "projected", mesh, turn, [f"--device={name}", f"--efficiency={share}", f"--dtype={dtype}"]
-      )
-  failed = [r for r in rows if r["row"] == "failed"]
-  print("\n" + timing.table([_short(r) for r in rows]))
+    for mesh in wanted:
+      found.project(mesh, turn)
+  failed = [r for r in found.rows if r["row"] == "failed"]
+  print("\n" + timing.table([_short(r) for r in found.rows]))
   if failed:
-    raise UserError(f"{len(failed)} of {len(rows)} rows failed; what each said is above.")
-  return rows
-
-
-def _device_name(row: dict | None) -> str:
-  names = [name for name, kind in devices.KINDS.items() if row and kind.kind == row["device"]]
-  return names[0] if names else "h100"
+    raise UserError(f"{len(failed)} of {len(found.rows)} rows failed; what each said is above.")
+  return found.rows
 
 
 def _short(row: dict) -> dict:
