@@ -154,10 +154,11 @@ def prepare(wanted: Slice) -> None:
   config: Any = jax.config
   if config.jax_platforms != "cpu":
     config.update("jax_platforms", "cpu")
-  # Nothing asks Google's metadata server, and other processes may use libtpu too.
-  os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+  # libtpu asks no metadata server who this host is, and other processes may use it too.
+  told = {"SKIP_MDS_QUERY": "1", "WORKER_ID": "0", "WORKER_HOSTNAMES": "localhost"}
+  for name, value in (told | {"ACCELERATOR_TYPE": "v5litepod-8"}).items():
+    os.environ.setdefault(f"TPU_{name}", value)
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-  os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
   if wanted.kind.platform == "cpu":
     # Too late where JAX has looked already: then `find` counts those that there are.
     with contextlib.suppress(RuntimeError):
