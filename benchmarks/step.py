@@ -17,6 +17,7 @@ if not __package__:  # Python has put benchmarks/ on its path, not the folder ar
   raise SystemExit("error: run it from the repository's root as python -m benchmarks.step")
 
 from benchmarks import timing
+from refine_jax import target
 from refine_jax.attention.choose import choose_backend
 from refine_jax.batch import Batch
 from refine_jax.config import NoiseConfig, ObjectiveConfig, OptimConfig
@@ -114,7 +115,7 @@ def measure(shape: timing.Shape, arguments, *, packed: bool) -> dict:
     tokens=shape.rows * shape.length,
     parameters=parameters,
     head_chunk=arguments.head_chunk,
-    memory=memory.device_memory(),
+    memory=target.memory(),
   )
   forward = forward_lib.ForwardConfig(
     model=shape.model,

@@ -67,7 +67,9 @@ def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
 def _layout(sizes: list[int], devices: Sequence, asked: str) -> np.ndarray:
   """The devices in the order of a mesh: neighbours on an axis are neighbours of the network."""
   kind = devices[0].device_kind
-  slices = len({d.slice_index for d in devices}) if devices[0].platform == "tpu" else 1
+  # Topologies that are compiled for ahead of time have no index: they are one slice.
+  tpu = devices[0].platform == "tpu"
+  slices = len({getattr(d, "slice_index", 0) for d in devices}) if tpu else 1
   try:
     # An axis may be no product of the network's own axes, as 8 on a torus of 4 x 4.
     if slices == 1:

@@ -8,7 +8,7 @@ import pytest
 import train_fixtures as tiny
 
 from benchmarks import timing
-from refine_jax import sharding
+from refine_jax import sharding, target
 from refine_jax.attention import ranged
 from refine_jax.config import Config, MeshConfig, NoiseConfig
 from refine_jax.config.schema import AdapterConfig, DataConfig, ModelSource
@@ -52,7 +52,7 @@ def test_the_base_and_the_clean_keys_and_values_take_their_room(monkeypatch):
     return "full"
 
   monkeypatch.setattr(memory, "choose_remat", remat)
-  monkeypatch.setattr(memory, "device_memory", lambda: 10**9)
+  monkeypatch.setattr(target, "memory", lambda: 10**9)
   choose()
   choose(dataclasses.replace(CONFIG, adapter=dataclasses.replace(CONFIG.adapter, kind="lora")))
   shape = tiny.tiny_config()

@@ -19,6 +19,7 @@ MAY_IMPORT = {
   "compile_cache": set(),
   "tree": set(),
   "quoting": set(),
+  "target": set(),
   "files": {"errors", "quoting"},
   "records": {"files"},
   "cli": {"errors", "files", "quoting"},
@@ -29,14 +30,15 @@ MAY_IMPORT = {
   "config": _LEAVES,
   "sharding": _LEAVES | {"batch", "config"},
   "text": _LEAVES,
-  "model": {"batch", "sharding"},
+  "model": {"batch", "sharding", "target"},
   "checkpoint": _LEAVES | {"processes"},
-  "attention": {"batch", "errors", "model", "sharding"},
+  "attention": {"batch", "errors", "model", "sharding", "target"},
   "objective": {"batch", "config", "errors"},
   "data": _LEAVES | {"batch", "config", "text"},
   "hf": _LEAVES | {"model", "objective", "processes", "text"},
   "decoding": _LEAVES
-  | {"attention", "batch", "checkpoint", "compile_cache", "hf", "interrupt", "model", "text"},
+  | {"attention", "batch", "checkpoint", "compile_cache", "hf", "interrupt", "model"}
+  | {"target", "text"},
   "evaluation": _LEAVES | {"cli", "data", "decoding", "hf", "model", "text"},
   "serving": _LEAVES | {"cli", "decoding", "hf", "text"},
   "training": _LEAVES
@@ -53,9 +55,12 @@ MAY_IMPORT = {
     "interrupt",
     "lock",
   }
-  | {"model", "objective", "processes", "sharding", "text"},
+  | {"model", "objective", "processes", "sharding", "target", "text"},
+  "planning": _LEAVES
+  | {"attention", "batch", "cli", "config", "decoding", "hf", "model", "objective", "sharding"}
+  | {"target", "training"},
 }
-DOORS = {"main", "evaluate", "lm_eval", "serve", "tune", "__init__"}
+DOORS = {"main", "evaluate", "lm_eval", "plan", "serve", "tune", "__init__"}
 
 
 class _DropTypeImports(ast.NodeTransformer):

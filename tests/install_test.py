@@ -36,6 +36,13 @@ def test_the_gpu_extra_is_jax_where_there_is_one(python):
   assert only.name == "jax" and only.extras == {"cuda13"} and only.url is None
 
 
+@pytest.mark.parametrize("python", ["3.11", "3.12"])
+def test_the_plan_extra_has_what_compiles_for_each_kind_of_device(python):
+  found = {r.name: r.extras for r in requirements("plan", python)}
+  # By jax's own extras, which pin what goes with this jax.
+  assert found == {"jax": {"tpu", "cuda13-local"}, "nvidia-cudnn-cu13": set()}
+
+
 def test_every_command_that_installs_the_project_leaves_one_copy_of_it():
   files = [
     p for f in FOLDERS for p in (ROOT / f).rglob("*") if p.suffix in (".py", ".md", ".ipynb")

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from refine_jax import target
 from refine_jax.attention import cached_triton, probe
 from refine_jax.model.config import ModelConfig
 
@@ -65,12 +66,17 @@ def attend_with(
   )
 
 
+def kernel_is_for(config: ModelConfig, dtype: DTypeLike) -> bool:
+  """Whether the kernel is meant for this model on this device; it is not tried out."""
+  head_dim = config.head_dim
+  power_of_two = head_dim >= 16 and head_dim & (head_dim - 1) == 0
+  return target.platform() == "gpu" and jnp.dtype(dtype).itemsize == 2 and power_of_two
+
+
 @functools.cache
 def choose_engine(config: ModelConfig, dtype: DTypeLike) -> str:
   """ "kernel" where it runs and agrees with "xla" on tiny problems, with a warning where not."""
-  head_dim = config.head_dim
-  power_of_two = head_dim >= 16 and head_dim & (head_dim - 1) == 0
-  if jax.default_backend() != "gpu" or jnp.dtype(dtype).itemsize != 2 or not power_of_two:
+  if not kernel_is_for(config, dtype):
     return "xla"
   reason = probe.why_not(
     lambda: _probe(cached_triton.attend, config, dtype),

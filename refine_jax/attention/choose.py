@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from refine_jax import target
 from refine_jax.attention import probe
 from refine_jax.attention.packed import for_batch, segment_positions
 from refine_jax.batch import Batch
@@ -33,7 +34,8 @@ def choose_backend(
   """The engine for this run: what was asked for, or for "auto" the fastest that answers right.
 
   "auto" runs the fast engine of this platform once on a tiny packed problem with grouped heads,
-  forward and backward, against the reference, and falls back to "xla" with a warning.
+  forward and backward, against the reference, and falls back to "xla" with a warning. For a device
+  that is not here (target.compiling_for) nothing is run.
 
   Args:
     blocks: whether a copy in blocks stands next to the rows; then `packed.beside` is probed too.
@@ -42,7 +44,7 @@ def choose_backend(
   Raises:
     UserError: an engine was asked for by name and does not run or answers wrongly here.
   """
-  platform = jax.default_backend()
+  platform = target.platform()
   if wanted == "cudnn" and packed:
     raise UserError(
       "config.model.attention='cudnn' attends across the examples of a packed row;"
@@ -54,9 +56,9 @@ def choose_backend(
     fast = wanted
   if fast == "xla":
     return "xla"
-  reason = _refusal(fast, platform, dtype) or _probe(
-    fast, heads, kv_heads, head_dim, max_segments, blocks, scale
-  )
+  reason = _refusal(fast, platform, dtype)
+  if reason is None and target.named() is None:
+    reason = _probe(fast, heads, kv_heads, head_dim, max_segments, blocks, scale)
   if reason is None:
     return fast
   if wanted != "auto":
@@ -71,7 +73,9 @@ def _refusal(backend, platform, dtype):
     return f"it needs a {needs}, and this is a {platform}."
   if needs == "gpu" and jnp.dtype(dtype) != jnp.bfloat16:
     return f"it computes in bfloat16, and config.model.compute_dtype is {jnp.dtype(dtype).name}."
-  if backend == "cudnn_packed" and jax.__version_info__ < _PACKED_SINCE:
+  # A plan's program has the right size whatever it would compute.
+  wrong = jax.__version_info__ < _PACKED_SINCE and target.named() is None
+  if backend == "cudnn_packed" and wrong:
     return f"jax {jax.__version__} computes it wrongly for grouped heads; 0.11.2 is right."
   return None
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from refine_jax import target
 from refine_jax.attention import packed, probe, ranged_triton
 from refine_jax.attention.ranged_triton import LOWEST
 from refine_jax.batch import Batch
@@ -210,7 +211,7 @@ def beside(
 @functools.cache
 def choose(heads: int, kv_heads: int, head_dim: int, dtype: str) -> str:
   """ "kernel" where it runs and agrees with "xla" on a small problem, with a warning where not."""
-  if jax.default_backend() != "gpu":
+  if target.platform() != "gpu":
     return "xla"
   if jnp.dtype(dtype).itemsize != 2:
     logging.warning(
@@ -220,6 +221,8 @@ def choose(heads: int, kv_heads: int, head_dim: int, dtype: str) -> str:
       dtype,
     )
     return "xla"
+  if target.named():
+    return "kernel"
   reason = probe.why_not(
     lambda: _probe(ranged_triton.attend, heads, kv_heads, head_dim, dtype),
     lambda: _probe(attend_xla, heads, kv_heads, head_dim, dtype),

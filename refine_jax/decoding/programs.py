@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from refine_jax import target
 from refine_jax.model.config import ModelConfig
 
 # Each keeps memory maps, of which a process may have 65,530; a program has about 160.
@@ -111,7 +112,7 @@ def compiler_options(tokens: int) -> dict:
   Where arithmetic is what takes the time, cuBLAS is faster than XLA's own kernels, and adds biases
   and the residual stream on the way; where memory is, it is slower.
   """
-  own = jax.default_backend() != "gpu" or tokens < _MANY_ROWS
+  own = target.platform() != "gpu" or tokens < _MANY_ROWS
   return {} if own else {"xla_gpu_enable_triton_gemm": False}
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from refine_jax import target
 from refine_jax.decoding import drafts, plans
 from refine_jax.decoding.options import (
   AUTO,
@@ -212,4 +213,4 @@ def _auto(model: "Model", options: Options, slots: int, eos_ids: int) -> Setting
 
 def least_window(rows: int) -> int:
   """Tokens a row that a pass should run over at least; those that it does not need are drafts."""
-  return max(_LEAST_ROWS // rows, 1) if jax.default_backend() == "gpu" else 1
+  return max(_LEAST_ROWS // rows, 1) if target.platform() == "gpu" else 1

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from refine_jax import target
 from refine_jax.model.layout import JOINED
 from refine_jax.model.transformer import ModelConfig, param_shapes
 
@@ -159,7 +160,7 @@ def faster_paired(layer: dict, tokens: int) -> frozenset[str]:
   Args:
     layer: one of the parameters of `attach`, or their shapes.
   """
-  if jax.default_backend() != "gpu":
+  if target.platform() != "gpu":
     return frozenset()
 
   def pays(kernel):

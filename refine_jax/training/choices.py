@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from refine_jax import sharding
+from refine_jax import sharding, target
 from refine_jax.attention import ranged
 from refine_jax.attention.choose import choose_backend
 from refine_jax.config import Config
@@ -19,14 +19,13 @@ from refine_jax.objective import draft_blocks, noise
 from refine_jax.objective import plan as plan_lib
 from refine_jax.training import forward as forward_lib
 from refine_jax.training import memory
-from refine_jax.training.data_plan import DataPlan
+from refine_jax.training.data_plan import RowLimits
 from refine_jax.training.flops import gated_flops_per_token, train_flops_per_token
-from refine_jax.training.source import ModelSource
 from refine_jax.training.step_config import StepConfig
 
 
 def choose_forward(
-  config: Config, shape: ModelConfig, mesh: Mesh, plan: DataPlan
+  config: Config, shape: ModelConfig, mesh: Mesh, plan: RowLimits
 ) -> forward_lib.ForwardConfig:
   """Resolves every "auto"."""
   source = config.model
@@ -54,7 +53,7 @@ def choose_forward(
     bytes_per_device(x, sharding.shardings(x, mesh)) // 4 for x in (trained, base)
   )
   rows_on_device = config.optim.micro_batch // sharding.batch_shards(mesh)
-  room = memory.device_memory()
+  room = target.memory()
   if adapter and room:  # the frozen base is held once, in the computing dtype
     itemsize = jnp.dtype(dtype).itemsize
     room -= base_on_device * itemsize
@@ -121,14 +120,14 @@ def new_params(shape: ModelConfig, adapter: adapters.Adapter | None, key: jax.Ar
   return adapters.init_params(shape, adapter, key)
 
 
-def most_tiles(config: Config, plan: DataPlan) -> int | None:
+def most_tiles(config: Config, plan: RowLimits) -> int | None:
   """StepConfig.most_tiles: None where blocks do not tile the responses."""
   if config.adapter.kind != "gated" or config.noise.anchors:
     return None
   return plan.most_tiles(config.noise.block_size - 1)
 
 
-def trained_columns(config: Config, plan: DataPlan) -> int:
+def trained_columns(config: Config, plan: RowLimits) -> int:
   """Tokens for each row that the backward pass goes through."""
   length = config.data.max_length
   if config.adapter.kind == "gated":
@@ -146,12 +145,14 @@ def bytes_per_device(tree: Any, places: Any) -> int:
 
 
 def flops_per_token(
-  config: Config, source: ModelSource, plan: DataPlan, step_config: StepConfig
+  config: Config, model: ModelConfig, rows: RowLimits, length: float, step_config: StepConfig
 ) -> float:
-  """Model FLOPs of a step for each token of the rows."""
-  length = plan.train.mean_length
+  """Model FLOPs of a step for each token of the rows.
+
+  Args:
+    length: mean over tokens of the length of the token's example.
+  """
+  columns = trained_columns(config, rows) / config.data.max_length
   if step_config.gated:
-    drafts = trained_columns(config, plan) / config.data.max_length
-    return gated_flops_per_token(source.model, length, drafts)
-  columns = trained_columns(config, plan) / config.data.max_length
-  return train_flops_per_token(source.model, length, plan_lib.passes(step_config.plan) * columns)
+    return gated_flops_per_token(model, length, columns)
+  return train_flops_per_token(model, length, plan_lib.passes(step_config.plan) * columns)

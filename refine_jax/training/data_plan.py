@@ -3,6 +3,7 @@
 import dataclasses
 import zlib
 from collections.abc import Sequence
+from typing import Protocol
 
 import grain
 import numpy as np
@@ -15,6 +16,19 @@ from refine_jax.config.checks import check_steps
 from refine_jax.errors import UserError
 from refine_jax.objective import draft_blocks
 from refine_jax.training.source import ModelSource
+
+
+class RowLimits(Protocol):
+  """What choices of how to compute need to know of the rows."""
+
+  @property
+  def max_segments(self) -> int:
+    """The most examples in any row."""
+    ...
+
+  def most_tiles(self, drafts: int) -> int:
+    """The most blocks of `drafts` tokens that tile the responses of any row, in any epoch."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)

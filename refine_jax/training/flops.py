@@ -1,10 +1,8 @@
 """Model FLOPs of a step, and what devices can do at most."""
 
-import functools
 from typing import NamedTuple
 
-import jax
-
+from refine_jax import target
 from refine_jax.model.transformer import ModelConfig
 
 
@@ -76,10 +74,9 @@ DEVICES = (
 )
 
 
-@functools.cache
 def device() -> Device | None:
-  """Returns the entry of this process's first device; None where it is not known."""
-  kind = jax.local_devices()[0].device_kind
+  """Returns the entry of what programs are made for (target.py); None where it is not known."""
+  kind = target.kind()
   return next((entry for entry in DEVICES if entry.kind in kind), None)
 
 

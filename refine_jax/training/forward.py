@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from refine_jax import target
 from refine_jax.attention import packed, ranged
 from refine_jax.batch import Batch
 from refine_jax.model import adapters, draft_head, head, layout, transformer, two_streams
@@ -244,11 +245,11 @@ def choose_join(mesh: Mesh) -> tuple[str, ...]:
 def choose_unroll(wanted: int, remat: str, layers: int) -> int:
   """Chooses ForwardConfig.unroll: what was asked for, or, for 0, what is fastest here.
 
-  Unstacked layers, without a scan, save copies on an accelerator. But a compiler may recompute
-  early, and then keeps what it was to recompute: where memory is so short that it takes "full", a
-  scan holds it to the order.
+  Unstacked layers, without a scan, save copies on a GPU; for a TPU they take minutes to compile.
+  But a compiler may recompute early, and then keeps what it was to recompute: where memory is so
+  short that it takes "full", a scan holds it to the order.
   """
   if wanted:
     return wanted
-  scans = jax.default_backend() == "cpu" or remat == "full"
+  scans = target.platform() != "gpu" or remat == "full"
   return 1 if scans else layers

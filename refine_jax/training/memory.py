@@ -1,6 +1,5 @@
 """What fits into a device's memory, and so how much a backward pass recomputes."""
 
-import jax
 import jax.numpy as jnp
 
 from refine_jax.model import remat as remat_lib
@@ -72,9 +71,3 @@ def choose_remat(
     if saved + most / config.layers <= room:
       return policy
   return "full"
-
-
-def device_memory() -> int | None:
-  """Bytes that this process may use of its first device; None where it is not known (CPU)."""
-  stats = jax.local_devices()[0].memory_stats() or {}
-  return stats.get("bytes_limit")

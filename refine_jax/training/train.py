@@ -98,7 +98,8 @@ class _Loop:
     jit = functools.partial(jax.jit, out_shardings=whole)
     self.eval_step = jit(functools.partial(train_step.eval_step, **bound))
     self.debug_rounds = jit(functools.partial(train_step.debug_rounds, **bound))
-    flops = flops_per_token(config, source, plan, step_config)
+    length = plan.train.mean_length
+    flops = flops_per_token(config, source.model, plan, length, step_config)
     self.problems: Problems | None = None
     if config.eval.generate_every:
       self.problems = Problems(config, source.model, workdir / "model", forward.dtype)
