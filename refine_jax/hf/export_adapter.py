@@ -5,6 +5,7 @@ A gated one, with the base at the root or, by reference, without its weights:
     config.json, tokenizer, model.safetensors   the base's own files
     generation_config.json                      "refinement": noise token, block size, "adapter"
     adapter/                                    a PEFT LoRA directory
+    custom_generate/                            code for transformers' generate
 
 SGLang's UNO and vLLM's uno take the adapter from such a folder. A "lora" adapter is the PEFT
 directory itself, with the run's config.json and tokenizer in it.
@@ -20,6 +21,7 @@ from refine_jax.hf import peft, shards
 from refine_jax.hf import weights as hf_weights
 from refine_jax.hf.export import DTYPES, check_dtype, copy_model_files
 from refine_jax.hf.generation_config import NAME
+from refine_jax.hf.model_files import add_custom_generate
 
 FOLDER = "adapter"
 # Kind of the adapter -> how its base is written; the first is the default.
@@ -77,6 +79,7 @@ def export_adapter(
       if local is not None:
         name = ".."  # a path of this machine says nothing to others
     if gated:
+      add_custom_generate(temporary)
       place = {} if how == "copy" else {"base": name, "base_fingerprint": fingerprint}
       _tell_sampler(temporary, place)
     folder = temporary / FOLDER if gated else temporary

@@ -30,6 +30,8 @@ _TOKENIZER_FILES = (
   "tokenizer.model",
 )
 TEMPLATE_FOLDER = "additional_chat_templates"
+# What `model.generate(custom_generate=DIR, trust_remote_code=True)` of transformers runs.
+CUSTOM_GENERATE = "custom_generate"
 
 
 def save_model_files(
@@ -81,6 +83,14 @@ def _copy_tokenizer(tokenizer, output: Path) -> None:
     shutil.copyfile(source / name, output / name)
   if (source / TEMPLATE_FOLDER).is_dir():
     shutil.copytree(source / TEMPLATE_FOLDER, output / TEMPLATE_FOLDER)
+
+
+def add_custom_generate(output: Path) -> None:
+  """Puts PyTorch code for parallel decoding into a release."""
+  source = Path(__file__).parent / CUSTOM_GENERATE
+  (output / CUSTOM_GENERATE).mkdir()
+  for path in sorted(source.glob("*.py")):
+    shutil.copyfile(path, output / CUSTOM_GENERATE / path.name)
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
