@@ -24,7 +24,7 @@ from .passes import Layout, Passes
 _OF_SCORES = {
   f"{name}LogitsWarper" for name in ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon")
 }
-_REFUSED = {"PrefixConstrainedLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor"}
+_REFUSED = {"UnbatchedClassifierFreeGuidanceLogitsProcessor"}
 _LAST = weakref.WeakKeyDictionary()  # model -> (key, Passes) of its last call
 
 
@@ -127,7 +127,7 @@ def _decode(passes, sampler, criteria, ids, mask, make_noise, eos, pad, streamer
     hidden = passes(torch.cat(window, 1), length - 1)
     text.scatter_(1, length[:, None] + place[:, :-1], drafts)
     position = (length - passes.pads)[:, None] + place
-    own = sampler(passes.head(hidden[:, :block]), position, text, length, known)
+    own = sampler(passes.logits(hidden[:, :block]), position, text, length, known)
     right = (own[:, :-1] == drafts) & (place[:, :-1] < known[:, None])
     right = right.long().cumprod(1).sum(1)
     text.scatter_(1, length[:, None] + place, own)  # what is past the count will be written over
@@ -144,7 +144,7 @@ def _decode(passes, sampler, criteria, ids, mask, make_noise, eos, pad, streamer
     ):  # what noise after the right drafts predicts, past the token that came with them
       run = block + right[:, None] * (block - 1) + place[:, :-1]
       run = hidden.gather(1, run[:, :, None].expand(-1, -1, hidden.shape[2]))
-      drafts = sampler(passes.head(run), position[:, :-1] + right[:, None] + 1)
+      drafts = sampler(passes.logits(run), position[:, :-1] + right[:, None] + 1)
       known = torch.full_like(length, block - 1)
     else:
       known = block - 1 - right
@@ -189,8 +189,10 @@ class Sampler:
     own = torch.zeros_like(position)
     for row, start in enumerate(length.tolist()):
       for i in range(own.shape[1]):
-        scores = self.processors(text[row : row + 1, : start + i], logits[row : row + 1, i].float())
-        own[row, i] = self._pick(scores[:, None], position[row : row + 1, i : i + 1], row)[0, 0]
+        # All rows alike, since a processor may know of each row's prompt.
+        ids = text[row, : start + i].expand(len(text), -1)
+        scores = self.processors(ids, logits[row, i].float().expand(len(text), -1))[row]
+        own[row, i] = self._pick(scores[None, None], position[row : row + 1, i : i + 1], row)[0, 0]
         if i >= known[row] or own[row, i] != text[row, start + i]:
           break
     return own
@@ -247,7 +249,7 @@ def iterative_generate(
         width = fresh + add_eos_length
         passes.layout = Layout(width, False, device, noise_from=width if turn else fresh)
         hidden = passes(torch.cat([text[:, cached:], drafts[:, :add_eos_length]], 1), start)
-        before, drafts = drafts, passes.head(hidden[:, fresh - 1 :]).argmax(-1)
+        before, drafts = drafts, passes.logits(hidden[:, fresh - 1 :]).argmax(-1)
         if turn and torch.equal(before, drafts):  # further passes would repeat it
           break
       cached, text = text.shape[1], torch.cat([text, drafts], 1)

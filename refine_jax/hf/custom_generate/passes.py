@@ -242,4 +242,8 @@ class Passes:
     out = self.decoder(
       input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **cache
     )
-    return out.last_hidden_state
+    return out.last_hidden_state.to(self.device)  # the last layer's may be another
+
+  def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    """The head's scores of hidden states [rows, n, features]: [rows, n, vocabulary]."""
+    return self.head(hidden).to(self.device)
