@@ -22,6 +22,7 @@ from refine_jax.hf import weights as hf_weights
 from refine_jax.hf.export import DTYPES, check_dtype, copy_model_files
 from refine_jax.hf.generation_config import NAME
 from refine_jax.hf.model_files import add_custom_generate
+from refine_jax.hf.rope import both_spellings
 
 FOLDER = "adapter"
 # Kind of the adapter -> how its base is written; the first is the default.
@@ -74,6 +75,10 @@ def export_adapter(
   name = base if local is None else str(local.absolute())
   with files.new_directory(output) as temporary:
     copy_model_files(model_files, temporary)
+    if not _old_spelling_says_all(model_files):
+      files.write_json(
+        temporary / "config.json", both_spellings(hf_config.read_json(model_files), family)
+      )
     if how == "copy":
       _copy_weights(hf_weights.find(base), temporary)
       if local is not None:
@@ -87,6 +92,14 @@ def export_adapter(
     peft.write(folder, adapter, config, family, base=name, dtype=DTYPES[dtype])
     (temporary / "README.md").write_text(card, encoding="utf-8")
   return output
+
+
+def _old_spelling_says_all(model_files: Path) -> bool:
+  """Whether config.json is the same model to transformers 4, which reads no `rope_parameters`."""
+  values = hf_config.read_json(model_files)
+  old = {key: value for key, value in values.items() if key != "rope_parameters"}
+  where = str(model_files / "config.json")
+  return hf_config.from_hf(old, where) == hf_config.from_hf(values, where)
 
 
 def _copy_weights(base: Path, output: Path) -> None:

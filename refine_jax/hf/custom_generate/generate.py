@@ -89,7 +89,7 @@ def generate(
       layout = Layout(block, branches, device)
       _LAST[model] = key, Passes(model, rows, adapter, cuda_graph, layout)
     passes = _LAST[model][1]
-    sampler = Sampler(logits_processor, generation_config.do_sample, device)
+    sampler = _Sampler(logits_processor, generation_config.do_sample, device)
     pad = first if generation_config.pad_token_id is None else generation_config.pad_token_id
     mask, streamer = rest.get("attention_mask"), kwargs.get("streamer")
     with passes.adapter.applied():
@@ -163,7 +163,7 @@ def _decode(passes, sampler, criteria, ids, mask, make_noise, eos, pad, streamer
   return text[:, :longest].masked_fill(past, pad), count_passes
 
 
-class Sampler:
+class _Sampler:
   """Chooses tokens from logits as `generate` was asked to.
 
   A sample is the argmax of scores plus Gumbel noise that depends on (seed, row, position) alone. So
