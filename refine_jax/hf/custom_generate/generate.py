@@ -116,7 +116,6 @@ def _decode(passes, sampler, criteria, ids, mask, make_noise, eos, pad, streamer
   text = torch.nn.functional.pad(ids, (0, limit + block - prompt), value=pad)
   place = torch.arange(block, device=device)[None]
   length = torch.full((rows,), prompt, device=device)
-  known = torch.zeros_like(length)  # how many of the drafts are predictions
   done, count_passes = torch.zeros_like(length, dtype=torch.bool), torch.zeros_like(length)
   drafts, longest, finished = make_noise(rows, block - 1), prompt, False
   passes.grow(prompt + layout.width, limit + layout.width)
@@ -127,9 +126,8 @@ def _decode(passes, sampler, criteria, ids, mask, make_noise, eos, pad, streamer
     hidden = passes(torch.cat(window, 1), length - 1)
     text.scatter_(1, length[:, None] + place[:, :-1], drafts)
     position = (length - passes.pads)[:, None] + place
-    own = sampler(passes.logits(hidden[:, :block]), position, text, length, known)
-    right = (own[:, :-1] == drafts) & (place[:, :-1] < known[:, None])
-    right = right.long().cumprod(1).sum(1)
+    own = sampler(passes.logits(hidden[:, :block]), position, text, length)
+    right = (own[:, :-1] == drafts).long().cumprod(1).sum(1)
     text.scatter_(1, length[:, None] + place, own)  # what is past the count will be written over
     count = torch.minimum(right + 1, limit - length).minimum(_until_eos(own, eos))
     ended = torch.isin(own.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0], eos)
@@ -139,17 +137,15 @@ def _decode(passes, sampler, criteria, ids, mask, make_noise, eos, pad, streamer
           count[row], ended[row] = i + 1, True
           break
     count = count.masked_fill(done, 0)
-    if (
-      layout.branches
-    ):  # what noise after the right drafts predicts, past the token that came with them
+    if layout.branches:  # what noise after the last right draft predicts of the time after `own`
       run = block + right[:, None] * (block - 1) + place[:, :-1]
       run = hidden.gather(1, run[:, :, None].expand(-1, -1, hidden.shape[2]))
       drafts = sampler(passes.logits(run), position[:, :-1] + right[:, None] + 1)
-      known = torch.full_like(length, block - 1)
     else:
-      known = block - 1 - right
       ahead = own.gather(1, (right[:, None] + 1 + place[:, :-1]).clamp(max=block - 1))
-      drafts = torch.where(place[:, :-1] < known[:, None], ahead, make_noise(rows, block - 1))
+      drafts = torch.where(
+        place[:, 1:] + right[:, None] < block, ahead, make_noise(rows, block - 1)
+      )
     if streamer is not None:
       streamer.put(text[0, int(length[0]) : int(length[0] + count[0])].cpu())
     length = length + count
@@ -176,11 +172,11 @@ class _Sampler:
     self.of_scores = [p for p in processors if type(p).__name__ in _OF_SCORES]
     self.seed = torch.randint(2**62, ()).to(device) if samples else None
 
-  def __call__(self, logits, position, text=None, length=None, known=None):
+  def __call__(self, logits, position, text=None, length=None):
     """int64 [rows, n] of logits [rows, n, vocabulary].
 
-    Where processors look at the text before a token, `text` holds drafts from `length` on, of which
-    `known` count: then tokens after the first wrong draft mean nothing, and drafts are guesses.
+    Where processors look at the text before a token, `text` holds drafts from `length` on, and what
+    comes after the first wrong one means nothing. Without it these processors are left out.
     """
     if text is None or len(self.of_scores) == len(self.processors):
       for processor in self.of_scores:
@@ -193,7 +189,7 @@ class _Sampler:
         ids = text[row, : start + i].expand(len(text), -1)
         scores = self.processors(ids, logits[row, i].float().expand(len(text), -1))[row]
         own[row, i] = self._pick(scores[None, None], position[row : row + 1, i : i + 1], row)[0, 0]
-        if i >= known[row] or own[row, i] != text[row, start + i]:
+        if own[row, i] != text[row, start + i]:
           break
     return own
 
