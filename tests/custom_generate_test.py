@@ -116,3 +116,19 @@ def test_ours_says_the_same_with_the_same_adapter(gated, random):
   answers = [until_eos(r) for r in new_tokens(ours(model, directory, arguments), arguments)]
   out = refine_jax.generate(refine_jax.load(directory), prompts, max_new_tokens=12)
   assert out.tokens == answers
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["qwen3", "gemma3"])
+def test_on_a_gpu_a_recorded_pass_says_the_same(exported, case):
+  directory, _ = exported(case)
+  model = transformers.AutoModelForCausalLM.from_pretrained(directory).to("cuda")
+  calls = []
+  for seed, new in ((0, 20), (1, 20), (2, 1100)):  # recorded, replayed, recorded for more room
+    call = inputs(unequal_prompts(3, 61, seed), max_new_tokens=new, eos_token_id=None)
+    calls.append(call | {x: call[x].to("cuda") for x in ("input_ids", "attention_mask")})
+  want = [ours(model, directory, call, cuda_graph=False) for call in calls]
+  for call, text in zip(calls, want, strict=True):
+    assert torch.equal(ours(model, directory, call), text)
+  for call, text in zip(calls[:2], want, strict=False):  # long answers meet near ties
+    assert torch.equal(model.generate(**call), text)
