@@ -107,6 +107,8 @@ def test_an_adapter_drafts_and_leaves_the_text_and_the_model_as_they_are(gated):
   assert out["passes"].tolist() == counts and 1.3 * sum(counts) < sum(map(len, answers))
 
 
+# Others compare ours with transformers' generate, as the tests here do.
+@pytest.mark.slow
 @pytest.mark.parametrize("random", [False, True])
 def test_ours_says_the_same_with_the_same_adapter(gated, random):
   directory, model = gated
