@@ -4,10 +4,13 @@ import re
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub import errors as hub_errors
 
 from refine_jax.errors import UserError
 from refine_jax.quoting import reason
+
+# Of the library for HTTP, which is another one from release to release: what cannot be reached.
+_HTTP_ERROR = hub_errors.HfHubHTTPError.__bases__[0]
 
 
 def check_name(name: str, option: str) -> str:
@@ -19,7 +22,7 @@ def check_name(name: str, option: str) -> str:
   try:
     huggingface_hub.utils.validate_repo_id(name)
     good = re.fullmatch(r"[^/]+/[^/]+", name)
-  except HFValidationError:
+  except hub_errors.HFValidationError:
     good = None
   if good is None:
     raise UserError(f"{option}={name} must be owner/name, of letters, digits, '-', '_' and '.'.")
@@ -52,13 +55,13 @@ def push(
   try:
     address = api.create_repo(name, private=private, exist_ok=True)
     api.upload_folder(repo_id=name, folder_path=directory, commit_message=message or None)
-  except OfflineModeIsEnabled as error:
+  except hub_errors.OfflineModeIsEnabled as error:
     raise _failed(directory, name, "HF_HUB_OFFLINE is set; unset it") from error
-  except (HTTPError, OSError, ValueError) as error:
-    hint = "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
-    response = getattr(error, "response", None)
-    known = response is not None and response.status_code in (401, 403)
-    what = f"{response.status_code}; {hint}" if known else reason(error)
+  except (_HTTP_ERROR, OSError, ValueError) as error:
+    what, response = reason(error), getattr(error, "response", None)
+    if response is not None and response.status_code in (401, 403):
+      hint = "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
+      what = f"{response.status_code}; {hint}"
     raise _failed(directory, name, what) from error
   return str(address)
 
