@@ -10,7 +10,7 @@ from refine_jax.errors import UserError
 from refine_jax.quoting import reason
 
 # Of the library for HTTP, which is another one from release to release: what cannot be reached.
-_HTTP_ERROR = hub_errors.HfHubHTTPError.__bases__[0]
+_HTTP_ERROR: type[Exception] = hub_errors.HfHubHTTPError.__bases__[0]
 
 
 def check_name(name: str, option: str) -> str:
