@@ -77,7 +77,8 @@ class Model:
   def mesh(self) -> Mesh | None:
     """What the parameters are split over; None: they are on one device."""
     place = jax.tree.leaves(self.params["layers"])[0].sharding
-    return place.mesh if isinstance(place, NamedSharding) and place.mesh.size > 1 else None
+    mesh = place.mesh if isinstance(place, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
 
   @functools.cached_property
   def base_decoding_params(self) -> dict:

@@ -75,7 +75,8 @@ class Runner:
       self._parts = settings.mesh.shape["tensor"]
       cache = NamedSharding(settings.mesh, cached.CACHE)
     # Where the state lives, as a prefix of it.
-    self._places = State(*(self._sharding,) * len(State._fields))._replace(caches=cache)
+    places: Any = State._make([self._sharding] * len(State._fields))
+    self._places = places._replace(caches=cache)
     self._programs: dict[Any, Callable] = {}
     self._sampling = "any"
 
