@@ -1,7 +1,7 @@
 """Attention of new tokens over a decoder's cache in one kernel, for NVIDIA GPUs.
 
 Each program takes some queries of one head through a stretch of the cache with the softmax kept
-online (FlashAttention, arXiv:2205.14135); the stretches are joined at the end ("Flash-Decoding",
+online (FlashAttention, arXiv:2205.14135); a second kernel joins the stretches ("Flash-Decoding",
 Dao et al. 2023). No scores are kept in memory, and of a cache of any size only those turns of the
 loop are taken that hold a place which a query sees.
 
@@ -12,7 +12,7 @@ it fails or is gone.
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ _KEYS = 64
 _LEAST_QUERIES, _MOST_QUERIES = 16, 64
 _PROGRAMS, _MOST_STRETCHES = 264, 16
 _WARPS, _STAGES = 4, 3
+_JOIN_WARPS = 1
 # The score of a place that a query does not see; differences of -inf would be no numbers.
 LOWEST = -0.7 * float(np.finfo(np.float32).max)
 
@@ -140,15 +141,36 @@ def attend(
     qkv,
     *cache,
   )
-  return _join(out, highest, total)[:, :count].astype(q_BTHh.dtype), (keys_after, values_after)
+  joined = _join(triton, (out, highest, total), count, q_BTHh.dtype, interpret)
+  return joined, (keys_after, values_after)
 
 
-def _join(out, highest, total) -> Any:
-  """Joins stretches [s, B, T, H, ..]; elementwise, so that XLA makes one kernel of it."""
-  best = functools.reduce(jnp.maximum, highest)
-  weights = [jnp.exp2(x - best)[..., None] for x in highest]
-  weighted = sum(x * w for x, w in zip(out, weights, strict=True))
-  return weighted / sum(x[..., None] * w for x, w in zip(total, weights, strict=True))
+def _join(triton, parts, count, dtype, interpret) -> jax.Array:
+  """Joins the stretches' (out [s, B, T, H, h], highest, total [s, B, T, H]): [B, count, H, h]."""
+  stretches, batch, _, heads, head_dim = parts[0].shape
+  if stretches == 1:
+    return (parts[0] / parts[2][..., None])[0, :, :count].astype(dtype)
+  # As XLA's operations it would be two kernels from eight stretches on; a layer has few in all.
+  place = lambda i: (i // (count * heads), i // heads % count, i % heads)  # noqa: E731
+  sums = pl.BlockSpec((stretches, None, None, None), lambda i: (0, *place(i)))
+  values = pl.BlockSpec((stretches, None, None, None, head_dim), lambda i: (0, *place(i), 0))
+  return pl.pallas_call(
+    _join_kernel,
+    grid=(batch * count * heads,),
+    in_specs=[values, sums, sums],
+    out_specs=pl.BlockSpec((None, None, None, head_dim), lambda i: (*place(i), 0)),
+    out_shape=jax.ShapeDtypeStruct((batch, count, heads, head_dim), dtype),
+    compiler_params=triton.CompilerParams(num_warps=_JOIN_WARPS),
+    interpret=interpret,
+    name="join_stretches",
+  )(*parts)
+
+
+def _join_kernel(out_ref, highest_ref, total_ref, joined_ref):
+  highest = highest_ref[...]
+  weights = jnp.exp2(highest - jnp.max(highest))
+  weighted = jnp.sum(out_ref[...] * weights[:, None], axis=0)
+  joined_ref[...] = (weighted / jnp.sum(total_ref[...] * weights)).astype(joined_ref.dtype)
 
 
 def _kernel(
@@ -176,10 +198,7 @@ def _kernel(
   groups,
 ):
   size, head_dim = q_ref.shape
-  stretches = pl.num_programs(2)
-  places = k_ref.shape[0] // stretches
-  part, stretch = pl.program_id(1), pl.program_id(2)
-  begin = stretch * places
+  part, stretch, stretches = pl.program_id(1), pl.program_id(2), pl.num_programs(2)
   start, position = start_ref[...], position_ref[...]
   upto, first, last = upto_ref[...], first_ref[...], last_ref[...]
   q = q_ref[...]
@@ -206,9 +225,9 @@ def _kernel(
     return True if window is None else position[:, None] - place[None, :] < window
 
   def cached(i, carry):
-    place = begin + i * keys + jnp.arange(keys)
+    place = i * keys + jnp.arange(keys)
     seen = (place < start)[None, :] & in_window(place)
-    return over(k_ref, v_ref, pl.ds(begin + i * keys, keys), seen, carry)
+    return over(k_ref, v_ref, pl.ds(i * keys, keys), seen, carry)
 
   def new(i, carry):
     order = i * size + jnp.arange(size)
@@ -216,18 +235,21 @@ def _kernel(
     seen |= (order[None, :] >= first[:, None]) & (order[None, :] <= last[:, None])
     return over(new_k_ref, new_v_ref, pl.ds(i * size, size), seen, carry)
 
-  turns = jnp.clip(pl.cdiv(start - begin, keys), 0, places // keys)
-  # The last stretch, of which the least is filled, takes the new tokens too.
+  # What is filled of the cache, and in reach, is shared out evenly, however large the cache is. The
+  # last stretch, which has the least, takes the new tokens too.
   new_end = jnp.maximum(jnp.max(upto), jnp.max(last)) + 1
   new_turns = jnp.where(stretch == stretches - 1, pl.cdiv(new_end, size), 0)
-  first_turn = first_new = 0
+  turns, first_turn, first_new = pl.cdiv(start, keys), 0, 0
   if window is not None:
     lowest = jnp.min(position) - window + 1
-    first_turn = jnp.clip((lowest - begin) // keys, 0, turns)
+    first_turn = jnp.clip(lowest // keys, 0, turns)
     first_new = jnp.clip((lowest - start) // size, 0, new_turns)
+  each = pl.cdiv(turns - first_turn, stretches)
+  begin = first_turn + stretch * each
+  end = jnp.minimum(begin + each, turns)
   zeros = jnp.zeros(size, jnp.float32)
   carry = jnp.zeros((size, head_dim), jnp.float32), zeros + LOWEST, zeros
-  carry = jax.lax.fori_loop(first_turn, turns, cached, carry)
+  carry = jax.lax.fori_loop(begin, end, cached, carry)
   out_ref[...], highest_ref[...], total_ref[...] = jax.lax.fori_loop(
     first_new, new_turns, new, carry
   )

@@ -26,13 +26,13 @@ from refine_jax.checkpoint.directory import (
   delete_all_but,
   find_step,
   position,
-  quiet_threads,
   read_newest,
   refuse_taken,
   resolve_resume_path,
   set_aside,
   steps,
 )
+from refine_jax.checkpoint.quiet import quiet_threads
 from refine_jax.errors import UserError
 from refine_jax.quoting import reason
 from refine_jax.tree import leaf_name

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -208,21 +207,3 @@ class Disk:
       self._failed = True
       if not (again and failed):
         raise
-
-
-def quiet_threads() -> None:
-  """Keeps tracebacks of Orbax's threads off the console: the caller raises their errors itself.
-
-  With REFINE_JAX_VERBOSE they stay.
-  """
-  if not os.environ.get("REFINE_JAX_VERBOSE"):
-    # A logger takes the same filter once.
-    for name in ("absl", "asyncio", "concurrent.futures"):
-      logging.getLogger(name).addFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-  error = record.exc_info[1] if record.exc_info else None
-  if record.name == "absl":
-    return error is None or "orbax" not in Path(record.pathname).parts
-  return "Event loop is closed" not in str(error)
