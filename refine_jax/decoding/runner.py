@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from refine_jax.attention import cached
 from refine_jax.decoding import device_memory, programs, sampler
 from refine_jax.decoding import state as state_lib
 from refine_jax.decoding.loading import Model
@@ -66,9 +67,16 @@ class Runner:
     self.state: State | None = None
     self.costs = Costs()
     leaf = jax.tree.leaves(self.params["layers"][0])[0]
-    self._dtype, self._sharding = leaf.dtype, leaf.sharding
+    self._dtype, self._sharding, self._parts = leaf.dtype, leaf.sharding, 1
+    cache = leaf.sharding
     if isinstance(leaf.sharding, NamedSharding):
-      self._sharding = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+      self._sharding = cache = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    if settings.mesh:
+      self._parts = settings.mesh.shape["tensor"]
+      cache = NamedSharding(settings.mesh, cached.CACHE)
+    # Where the state lives, as a prefix of it.
+    places: Any = State._make([self._sharding] * len(State._fields))
+    self._places = places._replace(caches=cache)
     self._programs: dict[Any, Callable] = {}
     self._sampling = "any"
 
@@ -141,12 +149,13 @@ class Runner:
     if self.state is None:
       more = {"rows": self.slots, "size": size, "dtype": self._dtype}
       make = functools.partial(state_lib.empty, self.config, self.settings, **more)
-      self.state = self._once(make)()
+      self.state = self._once(make, place=self._places)()
       return
     tokens = (self.state.tokens, self.state.probability, self.state.choices.noise_token)
     grow_tokens = self._once(functools.partial(state_lib.grow_tokens, size=size), *tokens)
     caches = list(self.state.caches)
-    grow_cache = self._once(functools.partial(state_lib.grow_cache, size=size), caches[0])
+    more = functools.partial(state_lib.grow_cache, size=size)
+    grow_cache = self._once(more, caches[0], place=self._places.caches)
     with held_back():
       # A layer at a time, so that both sizes of all layers are never there together.
       for i in range(len(caches)):
@@ -164,7 +173,7 @@ class Runner:
     return programs.bucket(places, least)
 
   def _bytes(self, size: int) -> int:
-    return state_lib.cache_bytes(self.config, self.slots, size, self._dtype)
+    return state_lib.cache_bytes(self.config, self.slots, size, self._dtype) // self._parts
 
   @property
   def _device(self) -> Any:
@@ -214,25 +223,27 @@ class Runner:
     one, ended = np.int32(1), np.zeros(self.slots, bool)
     pieces = state_lib.empty_pieces(self.settings, self.slots, self.pieces, self.piece)
     passes = self.slots * settings.tokens
-    function, more, tokens = {
-      "enter": (state_lib.enter, (pieces,), self.pieces * self.piece),
-      "decode": (sampler.decode, (ended, one, one), passes),
-      "traced": (sampler.traced_pass, (ended,), passes),
+    state, rest = self._places, self._sharding
+    function, more, tokens, places = {
+      "enter": (state_lib.enter, (pieces,), self.pieces * self.piece, state),
+      "decode": (sampler.decode, (ended, one, one), passes, (state, rest)),
+      "traced": (sampler.traced_pass, (ended,), passes, (state, rest, rest)),
     }[name]
     # Prompts' drafts are greedy, so all have one program for them.
     sampling = "any" if name == "enter" else self._sampling
     settings = dataclasses.replace(settings, sampling=sampling)
     return programs.Job(
-      programs.jitted(function, self.config, settings, self._sharding),
+      programs.jitted(function, self.config, settings, places),
       (self._params(settings), self.state, *more),
       programs.compiler_options(tokens),
       f"{_NAMES[name]} ({self.slots} rows of up to {self.size} tokens)",
     )
 
-  def _once(self, function: Callable, *arguments: Any) -> Callable:
-    """A program for one use, counted."""
+  def _once(self, function: Callable, *arguments: Any, place: Any = None) -> Callable:
+    """A program for one use, counted; `place` is that of its results, where they are split."""
     start = time.perf_counter()
-    program = jax.jit(function, out_shardings=self._sharding).lower(*arguments).compile()
+    program = jax.jit(function, out_shardings=place or self._sharding)
+    program = program.lower(*arguments).compile()
     self.costs.compile_seconds += time.perf_counter() - start
     self.costs.programs += 1
     return program

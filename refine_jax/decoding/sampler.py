@@ -159,7 +159,7 @@ def _predict(params, state, start, config, settings):
   batch = layout.batch
   if settings.random_noise:
     batch = sampling.with_random_noise(batch, config.vocab_size)
-  x, caches = run(params, config, batch, start, layout.reach, state.caches, settings.engine)
+  x, caches = run(params, config, batch, start, layout.reach, state.caches, settings)
 
   def predicted_by(x_BnD, positions):
     logits = transformer.logits(params, x_BnD)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import jax
+from jax.sharding import Mesh
 
 from refine_jax import target
 from refine_jax.decoding import drafts, plans
@@ -52,6 +53,7 @@ class Settings:
       of their own, of which the second knows greedy rows too.
     engine: of cached.attend_with.
     least_window: see `least_window`.
+    mesh: splits heads and caches over "tensor"; None: one device.
   """
 
   mode: str = "exact"
@@ -69,6 +71,7 @@ class Settings:
   sampling: str = "any"
   engine: str = "xla"
   least_window: int = 1
+  mesh: Mesh | None = None
 
   @property
   def window(self) -> int:
@@ -177,6 +180,7 @@ def settings_for(model: "Model", options: Options, slots: int, eos_ids: int = 0)
     eos_places=bucket(eos_ids, _EOS_PLACES),
     engine=model.cache_engine,
     least_window=least_window(slots),
+    mesh=model.mesh,
   )
 
 
