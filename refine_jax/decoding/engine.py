@@ -56,6 +56,7 @@ class Engine:
     self._runner = Runner(model, slots, settings_for(model, options, slots, eos_ids))
     found = self._runner.settings.plans
     self._chooser = Chooser(found) if found else None
+    self._suited: set[tuple] = set()  # what requests asked for, where it was found to fit
     self._waiting: collections.deque[Request] = collections.deque()
     self._rows: list[Row | None] = [None] * slots
     self._finished: list[Answer] = []
@@ -91,8 +92,13 @@ class Engine:
 
     That is other programs, more places than the context has, or more memory.
     """
-    eos_ids = len(request.eos_ids)
-    self.settings.require(settings_for(self.model, request.options, self.slots, eos_ids), eos_ids)
+    options, eos_ids = request.options, len(request.eos_ids)
+    # What settings_for reads of them; most requests ask for what others did.
+    names = (options.mode, options.draft, options.block_size, options.budget)
+    asked = (*names, options.log_probabilities, options.noise_token is None, eos_ids)
+    if asked not in self._suited:
+      self.settings.require(settings_for(self.model, options, self.slots, eos_ids), eos_ids)
+      self._suited.add(asked)
     if len(request.prompt) >= self.context:
       raise UserError(
         f"A prompt has {len(request.prompt)} tokens, which leaves no room in the engine's"

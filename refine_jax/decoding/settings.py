@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 import jax
 
 from refine_jax import target
-from refine_jax.decoding import drafts, plans
+from refine_jax.decoding import device_plans, drafts, plans
 from refine_jax.decoding.options import (
-  AUTO,
   Options,
+  chooses,
   default_block_size,
   default_budget,
   default_draft,
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _LEAST_ROWS = 16
 # Places for EOS ids in a row; more of them are another program.
 _EOS_PLACES = 8
+# The most tokens that "auto" commits in a pass of a model that was trained without blocks.
+_BLOCK_WITHOUT = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,7 +152,7 @@ def settings_for(model: "Model", options: Options, slots: int, eos_ids: int = 0)
     slots: rows of a pass; with many of them default blocks are smaller.
     eos_ids: how many a row has at most.
   """
-  if options.draft == AUTO and options.mode == "exact":
+  if chooses(options):
     return _auto(model, options, slots, eos_ids)
   trained = model.refinement
   block = options.block_size
@@ -183,18 +185,26 @@ def settings_for(model: "Model", options: Options, slots: int, eos_ids: int = 0)
 def _auto(model: "Model", options: Options, slots: int, eos_ids: int) -> Settings:
   """Settings whose plans are those of this device and so many rows."""
   trained = model.refinement
-  block = (trained.block_size if trained else None) or 1
+  block = 1 if trained is None else trained.block_size or _BLOCK_WITHOUT
   block = min(block, options.block_size or block)
   device = jax.local_devices()[0].device_kind
   found = plans.chosen(model.plans.get(device, {}), slots)
   if found is None:
-    found = plans.built_in(slots, block, adapted=model.adapter is not None)
-  # A smaller block than that of the training was asked for.
-  found = tuple(plan for plan in found if plan.block <= max(block, 1)) or found[:1]
+    found = device_plans.built_in(
+      slots,
+      block,
+      adapted=model.adapter is not None,
+      trained=trained is not None and trained.block_size is not None,
+      **model.size,
+    )
+  found = tuple(plans.within(plan, block) for plan in found if block > 1 or plan.draft == "ar")
+  if all(plan.draft == "ar" for plan in found):  # the same programs as of that mode
+    alone = dataclasses.replace(options, mode="ar", draft=None, block_size=None)
+    return settings_for(model, alone, slots, eos_ids)
   first = max(found, key=lambda plan: plan.block)
   most = dataclasses.replace(
     options,
-    draft="tail" if first.draft == "ar" else first.draft,
+    draft=first.draft,
     block_size=first.block,
     budget=first.budget or None if first.draft in ("budget", "cycle") else None,
   )
