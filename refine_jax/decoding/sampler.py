@@ -122,15 +122,13 @@ def one_pass(
   keep, drafted = after.following(predicted, known, count, state.length, noise_B)
 
   def with_new(rows, new):
-    """In place: rows that are done get what they have, and no copy of all is made to choose from."""
+    """In place: rows that are done get what they have, so that all are not copied to choose."""
     old = slice_rows(rows, state.length, new.shape[1])
     return write_rows(rows, jnp.where(state.done[:, None], old, new), state.length)
 
   new = state._replace(
     tokens=with_new(tokens, keep),
-    probability=with_new(state.probability, probability)
-    if settings.records
-    else state.probability,
+    probability=with_new(state.probability, probability) if settings.records else state.probability,
     length=length,
     # All that was committed before is cached now, and so are the drafts that were right.
     cached=jnp.where(state.done, state.cached, jnp.minimum(state.length + verified, length - 1)),

@@ -1,6 +1,7 @@
 """What an engine's programs are made for: the static part of the options."""
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 import jax
@@ -72,6 +73,14 @@ class Settings:
   engine: str = "xla"
   least_window: int = 1
 
+  def __hash__(self) -> int:
+    """Kept: every step looks programs up by it."""
+    return self._hash
+
+  @functools.cached_property
+  def _hash(self) -> int:
+    return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
+
   @property
   def window(self) -> int:
     """Tokens a pass runs over: modes that commit unverified tokens run over those once more."""
@@ -121,7 +130,16 @@ class Settings:
     return max(written, self.width, self.least_reach)
 
   def planned(self, plan: Plan) -> "Settings":
-    """The settings of a plan, whose State is that of these."""
+    """The settings of a plan, whose State is that of these; the same object each time."""
+    if plan not in self._planned:
+      self._planned[plan] = self._of(plan)
+    return self._planned[plan]
+
+  @functools.cached_property
+  def _planned(self) -> dict[Plan, "Settings"]:
+    return {}
+
+  def _of(self, plan: Plan) -> "Settings":
     ar = plan.draft == "ar"
     return dataclasses.replace(
       self,
@@ -143,6 +161,12 @@ class Settings:
         f"A request has {eos_ids} EOS ids, and the engine has room for {self.eos_places};"
         f" make it with eos_ids={eos_ids}."
       )
+
+
+def static(options: Options) -> tuple:
+  """What `settings_for` reads of options."""
+  names = (options.mode, options.draft, options.block_size, options.budget)
+  return (*names, options.log_probabilities, options.noise_token is None)
 
 
 def settings_for(model: "Model", options: Options, slots: int, eos_ids: int = 0) -> Settings:
