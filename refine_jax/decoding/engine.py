@@ -13,7 +13,7 @@ from refine_jax.decoding.plans import Chooser, Plan
 from refine_jax.decoding.requests import Answer, Request, Row
 from refine_jax.decoding.runner import Costs, Runner
 from refine_jax.decoding.settings import Settings, settings_for, static
-from refine_jax.decoding.unread import Ended, Unread
+from refine_jax.decoding.unread import Unread
 from refine_jax.errors import UserError
 from refine_jax.interrupt import held_back
 
@@ -231,8 +231,7 @@ class Engine:
   def _decode(self, passes: int | None) -> list[Answer]:
     watched = any(row and row.request.watched for row in self._rows)
     later = passes is None and not watched
-    if passes is None:
-      passes = _PASSES_BETWEEN_STOPS if watched else _PASSES
+    passes = passes or (_PASSES_BETWEEN_STOPS if watched else _PASSES)
     least = 1
     if self._entering():
       passes = 1  # beside the next piece
@@ -241,8 +240,7 @@ class Engine:
       enough = min(self._runner.pieces, self.slots // 8, len(self._waiting))
       least = max(len(self._decoding()) - max(enough, 1) + 1, 1)
     self._runner.start(self._ended, passes, least)
-    finished = self._unread.take()
-    return finished + self._collect(self._runner.report(), later=later)
+    return self._unread.take() + self._collect(self._runner.report(), later=later)
 
   def _traced(self, passes: int) -> list[Answer]:
     finished = self._unread.take()
@@ -267,10 +265,8 @@ class Engine:
     self._lengths[decoding] = lengths[decoding]
     for slot in decoding:
       self._row(slot).passes = int(passes[slot])
-    ended = [slot for slot in decoding if done[slot]]
-    self._unread.add(
-      [Ended(self._row(slot), slot, int(lengths[slot])) for slot in ended], self._runner.rows
-    )
+    ended = {slot: self._row(slot) for slot in decoding if done[slot]}
+    self._unread.add(ended, lengths, self._runner.rows)
     watched = [s for s in decoding if not done[s] and self._row(s).request.watched]
     tokens, accepted, sure = jax.device_get(self._runner.rows) if watched else (np.zeros(0),) * 3
     finished = []
