@@ -30,6 +30,9 @@ from refine_jax.decoding.state import State, run
 from refine_jax.model import adapters, transformer
 from refine_jax.model.transformer import ModelConfig
 
+# Rows of a product with the head that take no longer than fewer (H100).
+_FEW = 64
+
 
 class Seen(NamedTuple):
   """What one pass saw: the places from State.length on, as they were predicted.
@@ -172,8 +175,9 @@ def _predict(params, state, start, config, settings):
     return drafts.Predicted(*chosen)
 
   # Only the rows that predict the block and one run meet the head, or all at once, where these are
-  # not many more.
-  every = kind.extra_predictions(block) and settings.tokens <= 9 * settings.width // 8
+  # not many more, or so few that a product takes the time of reading the head.
+  few = jax.default_backend() == "gpu" and len(base) * settings.tokens <= _FEW
+  every = kind.extra_predictions(block) and (few or settings.tokens <= 9 * settings.width // 8)
   everything = predicted_by(x, batch.positions) if every else None
 
   def choose(order_Bn):
