@@ -126,6 +126,8 @@ def one_pass(
 
   def with_new(rows, new):
     """In place: rows that are done get what they have, so that all are not copied to choose."""
+    if len(rows) == 1:  # XLA makes one update of it
+      return jnp.where(state.done[:, None], rows, write_rows(rows, new, state.length))
     old = slice_rows(rows, state.length, new.shape[1])
     return write_rows(rows, jnp.where(state.done[:, None], old, new), state.length)
 
@@ -171,7 +173,8 @@ def _predict(params, state, start, config, settings):
 
   def predicted_by(x_BnD, positions):
     logits = transformer.logits(params, x_BnD)
-    chosen = sampling.choose(logits, positions + 1, state.choices, settings.sampling)
+    both = settings.records or settings.mode == "threshold"
+    chosen = sampling.choose(logits, positions + 1, state.choices, settings.sampling, both=both)
     return drafts.Predicted(*chosen)
 
   # Only the rows that predict the block and one run meet the head, or all at once, where these are

@@ -16,7 +16,12 @@ NOT_FINITE = -1
 
 
 def choose(
-  logits: jax.Array, positions_BN: jax.Array, choices: "Choices", rows: str = "any"
+  logits: jax.Array,
+  positions_BN: jax.Array,
+  choices: "Choices",
+  rows: str = "any",
+  *,
+  both: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """A token for each place, and its probability.
 
@@ -27,15 +32,17 @@ def choose(
     positions_BN: int32, where in the row each token would stand.
     choices: of the rows: seed, inverse_temperature, top_k, top_p.
     rows: Settings.sampling.
+    both: whether the probability is read; what computes it alone is removed by XLA where it is not.
 
   Returns:
     int32 [B, N], NOT_FINITE where there is none; and float32 [B, N]: the probability in the
     distribution that was chosen from.
   """
   samples = choices.inverse_temperature > 0
+  greedy = _greedy_in_one if both and jax.default_backend() == "gpu" else _greedy
 
   def either(logits):
-    token, probability = _greedy(logits)
+    token, probability = greedy(logits)
     sampled, sampled_probability = _sample(logits, positions_BN, choices)
     here = samples[:, None]
     return (
@@ -44,13 +51,11 @@ def choose(
     )
 
   if rows == "any":
-    return jax.lax.cond(jnp.any(samples), either, _greedy, logits)
-  return _greedy(logits) if rows == "greedy" else either(logits)
+    return jax.lax.cond(jnp.any(samples), either, greedy, logits)
+  return greedy(logits) if rows == "greedy" else either(logits)
 
 
 def _greedy(logits):
-  if jax.default_backend() == "gpu":
-    return _greedy_in_one(logits)
   # The first NaN where there is one.
   chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
   logit = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
