@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from hf_fixtures import tiny_hf_model
 from sampler_budget_test import shared_out
 
 import refine_jax
+from refine_jax import target
 from refine_jax.decoding import calibrate, device_plans, plans
 from refine_jax.decoding.drafts import allocation
 from refine_jax.decoding.engine import Engine
@@ -27,6 +27,7 @@ from refine_jax.evaluation import tune
 from refine_jax.hf import calibration
 from refine_jax.hf.calibration import Calibration, Curve
 from refine_jax.hf.generation_config import Refinement, read_generation_config
+from refine_jax.target import Target
 
 EOS = sampler_fixtures.EOS
 AR, SMALL = Plan("ar", 1, 0, 1.0, 1.0), Plan("budget", 4, 8, 1.5, 3.0)
@@ -134,9 +135,8 @@ def test_measured_rows_are_never_extrapolated():
   assert found == want
 
 
-def on_device(monkeypatch, kind):
-  device = SimpleNamespace(device_kind=kind, platform="cpu" if kind == "cpu" else "gpu")
-  monkeypatch.setattr(device_plans.jax, "local_devices", lambda: [device])
+def on_device(kind):
+  return target.compiling_for(Target("cpu" if kind == "cpu" else "gpu", kind, None))
 
 
 SMALL_MODEL, LARGE_MODEL = 106_000_000, 1_310_000_000
@@ -153,35 +153,33 @@ SMALL_MODEL, LARGE_MODEL = 106_000_000, 1_310_000_000
     ("TPU v5 lite", LARGE_MODEL, 4, 32),
   ],
 )
-def test_built_in_plans_hold_ar_and_no_pass_that_was_not_measured(
-  monkeypatch, kind, parameters, itemsize, most
-):
-  on_device(monkeypatch, kind)
+def test_built_in_plans_hold_ar_and_no_pass_that_was_not_measured(kind, parameters, itemsize, most):
   model = {"adapted": True, "parameters": parameters, "itemsize": itemsize}
-  for rows in (1, 2, 8, 32, 64, 128, 300, 2000):
-    found = device_plans.built_in(rows, 16, **model)
-    assert found[0][:3] == ("ar", 1, 0)
-    for plan in found[1:]:
-      tokens = plan.block**2 if plan.draft == "branches" else plan.budget
-      assert rows * tokens <= most and plan.milliseconds >= found[0].milliseconds
-    without = device_plans.built_in(rows, 16, trained=False, **model)
-    assert [plan.draft for plan in without] in (["ar"], ["ar", "tail"])
-    for block in (1, 4):
-      smaller = device_plans.built_in(rows, block, **model)
-      assert all(plan.block <= block and plan.tokens <= block for plan in smaller)
-      assert len(smaller) == (len(found) if block > 1 else 1)
+  with on_device(kind):
+    for rows in (1, 2, 8, 32, 64, 128, 300, 2000):
+      found = device_plans.built_in(rows, 16, **model)
+      assert found[0][:3] == ("ar", 1, 0)
+      for plan in found[1:]:
+        tokens = plan.block**2 if plan.draft == "branches" else plan.budget
+        assert rows * tokens <= most and plan.milliseconds >= found[0].milliseconds
+      without = device_plans.built_in(rows, 16, trained=False, **model)
+      assert [plan.draft for plan in without] in (["ar"], ["ar", "tail"])
+      for block in (1, 4):
+        smaller = device_plans.built_in(rows, block, **model)
+        assert all(plan.block <= block and plan.tokens <= block for plan in smaller)
+        assert len(smaller) == (len(found) if block > 1 else 1)
 
 
-def test_an_h100_has_the_plans_that_were_measured_best(monkeypatch):
-  on_device(monkeypatch, "NVIDIA H100 80GB HBM3")
+def test_an_h100_has_the_plans_that_were_measured_best():
   model = {"adapted": True, "parameters": SMALL_MODEL, "itemsize": 2}
-  best = {}
-  for rows in (1, 2, 32, 33, 128):
-    plan = Chooser(device_plans.built_in(rows, 16, **model)).current
-    best[rows] = (plan.draft, plan.block)
-  assert best == {1: ("branches", 16)} | dict.fromkeys((2, 32, 33, 128), ("cycle", 16))
-  # 129 rows were not measured, and what a larger model's passes cost says that nothing pays.
-  assert Chooser(device_plans.built_in(129, 16, **model)).current.draft == "ar"
+  with on_device("NVIDIA H100 80GB HBM3"):
+    best = {}
+    for rows in (1, 2, 32, 33, 128):
+      plan = Chooser(device_plans.built_in(rows, 16, **model)).current
+      best[rows] = (plan.draft, plan.block)
+    assert best == {1: ("branches", 16)} | dict.fromkeys((2, 32, 33, 128), ("cycle", 16))
+    # 129 rows were not measured, and what a larger model's passes cost says that nothing pays.
+    assert Chooser(device_plans.built_in(129, 16, **model)).current.draft == "ar"
 
 
 def test_exact_chooses_its_drafts_by_default(model):

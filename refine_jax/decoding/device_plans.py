@@ -6,8 +6,7 @@ give here corrects them (plans.Chooser).
 
 import bisect
 
-import jax
-
+from refine_jax import target
 from refine_jax.decoding import plans
 from refine_jax.decoding.plans import Plan
 
@@ -64,11 +63,10 @@ def built_in(
     parameters, itemsize: of the model's layers: how many, and bytes of each.
     trained: whether with blocks, so that runs of noise say something.
   """
-  device = jax.local_devices()[0]
-  if device.platform == "cpu":
+  if target.platform() == "cpu":
     found = (trained and plans.chosen(_CPU, rows)) or (_AR,)
   else:
-    measured = itemsize == 2 and any(name in device.device_kind for name in _MEASURED)
+    measured = itemsize == 2 and any(name in target.kind() for name in _MEASURED)
     small = measured and trained and parameters <= _MOST_SMALL
     most = _TOKENS[-1] if measured else _SAFE_TOKENS.get(itemsize, 0)
     found = (small and plans.chosen(_SMALL, rows)) or _by_tokens(

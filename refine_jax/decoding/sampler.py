@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from refine_jax import target
 from refine_jax.attention import cached
 from refine_jax.attention.cached import slice_rows, write_rows
 from refine_jax.batch import Array, Batch
@@ -179,7 +180,7 @@ def _predict(params, state, start, config, settings):
 
   # Only the rows that predict the block and one run meet the head, or all at once, where these are
   # not many more, or so few that a product takes the time of reading the head.
-  few = jax.default_backend() == "gpu" and len(base) * settings.tokens <= _FEW
+  few = target.platform() == "gpu" and len(base) * settings.tokens <= _FEW
   every = kind.extra_predictions(block) and (few or settings.tokens <= 9 * settings.width // 8)
   everything = predicted_by(x, batch.positions) if every else None
 

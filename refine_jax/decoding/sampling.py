@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refine_jax import target
 from refine_jax.batch import Batch
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def choose(
     distribution that was chosen from.
   """
   samples = choices.inverse_temperature > 0
-  greedy = _greedy_in_one if both and jax.default_backend() == "gpu" else _greedy
+  greedy = _greedy_in_one if both and target.platform() == "gpu" else _greedy
 
   def either(logits):
     token, probability = greedy(logits)

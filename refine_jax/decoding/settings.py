@@ -4,8 +4,6 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
-import jax
-
 from refine_jax import target
 from refine_jax.decoding import device_plans, drafts, plans
 from refine_jax.decoding.options import (
@@ -211,8 +209,7 @@ def _auto(model: "Model", options: Options, slots: int, eos_ids: int) -> Setting
   trained = model.refinement
   block = 1 if trained is None else trained.block_size or _BLOCK_WITHOUT
   block = min(block, options.block_size or block)
-  device = jax.local_devices()[0].device_kind
-  found = plans.chosen(model.plans.get(device, {}), slots)
+  found = plans.chosen(model.plans.get(target.kind(), {}), slots)
   if found is None:
     found = device_plans.built_in(
       slots,
