@@ -189,7 +189,7 @@ def test_exact_chooses_its_drafts_by_default(model):
     settings = settings_for(of, Options(**options), slots)
     return [plan.draft for plan in settings.plans] or [settings.draft, settings.block]
 
-  assert drafts(1) == drafts(1, draft="auto") == ["ar", "budget"]
+  assert drafts(1) == drafts(1, draft="auto") == ["ar", "budget", "budget"]
   alone = settings_for(model, Options(mode="ar"), 8)
   assert settings_for(model, Options(), 8) == settings_for(model, Options(draft="auto"), 8) == alone
   assert drafts(8, block_size=4) == ["branches", 4]
@@ -285,6 +285,8 @@ def test_a_tuned_directory_is_read_by_engines(tmp_path, monkeypatch, capsys):
   data.write_text("\n".join(json.dumps({"prompt": [3 + i, 5]}) for i in range(4)))
   monkeypatch.setattr(tune, "_BUDGETS", (8,))
   monkeypatch.setattr(tune, "_CYCLES", ())
+  best = [(plan.draft, plan.block) for rows in (1, 8) for plan in tune.candidates(rows, 16)]
+  assert [pair for pair in best if pair[0] == "branches"] == [("branches", n) for n in (8, 16, 8)]
   monkeypatch.setattr(tune, "_REPEATS", 1)
   command = f"tune --model={directory} --data={data} --rows=2 --max_new_tokens=12"
   monkeypatch.setattr(sys, "argv", command.split())

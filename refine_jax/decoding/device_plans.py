@@ -45,9 +45,9 @@ _ACCEPTED = {
 }
 # On other accelerators, by bytes of a number: so few tokens of all rows cost little on any.
 _SAFE_TOKENS = {2: 64, 4: 32}
-# On a CPU a pass takes longer with each token: the slower of the quickstart's model and layers of
-# the 135M shape in float32, two cores. With more rows drafts do not pay for sure.
-_CPU = {1: (_AR, Plan("budget", 8, 8, 2.0, 2.8))}
+# On a CPU a pass takes longer with each token: the quickstart's model on two cores. With more rows
+# drafts do not pay for sure.
+_CPU = {1: (_AR, Plan("budget", 4, 4, 1.4, 1.96), Plan("budget", 8, 8, 2.2, 2.9))}
 # Models trained without blocks keep the last pass's predictions: tokens a block, and a pass.
 _TAIL = (8, 1.87)
 

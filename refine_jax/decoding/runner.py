@@ -82,7 +82,9 @@ class Runner:
 
   @property
   def params(self) -> dict:
-    """The parameters of prompts' passes."""
+    """The parameters of prompts' passes: an adapter's are for drafts alone."""
+    if not self.settings.drafts_of_prompt:
+      return self._model.base_decoding_params
     return self._params(self.settings)
 
   def _params(self, settings: Settings) -> dict:
@@ -261,7 +263,7 @@ class Runner:
     settings = dataclasses.replace(settings, sampling=sampling)
     return programs.Job(
       programs.jitted(function, self.config, settings, self._sharding),
-      (self._params(settings), self.state, sent),
+      (self.params if name == "enter" else self._params(settings), self.state, sent),
       programs.compiler_options(tokens),
       f"{_NAMES[name]} ({self.slots} rows of up to {self.size} tokens)",
     )

@@ -43,6 +43,7 @@ class Settings:
     plans: of draft "auto": what an engine switches between, of which `draft`, `block` and `budget`
       are one.
     least_most, least_reach: of `most` and `reach`, so that all plans share a State.
+    prompt_drafts: whether the prompt's pass makes the first drafts.
     log_probabilities: whether those of answers are kept.
     adapted: whether the adapter of a model that has one takes part.
     random_noise: noise tokens are drawn from the vocabulary; a row's noise token only marks their
@@ -63,6 +64,7 @@ class Settings:
   plans: tuple[Plan, ...] = ()
   least_most: int = 0
   least_reach: int = 0
+  prompt_drafts: bool = True
   log_probabilities: bool = False
   adapted: bool = True
   random_noise: bool = False
@@ -109,7 +111,8 @@ class Settings:
   @property
   def drafts_of_prompt(self) -> int:
     """Drafts that the prompt's pass makes for the first one."""
-    return 0 if self.mode == "fixed" else self.kind.prompt_drafts(self.block)
+    none = self.mode == "fixed" or not self.prompt_drafts
+    return 0 if none else self.kind.prompt_drafts(self.block)
 
   @property
   def width(self) -> int:
@@ -232,6 +235,8 @@ def _auto(model: "Model", options: Options, slots: int, eos_ids: int) -> Setting
   base = dataclasses.replace(
     settings_for(model, most, slots, eos_ids),
     calibration=(trained and trained.calibration) or PLAIN,
+    # On a CPU an adapter would make a prompt's pass longer than another pass takes.
+    prompt_drafts=model.adapter is None or target.platform() != "cpu",
   )
   each = [base.planned(plan) for plan in found]
   return dataclasses.replace(
