@@ -81,6 +81,12 @@ class Model:
     return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
 
   @functools.cached_property
+  def size(self) -> dict[str, int]:
+    """`parameters` of the layers, and the `itemsize` of each."""
+    leaves = jax.tree.leaves(self.params["layers"])
+    return {"parameters": sum(x.size for x in leaves), "itemsize": leaves[0].dtype.itemsize}
+
+  @functools.cached_property
   def base_decoding_params(self) -> dict:
     """The parameters, unstacked and joined (layout.py), made when first needed.
 

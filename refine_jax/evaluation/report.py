@@ -112,11 +112,16 @@ def write_answers(directory: Path, name: str, answers: list[dict]) -> None:
       file.writelines(to_json(answer) + "\n" for answer in answers)
 
 
+def size(result: dict) -> str:
+  """A setting's block size in words: "auto" where the sampler chose it."""
+  return str(result["block_size"] or "auto")
+
+
 def line(result: dict) -> str:
   """The printed line of one setting's numbers."""
   unanswered = result["not_answered"]
   return (
-    f"{result['mode']:<14} block {result['block_size']:<3} solved {result['solved']:.1%}"
+    f"{result['mode']:<14} block {size(result):<4} solved {result['solved']:.1%}"
     f" [{result['solved_low']:.1%}, {result['solved_high']:.1%}]"
     f"  tokens/pass {result['tokens_per_pass']:.2f}  not stopped {result['not_stopped']}"
     + (f"  not answered {unanswered}" if unanswered else "")
@@ -151,8 +156,8 @@ def plot(results: list[dict], path: Path) -> bool:
     ]
     axes.errorbar(x, y, yerr=spread, marker="o", capsize=2, label=mode)
     for r, px, py in zip(points, x, y, strict=True):
-      if r["block_size"] > 1:
-        axes.annotate(str(r["block_size"]), (px, py), (4, 4), textcoords="offset points", size=8)
+      if r["block_size"] != 1:
+        axes.annotate(size(r), (px, py), (4, 4), textcoords="offset points", size=8)
   axes.set_xlabel("tokens a pass (label: block size)")
   axes.set_ylabel("solved, % (95 % interval)")
   axes.legend()
