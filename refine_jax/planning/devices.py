@@ -222,7 +222,9 @@ def answering_for(wanted: Slice) -> Iterator[None]:
     return
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-  answers = [(cudnn, "check_compute_capability", lambda least: float(least) <= 9.0)]
+  answers: list[tuple[Any, str, Any]] = [
+    (cudnn, "check_compute_capability", lambda least: float(least) <= 9.0)
+  ]
   with contextlib.suppress(ImportError):  # since jax 0.12
     gpu_info = importlib.import_module("jax._src.pallas.triton.gpu_info")
     answers.append((gpu_info, "get_device_kind", lambda: wanted.kind.kind))
