@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -222,7 +222,7 @@ def answering_for(wanted: Slice) -> Iterator[None]:
     return
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-  answers: list[tuple[Any, str, Callable]] = [
+  answers: list[tuple[Any, str, Any]] = [
     (cudnn, "check_compute_capability", lambda least: float(least) <= 9.0)
   ]
   with contextlib.suppress(ImportError):  # since jax 0.12
