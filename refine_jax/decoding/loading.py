@@ -26,6 +26,9 @@ from refine_jax.model.transformer import ModelConfig
 from refine_jax.text.tokenizer import Tokenizer, load_tokenizer
 from refine_jax.text.vocabulary import check_ids
 
+# JAX computes in no float64 here, and its 8-bit floats mix with no others.
+_DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
@@ -63,7 +66,11 @@ class Model:
         attention does not cross. Default: one segment a row.
     """
     if not isinstance(ids, Tracer):
-      check_ids(np.asarray(ids), self.config.vocab_size, "ids", self.tokenizer)
+      ids = np.asarray(ids, None if hasattr(ids, "dtype") else object)
+      if ids.ndim != 2:
+        raise UserError(f"ids must be [B, T], rows of one length, not of shape {ids.shape}.")
+      ids = ids if ids.dtype.kind in "iu" else ids.tolist()
+      check_ids(ids, self.config.vocab_size, "ids", self.tokenizer)
     ids = jnp.asarray(ids, jnp.int32)
     segment_ids = jnp.ones_like(ids) if segment_ids is None else jnp.asarray(segment_ids)
     return _logits(self.params, ids, segment_ids, self.config)
@@ -176,15 +183,15 @@ def load(
       caches. Not for a gated adapter.
 
   Raises:
-    UserError: there is nothing to load, it does not fit its config.json, dtype is no float, or the
+    UserError: there is nothing to load, it does not fit its config.json, dtype is another, or the
       model cannot be shared by so many devices.
   """
   try:
-    floating = dtype is None or jnp.issubdtype(dtype, jnp.floating)
+    known = dtype is None or jnp.dtype(dtype).name in _DTYPES
   except TypeError:
-    floating = False
-  if not floating:
-    raise UserError(f"dtype={dtype!r} is none of float32, bfloat16 and float16.")
+    known = False
+  if not known:
+    raise UserError(f"dtype={dtype!r} is none of {', '.join(_DTYPES)}.")
   compile_cache.enable()
   place = files.local_path(str(name), "model")
   if (place / "checkpoints").is_dir() and (place / "model").is_dir():
