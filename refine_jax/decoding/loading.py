@@ -82,10 +82,10 @@ class Model:
 
   @functools.cached_property
   def mesh(self) -> Mesh | None:
-    """What the parameters are split over; None: they are on one device."""
+    """What heads and features are split over; None: every device has all of them."""
     place = jax.tree.leaves(self.params["layers"])[0].sharding
     mesh = place.mesh if isinstance(place, NamedSharding) else None
-    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+    return mesh if isinstance(mesh, Mesh) and mesh.shape.get("tensor", 1) > 1 else None
 
   @functools.cached_property
   def size(self) -> dict[str, int]:
@@ -135,7 +135,8 @@ class Model:
   def cache_engine(self) -> str:
     """The engine of cache_attention for these parameters; the kernel is for one device."""
     leaf = jax.tree.leaves(self.base_decoding_params["layers"][0])[0]
-    return "xla" if self.mesh else cached.choose_engine(self.config, leaf.dtype)
+    one = len(leaf.sharding.device_set) == 1
+    return cached.choose_engine(self.config, leaf.dtype) if one else "xla"
 
   def require_tokenizer(self) -> Tokenizer:
     """The tokenizer.
