@@ -116,6 +116,8 @@ def test_logits_are_of_rows_of_one_length(copier, ids):
 def test_a_dtype_that_nothing_is_computed_in_is_refused(dtype):
   with pytest.raises(UserError, match="is none of float32, bfloat16, float16"):
     refine_jax.load("nowhere", dtype=dtype)
+  with pytest.raises(UserError, match="^tensor=.* must be a whole number"):
+    refine_jax.load("nowhere", tensor="2")
 
 
 def test_models_of_one_shape_may_lie_on_different_devices(copier):

@@ -193,6 +193,8 @@ def load(
     known = False
   if not known:
     raise UserError(f"dtype={dtype!r} is none of {', '.join(_DTYPES)}.")
+  if not isinstance(tensor, int):
+    raise UserError(f"tensor={tensor!r} must be a whole number of devices.")
   compile_cache.enable()
   place = files.local_path(str(name), "model")
   if (place / "checkpoints").is_dir() and (place / "model").is_dir():
