@@ -1,6 +1,7 @@
 """What command-line programs do with errors."""
 
 import functools
+import io
 import os
 import signal
 import sys
@@ -20,6 +21,10 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
 
   @functools.wraps(main)
   def run() -> None:
+    # What is printed quotes files: a lone surrogate, or a letter that the terminal's encoding
+    # lacks, ends no program.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+      sys.stdout.reconfigure(errors="backslashreplace")
     try:
       status = main()
       sys.stdout.flush()

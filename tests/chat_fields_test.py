@@ -1,5 +1,7 @@
 """Messages with more than role and content: nulls of Arrow, tool calls, reasoning."""
 
+import functools
+
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -86,6 +88,12 @@ def test_null_content_next_to_calls_that_are_not_printed_is_no_message():
   prompt = conversation(call("add", a=1), content=None)
   with pytest.raises(chat.BadExample, match="calls next to null content"):
     chat.prompt_text(make_tokenizer(), prompt)
+
+
+def test_a_message_nested_beyond_pythons_limit_is_no_message():
+  deep = functools.reduce(lambda inner, _: [inner], range(5000), [])
+  with pytest.raises(chat.BadExample, match="nested too deeply"):
+    chat.prompt_text(make_tokenizer(), [{"role": "user", "content": "a", "extra": deep}])
 
 
 def test_null_content_without_calls_is_no_message():

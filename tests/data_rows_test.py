@@ -110,6 +110,21 @@ def test_a_json_array_says_how_to_write_it(tmp_path):
     load(str(tmp_path / "a.json"))
 
 
+def test_json_lines_in_utf_16_are_refused_as_a_whole(tmp_path):
+  (tmp_path / "a.jsonl").write_text('{"prompt": "a", "target": "b"}\n' * 3, encoding="utf-16")
+  with pytest.raises(UserError, match="a.jsonl is not UTF-8 but UTF-16"):
+    load(str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
+  os.mkfifo(tmp_path / name)
+  with pytest.raises(UserError, match="is a pipe or a device"):
+    parquet.columns(tmp_path / name)
+  with pytest.raises(UserError, match="is a pipe or a device"):
+    next(parquet.batches(tmp_path / name, "prompt", "target"))
+
+
 def test_a_column_that_is_missing_in_json_lines_lists_those_there(tmp_path):
   file = write_lines(tmp_path / "a.jsonl", [{"prompt": "a", "answer": "b"}])
   with pytest.raises(UserError, match="no column 'target'; it has prompt, answer. Set config.data"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 
 import numpy as np
@@ -103,12 +104,15 @@ def test_a_calibration_is_kept_in_generation_config(model, tmp_path):
   (tmp_path / "generation_config.json").write_text(json.dumps(values))
   read = read_generation_config(tmp_path, model.config).refinement
   assert read == Refinement(EOS, 4, calibration=report.calibration)
-  for damage in ({"greedy": None}, {"sampled": {"temperature": [1]}}, {"greedy": {**_curve(0)}}, 3):
+  large = {**_curve(1), "shift": [10**400]}
+  damages = (None, _curve(0), large, {**_curve(1), "accepted": [1.5]}, {"temperature": [1] * 9999})
+  for damage in (*({"greedy": d} for d in damages), {"sampled": {"temperature": [1]}}, 3):
     bad = damage if damage == 3 else calibration.describe(report.calibration) | damage
     values["refinement"]["calibration"] = bad
     (tmp_path / "generation_config.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match="calibration.*must be an object of lists"):
+    with pytest.raises(UserError, match="calibration.*must be an object of lists") as error:
       read_generation_config(tmp_path, model.config)
+    assert len(str(error.value)) < 700
 
 
 def _curve(temperature):
@@ -199,14 +203,27 @@ def test_exact_chooses_its_drafts_by_default(model):
   assert drafts(1, untrained, block_size=4) == ["tail", 4]
 
 
+PLAN = '{"cpu": {"1": [{"draft": "ar", "block": 1, "budget": 0, "milliseconds": %s, "tokens": 1}]}}'
+
+
 @pytest.mark.parametrize(
-  "text", ["[1]", "{", '{"cpu": {"1": [{"draft": "x"}]}}', '{"cpu": {"a": []}}']
+  "text",
+  [
+    *("[1]", "{", "[" * 10**5, '{"cpu": {"1": [{"draft": "x"}]}}', '{"cpu": {"a": []}}'),
+    *('{"cpu": {"1": []}}', '{"cpu": null}', PLAN % "0", PLAN % ("9" * 400)),
+  ],
 )
 def test_a_damaged_table_is_named(tmp_path, text):
   (tmp_path / plans.NAME).write_text(text)
-  with pytest.raises(UserError, match="is no table of drafts"):
+  with pytest.raises(UserError, match="draft_plans.json (is no table|cannot be read|must hold)"):
     plans.read(tmp_path)
   assert plans.read(tmp_path / "elsewhere") == {}
+
+
+def test_a_table_that_is_a_pipe_is_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / plans.NAME)
+  with pytest.raises(UserError, match="draft_plans.json is not a file"):
+    plans.read(tmp_path)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "seed": 3}], ids=str)

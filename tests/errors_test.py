@@ -1,8 +1,10 @@
 """What a message may hold that quotes a file of somebody else."""
 
+import io
+
 import pytest
 
-from refine_jax import quoting
+from refine_jax import cli, quoting
 from refine_jax.errors import UserError
 
 
@@ -59,3 +61,12 @@ def test_a_long_reason_keeps_its_two_ends():
   said = quoting.reason(ValueError("it began; " + "through layers; " * 999 + "the cause"))
   assert len(said) == quoting.LONGEST
   assert said.startswith("it began") and said.endswith("the cause") and " ... " in said
+
+
+def test_what_a_terminal_cannot_show_ends_no_program(monkeypatch):
+  for encoding, shown in (("utf-8", b"\\ud800 \xc3\xa9\n"), ("ascii", b"\\ud800 \\xe9\n")):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr("sys.stdout", stdout)
+    with pytest.raises(SystemExit) as end:
+      cli.entry_point(lambda: print("\ud800 \xe9"))()
+    assert not end.value.code and stdout.buffer.getvalue() == shown

@@ -44,6 +44,9 @@ def test_reasoning_gym_gives_no_credit_for_parts():
   assert scoring.reasoning_gym("Letters: a b c\nAnswer: cba", row)
   assert not scoring.reasoning_gym("Answer: cbaa", row)
   assert not scoring.reasoning_gym("cba", row)
+  for lack in ({"meta": "{"}, {"meta": None}, {"task": "no_such_task"}):
+    with pytest.raises(scoring.Unscorable):  # whatever the model says
+      scoring.reasoning_gym("cba", row | lack)
 
 
 def test_math_verify_reads_expressions():
@@ -201,11 +204,12 @@ def test_an_evaluation_that_ends_early_keeps_the_settings_that_were_done(tmp_pat
   place = tmp_path / "results"
   answers = [{"text": "\ud800", "answer": decimal.Decimal(1)}]
   with pytest.raises(KeyboardInterrupt), report.directory(place) as output:
-    output.add("ar-1", answers, [{"mode": "ar"}])
+    output.add("ar-1", answers, [{"mode": "ar", "by_task": {"\ud800": 1.0}}])
     raise KeyboardInterrupt
   (left,) = tmp_path.iterdir()
   assert left.name.startswith("results.unfinished-") and str(left) in capsys.readouterr().err
-  assert json.loads((left / "results.json").read_text()) == [{"mode": "ar"}]
+  (found,) = json.loads((left / "results.json").read_text())
+  assert found == {"mode": "ar", "by_task": {"\ud800": 1.0}}
   assert json.loads((left / "answers-ar-1.jsonl").read_text())["answer"] == "1"
   left.rename(tmp_path / "kept")
   with report.directory(place) as output:

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -56,10 +57,12 @@ def run(tmp_path):
   ]
   text = "\n".join(map(json.dumps, lines)) + '\n{"step": 9, "lo'  # as a killed run leaves it
   (workdir / "metrics.jsonl").write_text(text)
-  params = loading.load(directory).params
+  model = loading.load(directory)
+  params = model.params
   writer = Checkpointer(workdir, max_to_keep=2)
   iterator = iter(grain.MapDataset.source([1, 2, 3]).to_iter_dataset())
-  writer.save(7, {"params": params, "step": np.int32(7)}, iterator, RUN_CONFIG, {})
+  state = {"params": params, "step": np.int32(7)}
+  writer.save(7, state, iterator, RUN_CONFIG, model.config.record())
   writer.close()
   return workdir, params, torch_model
 
@@ -115,6 +118,18 @@ def test_a_checkpoint_that_is_not_finite_is_refused_by_its_leaf(run, monkeypatch
   broken = {"final_norm": {"scale": np.full(3, np.nan, np.float32)}}
   monkeypatch.setattr(checkpointer, "restore_params", lambda *_: (params | broken, 7))
   with pytest.raises(UserError, match="step 7 of .*: final_norm/scale holds values"):
+    loading.load(workdir)
+
+
+@pytest.mark.parametrize(
+  "change", [{"rms_norm_eps": 0.5}, {"vocab_size": 4096}, {"hidden_size": 2}]
+)
+def test_a_config_of_another_model_than_the_runs_is_refused(run, tmp_path, change):
+  workdir = tmp_path / "moved"
+  shutil.copytree(run[0], workdir)
+  path = workdir / "model" / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  with pytest.raises(UserError, match="config.json is of another model than the run's"):
     loading.load(workdir)
 
 

@@ -193,3 +193,9 @@ def test_a_loaded_model_has_what_the_files_say(directory):
   model = loading.load(directory)
   assert (model.eos_token_ids, model.pad_token_id) == ((1, 2), 3)
   assert model.refinement == Refinement(**RECORD)
+
+
+def test_a_name_that_no_file_can_have_is_one_line(directory):
+  generation(directory, refinement=RECORD | {"adapter": "x" * 5000})
+  with pytest.raises(UserError, match="cannot be read as JSON .*File name too long"):
+    loading.load(directory)

@@ -72,6 +72,8 @@ def test_a_budget_has_no_greatest_number(copier):
     {"tau": -1},
     {"temperature": -1},
     {"top_p": 0},
+    {"noise_token": [1]},
+    {"noise_token": "x"},
   ],
   ids=str,
 )
@@ -85,9 +87,37 @@ def test_prompts_come_in_any_list(copier):
   want = refine_jax.generate(copier, [[1, 2]], max_new_tokens=3, stop=None).tokens
   for prompts in (np.array([[1, 2]]), jnp.array([[1, 2]]), iter([[1, 2]]), [jnp.array([1, 2])]):
     assert refine_jax.generate(copier, prompts, max_new_tokens=3).tokens == want
-  for prompts in ("text", None, 3):
+  for prompts in ("text", b"text", {"role": "user", "content": "text"}, None, 3):
     with pytest.raises(UserError, match="^prompts is .* give a list"):
       refine_jax.generate(copier, prompts)
+
+
+@pytest.mark.parametrize(
+  "prompt", [b"\1\2", bytearray(b"\1"), memoryview(b"\1"), [True, False], np.array([True])], ids=str
+)
+def test_bytes_and_truth_values_are_no_token_ids(copier, prompt):
+  with pytest.raises(UserError, match="^Prompt 1 (is|mixes) "):
+    refine_jax.generate(copier, [prompt], max_new_tokens=3)
+
+
+@pytest.mark.parametrize("ids", [[[1], [1, 2]], ["x"], [None], [1.5]])
+def test_odd_ids_of_eos_are_one_line(copier, ids):
+  with pytest.raises(UserError, match="^eos_token_id has .* no token id"):
+    refine_jax.generate(copier, [[1]], max_new_tokens=3, eos_token_id=ids)
+
+
+@pytest.mark.parametrize("ids", [[1, 2], 3, [[1], [1, 2]], [[[1]]]])
+def test_logits_are_of_rows_of_one_length(copier, ids):
+  with pytest.raises(UserError, match=r"^ids must be \[B, T\]"):
+    copier(ids)
+
+
+@pytest.mark.parametrize("dtype", ["float64", float, "float8_e4m3fn", "int8", "bf16", 3])
+def test_a_dtype_that_nothing_is_computed_in_is_refused(dtype):
+  with pytest.raises(UserError, match="is none of float32, bfloat16, float16"):
+    refine_jax.load("nowhere", dtype=dtype)
+  with pytest.raises(UserError, match="^tensor=.* must be a whole number"):
+    refine_jax.load("nowhere", tensor="2")
 
 
 def test_models_of_one_shape_may_lie_on_different_devices(copier):

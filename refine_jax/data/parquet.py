@@ -1,5 +1,6 @@
 """Prompts and responses out of files, a few rows at a time: Parquet, or a JSON object a line."""
 
+import codecs
 import contextlib
 import glob
 import itertools
@@ -120,10 +121,14 @@ def _json_batches(path, prompt_key, response_key):
 
 def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
   """Number and value of every line that is not empty; a line that is no JSON gives _UNREADABLE."""
+  _refuse_pipe(path)
   try:
     with open(path, "rb") as file:
       lines = (line for line in file if line.strip())
       for number, line in enumerate(lines):
+        utf_16 = line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and b"\0" in line
+        if not number and utf_16:
+          raise UserError(f"{path} is not UTF-8 but UTF-16; save it as UTF-8.")
         if not number and line.lstrip().startswith(b"["):
           raise UserError(
             f"{path} is a JSON array; write an object a line (jq -c '.[]' {path.name}), or parquet."
@@ -180,8 +185,15 @@ def _json_cells(row: object, names: list[str]) -> dict:
   return {name: row.get(name) if isinstance(row, dict) else _UNREADABLE for name in names}
 
 
+def _refuse_pipe(path):
+  """Raises UserError for what is read once only, and may have no end."""
+  if path.exists() and not path.is_file() and not path.is_dir():
+    raise UserError(f"{path} is a pipe or a device; copy what it gives into a file.")
+
+
 @contextlib.contextmanager
 def _open(path):
+  _refuse_pipe(path)
   try:
     # Buffering ahead, pyarrow's default, would keep every row group of the file in memory, and
     # without a buffer size a row group is read as a whole.

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -15,6 +15,7 @@ from refine_jax.decoding.options import Options, require
 from refine_jax.decoding.requests import requests
 from refine_jax.decoding.result import Generation
 from refine_jax.errors import UserError
+from refine_jax.quoting import shown
 
 
 def _with_options(function: Callable) -> Callable:
@@ -109,8 +110,8 @@ def stream(model: Model, prompts: Sequence, *, passes: int = 1, **options: Any) 
 
 
 def _listed(prompts) -> list:
-  if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-    raise UserError(f"prompts is {prompts!r}; give a list of prompts.")
+  if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+    raise UserError(f"prompts is {shown(prompts)}; give a list of prompts.")
   return list(prompts)
 
 

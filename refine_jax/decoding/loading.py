@@ -26,6 +26,9 @@ from refine_jax.model.transformer import ModelConfig
 from refine_jax.text.tokenizer import Tokenizer, load_tokenizer
 from refine_jax.text.vocabulary import check_ids
 
+# JAX computes in no float64 here, and its 8-bit floats mix with no others.
+_DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
@@ -63,7 +66,11 @@ class Model:
         attention does not cross. Default: one segment a row.
     """
     if not isinstance(ids, Tracer):
-      check_ids(np.asarray(ids), self.config.vocab_size, "ids", self.tokenizer)
+      ids = np.asarray(ids, None if hasattr(ids, "dtype") else object)
+      if ids.ndim != 2:
+        raise UserError(f"ids must be [B, T], rows of one length, not of shape {ids.shape}.")
+      ids = ids if ids.dtype.kind in "iu" else ids.tolist()
+      check_ids(ids, self.config.vocab_size, "ids", self.tokenizer)
     ids = jnp.asarray(ids, jnp.int32)
     segment_ids = jnp.ones_like(ids) if segment_ids is None else jnp.asarray(segment_ids)
     return _logits(self.params, ids, segment_ids, self.config)
@@ -75,10 +82,10 @@ class Model:
 
   @functools.cached_property
   def mesh(self) -> Mesh | None:
-    """What the parameters are split over; None: they are on one device."""
+    """What heads and features are split over; None: every device has all of them."""
     place = jax.tree.leaves(self.params["layers"])[0].sharding
     mesh = place.mesh if isinstance(place, NamedSharding) else None
-    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+    return mesh if isinstance(mesh, Mesh) and mesh.shape.get("tensor", 1) > 1 else None
 
   @functools.cached_property
   def size(self) -> dict[str, int]:
@@ -128,7 +135,8 @@ class Model:
   def cache_engine(self) -> str:
     """The engine of cache_attention for these parameters; the kernel is for one device."""
     leaf = jax.tree.leaves(self.base_decoding_params["layers"][0])[0]
-    return "xla" if self.mesh else cached.choose_engine(self.config, leaf.dtype)
+    one = len(leaf.sharding.device_set) == 1
+    return cached.choose_engine(self.config, leaf.dtype) if one else "xla"
 
   def require_tokenizer(self) -> Tokenizer:
     """The tokenizer.
@@ -176,15 +184,17 @@ def load(
       caches. Not for a gated adapter.
 
   Raises:
-    UserError: there is nothing to load, it does not fit its config.json, dtype is no float, or the
+    UserError: there is nothing to load, it does not fit its config.json, dtype is another, or the
       model cannot be shared by so many devices.
   """
   try:
-    floating = dtype is None or jnp.issubdtype(dtype, jnp.floating)
+    known = dtype is None or jnp.dtype(dtype).name in _DTYPES
   except TypeError:
-    floating = False
-  if not floating:
-    raise UserError(f"dtype={dtype!r} is none of float32, bfloat16 and float16.")
+    known = False
+  if not known:
+    raise UserError(f"dtype={dtype!r} is none of {', '.join(_DTYPES)}.")
+  if not isinstance(tensor, int):
+    raise UserError(f"tensor={tensor!r} must be a whole number of devices.")
   compile_cache.enable()
   place = files.local_path(str(name), "model")
   if (place / "checkpoints").is_dir() and (place / "model").is_dir():

@@ -137,6 +137,8 @@ class Options:
       value = getattr(self, name)
       number = isinstance(value, numbers.Real) and not isinstance(value, bool)
       require(name, value, number and good(value), what)
+    good = self.noise_token is None or isinstance(self.noise_token, numbers.Integral)
+    require("noise_token", self.noise_token, good, "a token id")
     stop = () if self.stop is None else self.stop
     texts = isinstance(stop, str | Sequence) and all(isinstance(s, str) for s in stop)
     require("stop", stop, texts, "a string, or a list of strings")

@@ -1,11 +1,12 @@
 """Which drafts pay for how many rows: what `draft="auto"` chooses from, and how it chooses."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from refine_jax.errors import UserError
+from refine_jax.hf.config import read_json
+from refine_jax.quoting import reason
 
 # Beside a model's config.json.
 NAME = "draft_plans.json"
@@ -108,16 +109,23 @@ def read(directory: Path) -> dict[str, dict[int, tuple[Plan, ...]]]:
   path = directory / NAME
   if not path.exists():
     return {}
+  found = read_json(directory, NAME)
   try:
-    found = json.loads(path.read_text(encoding="utf-8"))
     return {
-      device: {int(rows): tuple(_plan(entry) for entry in plans) for rows, plans in table.items()}
+      device: {int(rows): _plans(plans) for rows, plans in table.items()}
       for device, table in found.items()
     }
-  except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+  except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
     raise UserError(
-      f"{path} is no table of drafts ({error}); remove it, or run refine_jax.tune again."
+      f"{path} is no table of drafts ({reason(error)}); remove it, or run refine_jax.tune again."
     ) from error
+
+
+def _plans(entries: list) -> tuple[Plan, ...]:
+  plans = tuple(map(_plan, entries))
+  if not plans:
+    raise ValueError("a number of rows has no plan")
+  return plans
 
 
 def _plan(entry: dict) -> Plan:

@@ -26,11 +26,13 @@ def prompt_ids(model: Model, prompt: Any, chat_template: str, name: str) -> list
   """
   if isinstance(prompt, (np.ndarray, jax.Array)):
     prompt = prompt.tolist()
-  if not isinstance(prompt, str) and not (isinstance(prompt, Sequence) and prompt):
+  # Bytes are sequences of numbers too, and no token ids.
+  listed = isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray | memoryview)
+  if not isinstance(prompt, str) and not (listed and prompt):
     raise UserError(f"{name} is {cut(repr(prompt))}; give a string, chat messages or token ids.")
   if isinstance(prompt, str) or isinstance(prompt[0], dict):
     ids = encode_prompt(model.require_tokenizer(), prompt, chat_template, name)
-  elif all(isinstance(i, numbers.Integral) for i in prompt):
+  elif all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in prompt):
     ids = [int(i) for i in prompt]
   else:
     raise UserError(f"{name} mixes what is no token id into its ids.")

@@ -91,7 +91,7 @@ def requests(
   """
   special = detokenize.special_ids(model.require_tokenizer()) if options.stops else {}
   given = options.eos_token_id
-  eos = model.eos_token_ids if given is None else tuple(np.atleast_1d(given).tolist())
+  eos = model.eos_token_ids if given is None else tuple(np.asarray(given, object).ravel().tolist())
   trained = model.refinement
   default_noise = trained.noise_token if trained else eos[0] if eos else 0
   noise = default_noise if options.noise_token is None else options.noise_token

@@ -14,6 +14,7 @@ from refine_jax.hf.generation_config import read_generation_config
 from refine_jax.hf.shards import all_finite
 from refine_jax.model import adapters
 from refine_jax.model.config import ModelConfig
+from refine_jax.quoting import shown, some
 from refine_jax.tree import leaf_name
 
 
@@ -69,7 +70,8 @@ def from_workdir(workdir: Path, step: int | None) -> Source:
     step: default: the newest.
 
   Raises:
-    UserError: no such checkpoint, a value in it is not finite, or the base is another one now.
+    UserError: no such checkpoint, a value in it is not finite, or the base or the model's
+      config.json is another one now.
   """
   # Orbax takes seconds to import, and only workdirs need it.
   from refine_jax.checkpoint import checkpointer
@@ -79,6 +81,7 @@ def from_workdir(workdir: Path, step: int | None) -> Source:
   directory = workdir / "model"
   config = hf_config.read_model_config(directory)
   record = checkpointer.saved_record(workdir, found)
+  _refuse_other_shape(config, record.get("identity"), directory / "config.json")
   shape = adapters.from_json(record["identity"].get("adapter"))
   if shape is None:
     return Source(params, config, directory, step=found, record=record)
@@ -87,6 +90,19 @@ def from_workdir(workdir: Path, step: int | None) -> Source:
   refuse_other_base(base_params, record["identity"]["base"], base)
   adapter = peft.LoadedAdapter(shape, params)
   return Source(base_params, config, directory, adapter, found, record)
+
+
+def _refuse_other_shape(config: ModelConfig, identity: object, where: Path) -> None:
+  """Raises UserError where config.json is not of the model that the checkpoint says it holds."""
+  found, there = config.record(), identity if isinstance(identity, dict) else {}
+  names = [f.name for f in dataclasses.fields(config) if found.get(f.name) != there.get(f.name)]
+  if names:
+    name = names[0]
+    raise UserError(
+      f"{where} is of another model than the run's: {some(names)} differ ({name} is"
+      f" {shown(found.get(name))}, and {shown(there.get(name))} in the checkpoint). Write it as it"
+      " was; to change it, export the run and change the export's."
+    )
 
 
 def refuse_other_base(params: dict, fingerprint: str, base: Path) -> None:

@@ -37,7 +37,7 @@ _VULGAR = {
 _PLAINER = (
   (re.compile(rf"[{_SUPERSCRIPTS}]+"), lambda m: f"^{{{m[0].translate(_FROM_SUPERSCRIPTS)}}}"),
   (re.compile("[" + "".join(_VULGAR) + "]"), lambda m: " " + _VULGAR[m[0]]),
-  (re.compile(r"\\[dt]frac"), r"\\frac"),
+  (re.compile(r"\\[cdt]frac"), r"\\frac"),
   (re.compile(r"\\(?:times|cdot)(?![A-Za-z])"), "×"),
   (re.compile(r"\\div(?![A-Za-z])"), "÷"),
   (re.compile(r"\\(?:left|right|!)"), ""),
@@ -82,13 +82,14 @@ _THING = re.compile(rf"(?<![\d])(?P<other>{_OTHER})|(?P<value>{_VALUE})", re.IGN
 _REACH = 80
 _SIGN = re.compile(r"(?P<first>[ \t$€£¥₹]*)(?P<sign>[-+])(?P<gap>[ \t]*)[$€£¥₹]?[ \t]*$")
 _OPERAND = re.compile(r"(?:[\d)\]}%°]|(?<![^\W\d_])[^\W\d_])$")  # a letter by itself is a variable
-_OPERATOR = re.compile(r"(?:\*{1,2}|[/×·÷±~^_√]|[xX]|\.{2,}|…)[ \t$]*$")
+_OPERATOR = re.compile(r"(?:\*{1,2}|/{1,2}|[×·÷±~^_√]|[xX]|\.{2,}|…)[ \t$]*$")
 _IN_FORMULA = re.compile(
-  r"(?:\d[A-Za-z]|[\^_]\{?|√|sqrt[({\[]?|[A-Za-z]/"
+  r"(?:\d\.?[A-Za-z][-+]?|[\^_]\{?|√|sqrt[({\[]?|[A-Za-z]/|±|\\pm|\b(?:log|ln|sin|cos|tan)\s?"
+  r"|\\frac(?:\{[^{}]*\}|\d)?\{?\s*-?"  # one that is none of _LATEX
   r"|\b(?:plus|times|mod|modulo|divided by|multiplied by)\s)[ \t]*$"
 )
 _GOES_ON = re.compile(
-  rf"{_GAP}(?:\^|\\pi|π|\\sqrt|√|\*\*\d|[-+/×·÷]{_GAP}(?:[A-Za-z](?!\w)|\()|\*(?:[A-Za-z](?!\w)|\())"
+  rf"{_GAP}(?:\^|\\pi|π|pi\b|\\sqrt|√|\*\*\d|[-+/×·÷]{_GAP}(?:[A-Za-z](?!\w)|\()|\*(?:[A-Za-z](?!\w)|\())"
 )
 _NAME = re.compile(r"[^\W\d_]{2,}-$")
 _COMMA = re.compile(r"\d,$")

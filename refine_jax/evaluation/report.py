@@ -21,7 +21,7 @@ def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
   share, z2 = successes / count, z * z / count
   middle = (share + z2 / 2) / (1 + z2)
   half = z / (1 + z2) * math.sqrt(share * (1 - share) / count + z2 / (4 * count))
-  return middle - half, middle + half
+  return max(middle - half, 0.0), min(middle + half, 1.0)  # rounding may leave them outside
 
 
 def plain(value: Any) -> Any:
@@ -71,7 +71,8 @@ class Output:
     write_answers(self.unfinished, name, answers)
     path = self.unfinished / "results.json"
     with files.new_file(path, replace=True) as beside:
-      beside.write_text(to_json(results, indent=2) + "\n", encoding="utf-8")
+      text = to_json(results, indent=2) + "\n"
+      beside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager

@@ -64,11 +64,10 @@ def reasoning_gym(text: str, row: dict) -> bool:
     row: with task, answer, prompt, and meta, the JSON of the problem's metadata.
   """
   answer = right_answer(row)
-  if _MARK not in text:
-    return False
   try:
     entry = {"question": row["prompt"], "answer": answer, "metadata": json.loads(row["meta"])}
-    return _task(row["task"]).score_answer(answer_of(text), entry) == 1.0
+    task = _task(row["task"])
+    return _MARK in text and task.score_answer(answer_of(text), entry) == 1.0
   except UserError:
     raise
   except Exception as error:  # whatever the row lacks of what one of a hundred scorers reads

@@ -1,7 +1,6 @@
 """How sure drafts are, and how sure they may be: what "refinement" keeps of it."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from refine_jax.errors import UserError
+from refine_jax.quoting import shown
 
 # Probabilities nearer to 0 and 1 say no more than these do.
 _LEAST = 1e-5
@@ -18,6 +18,8 @@ _USUAL = 0.85
 # As many drafts as what is known of all offsets counts for at each: few say little by themselves.
 _PULL = 10.0
 _LISTS = ("temperature", "shift", "accepted")
+# Curves are float32.
+_MOST = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,10 +150,12 @@ def read(values: object, where: str) -> Calibration | None:
       continue
     lists = [_numbers(part.get(key)) for key in _LISTS] if isinstance(part, dict) else []
     lengths = {len(entries) for entries in lists}
-    if len(lengths) != 1 or lengths == {0} or min(lists[0]) <= 0:
+    good = len(lengths) == 1 and lengths != {0}
+    if not good or min(lists[0]) <= 0 or not all(0 <= share <= 1 for share in lists[2]):
       raise UserError(
-        f"{where}.{name}={part!r} must be an object of lists of numbers ({', '.join(_LISTS)}) of"
-        " one length, temperatures above 0; calibrate the model again, or remove it."
+        f"{where}.{name}={shown(part)} must be an object of lists of numbers ({', '.join(_LISTS)})"
+        " of one length, temperatures above 0, shares accepted from 0 to 1; calibrate the model"
+        " again, or remove it."
       )
     curves[name] = Curve(*lists)
   return Calibration(**curves)
@@ -160,7 +164,7 @@ def read(values: object, where: str) -> Calibration | None:
 def _numbers(values: object) -> tuple[float, ...]:
   """A list's numbers; none where it is no list, or holds something else."""
   entries: list = values if isinstance(values, list) else []
-  good = all(type(x) in (int, float) and math.isfinite(x) for x in entries)
+  good = all(type(x) in (int, float) and abs(x) <= _MOST for x in entries)
   return tuple(map(float, entries)) if good else ()
 
 

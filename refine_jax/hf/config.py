@@ -78,9 +78,9 @@ def read_json(directory: str | Path, name: str = "config.json") -> dict:
     UserError: no such file, or not a JSON object in UTF-8 with each key once.
   """
   path = Path(directory) / name
-  if path.exists() and not path.is_file():  # reading a pipe or a device would never end
-    raise UserError(f"{path} is not a file; give a Hugging Face model directory.")
   try:
+    if path.exists() and not path.is_file():  # reading a pipe or a device would never end
+      raise UserError(f"{path} is not a file; give a Hugging Face model directory.")
     value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
   except FileNotFoundError:
     raise UserError(f"{path} does not exist; give a Hugging Face model directory.") from None

@@ -1,6 +1,7 @@
 """The shape of a model, as everything that computes with it wants it."""
 
 import dataclasses
+import json
 
 from refine_jax.model.rope import RopeConfig
 
@@ -47,3 +48,9 @@ class ModelConfig:
   norm_offset: bool = False
   post_norms: bool = False
   activation: str = "silu"
+
+  def record(self) -> dict:
+    """The JSON that a checkpoint keeps of it: the fields that are not at their default."""
+    values = dataclasses.asdict(self)
+    defaults = {f.name: f.default for f in dataclasses.fields(self)}
+    return json.loads(json.dumps({k: v for k, v in values.items() if v != defaults[k]}))

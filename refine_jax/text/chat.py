@@ -216,7 +216,10 @@ def _messages(value) -> list[dict]:
 def _message(value) -> dict:
   if not isinstance(value, dict) or not isinstance(value.get("role"), str):
     raise BadExample("not a string or messages")
-  message = _without_nulls(value)
+  try:
+    message = _without_nulls(value)
+  except RecursionError:  # JSON lines may be as deep as Python's own limit
+    raise BadExample("nested too deeply") from None
   if not isinstance(message.get("content", "" if _calls(message) else None), str):
     raise BadExample("not a string or messages")
   return message

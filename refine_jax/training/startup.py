@@ -61,17 +61,13 @@ def identity(
 ) -> dict:
   """What a checkpoint says of its model, to be compared before it is loaded.
 
-  Fields at their default are left out, so that a checkpoint from before one was added is equal.
-
   Args:
     adapter, base: of a run that trains one: it, and the fingerprint of the base's weights.
   """
-  if adapter is not None:
-    extra = {"adapter": dataclasses.asdict(adapter), "base": base}
-    return json.loads(json.dumps(identity(shape) | extra))
-  values = dataclasses.asdict(shape)
-  defaults = {f.name: f.default for f in dataclasses.fields(shape)}
-  return json.loads(json.dumps({k: v for k, v in values.items() if v != defaults[k]}))
+  if adapter is None:
+    return shape.record()
+  extra = {"adapter": dataclasses.asdict(adapter), "base": base}
+  return json.loads(json.dumps(shape.record() | extra))
 
 
 def run_record(config: Config, step_config: StepConfig, plan: DataPlan) -> dict:
