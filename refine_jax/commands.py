@@ -24,6 +24,9 @@ COMMANDS = {
   "evaluate": Command("refine_jax.evaluation.evaluate:main", "score answers of several modes"),
   "lm-eval": Command("refine_jax.evaluation.lm_eval:main", "run EleutherAI's harness"),
   "tune": Command("refine_jax.evaluation.tune:main", "measure passes for draft=auto"),
+  "convert-config": Command(
+    "refine_jax.convert_config:main", "make a config of the PyTorch original's YAML"
+  ),
   "doctor": Command("refine_jax.doctor:main", "say what is installed, and what is missing"),
 }
 

@@ -64,6 +64,7 @@ MAY_IMPORT = {
 DOORS = {
   "main",
   "commands",
+  "convert_config",
   "doctor",
   "evaluate",
   "export",
