@@ -90,12 +90,16 @@ def test_one_prompt_streams(run, model, monkeypatch):
 
 
 def test_a_page_of_several_batches_shows_all_answers(run, tmp_path):
-  path = tmp_path / "passes.html"
+  path, picture = tmp_path / "passes.html", tmp_path / "first.svg"
   code, _, _ = run(
-    f"--html={path}", "--batch_size=2", *flags(GREEDY), given="\n".join(PROMPTS).encode()
+    f"--html={path}",
+    f"--svg={picture}",
+    "--batch_size=2",
+    *flags(GREEDY),
+    given="\n".join(PROMPTS).encode(),
   )
   page = path.read_text(encoding="utf-8")
-  assert code == 0
+  assert code == 0 and "what is two" in picture.read_text(encoding="utf-8")
   assert [f"answer {n}:" in page for n in range(1, 7)] == [True] * 5 + [False]
   assert "hello ‹2028›world" in page
 

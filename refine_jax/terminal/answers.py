@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from refine_jax.decoding import comparison, generation, result, trace_html
+from refine_jax.decoding import comparison, generation, result, trace_html, trace_svg
 from refine_jax.decoding.call import Call
 from refine_jax.decoding.loading import Model
 from refine_jax.decoding.options import Options
@@ -22,7 +22,7 @@ def answer(model: Model, prompts: list, arguments: argparse.Namespace, options: 
   bad = refused(model, prompts, arguments.chat_template)
   waiting = dict(bad)
   places = [i for i in range(len(prompts)) if i not in bad]
-  options |= {"trace": bool(arguments.html)}
+  options |= {"trace": bool(arguments.html or arguments.svg)}
   if arguments.check:
     out = _check_all(model, prompts, places, waiting, arguments, options)
   elif min(arguments.batch_size, len(places)) == 1 and not arguments.jsonl:
@@ -42,6 +42,8 @@ def answer(model: Model, prompts: list, arguments: argparse.Namespace, options: 
   print(f"[{out.numbers}]", file=sys.stderr)
   if arguments.html:
     trace_html.write(out, arguments.html)
+  if arguments.svg:
+    trace_svg.write(out, arguments.svg)
   if bad:
     print(f"error: {len(bad)} of {len(prompts)} prompts cannot be answered.", file=sys.stderr)
   return 1 if bad else 0

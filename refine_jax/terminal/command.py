@@ -45,6 +45,7 @@ def parse() -> tuple[argparse.Namespace, dict]:
   )
   add("--jsonl", action="store_true", help="write a JSON object an answer")
   add("--html", help="a new file for the passes, coloured")
+  add("--svg", help="a new file: the first answer, growing pass by pass")
   add("--check", action="store_true", help="compare with one token a pass")
   group = parser.add_argument_group("decoding", "the same for all prompts")
   add = group.add_argument
@@ -71,7 +72,7 @@ def check(arguments: argparse.Namespace, options: dict) -> None:
   Options(**options)
   given = [
     n
-    for n in ("prompt", "prompts_file", "jsonl", "html", "check")
+    for n in ("prompt", "prompts_file", "jsonl", "html", "svg", "check")
     if getattr(arguments, n) not in (None, False)
   ]
   if arguments.chat and given:
@@ -84,9 +85,10 @@ def check(arguments: argparse.Namespace, options: dict) -> None:
     raise UserError(f"--dtype={arguments.dtype} must be one of {', '.join(hf_export.DTYPES)}.")
   if arguments.check and arguments.temperature:
     raise UserError("--check compares greedy answers; leave --temperature out.")
-  if arguments.html:
-    arguments.html = local_path(arguments.html, "--html")
-    trace_html.refuse_existing(arguments.html)
+  for name in ("html", "svg"):
+    if getattr(arguments, name):
+      place = local_path(getattr(arguments, name), f"--{name}")
+      setattr(arguments, name, trace_html.refuse_existing(place))
 
 
 @entry_point
