@@ -18,6 +18,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
   "train": Command("refine_jax.main:run", "train a model"),
+  "plan": Command("refine_jax.plan:run", "say what a run takes on devices that are not here"),
   "export": Command("refine_jax.export:main", "write a run as a Hugging Face directory"),
   "sample": Command("refine_jax.terminal.command:main", "answer prompts in the terminal"),
   "serve": Command("refine_jax.serving.command:main", "answer requests over HTTP"),

@@ -26,6 +26,7 @@ _PROBED = {"heads": 8, "kv_heads": 2, "head_dim": 64}
 _MEANINGS = {
   "gpu": "train and decode on an NVIDIA GPU",
   "tpu": "train and decode on a TPU",
+  "plan": "refine-jax plan, in an environment of its own",
   "serve": "refine-jax serve",
   "eval": "refine-jax lm-eval, --scorer=math",
   "plot": "plots",

@@ -36,9 +36,10 @@ OTHERS = {
   "refine_jax.main": COMMANDS["train"].place,
   "refine_jax.serve": COMMANDS["serve"].place,
   "refine_jax.evaluate": COMMANDS["evaluate"].place,
+  "refine_jax.plan": COMMANDS["plan"].place,
   "refine_jax.tune": COMMANDS["tune"].place,
 }
-TRAINS = {COMMANDS["train"].place, OTHERS["scripts/experiment_tasks.py"]}
+TRAINS = {COMMANDS["train"].place, COMMANDS["plan"].place, OTHERS["scripts/experiment_tasks.py"]}
 # The harness has its own command line, which it only reads with a task at hand.
 UNREAD = {COMMANDS["lm-eval"].place}
 

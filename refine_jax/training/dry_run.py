@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refine_jax import files, processes, sharding
+from refine_jax import files, processes, sharding, target
 from refine_jax.batch import Batch
 from refine_jax.checkpoint.directory import checkpoint_directory, steps
 from refine_jax.config import Config
@@ -133,7 +133,7 @@ def _memory(config, plan, forward, state, base) -> str:
     "logits": config.model.head_chunk * forward.model.vocab_size * (4 * (1 + adapted) + item),
   }
   told = ", ".join(f"{gibibytes(n)} {name}" for name, n in parts.items() if n)
-  room = memory.device_memory()
+  room = target.memory()
   there = f"; the device has {gibibytes(room)}" if room else ""
   return f"estimate      {gibibytes(sum(parts.values()))} a device: {told}{there}"
 
