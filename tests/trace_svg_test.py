@@ -64,6 +64,18 @@ def test_each_frame_shows_what_its_pass_added_and_what_it_guessed(frames):
   ]
 
 
+def test_what_is_predicted_behind_the_end_is_left_out():
+  passes = [Pass(0, [1, 3, 5, 4, 5], [1.0] * 5, 1), Pass(1, [2, 5, 5], [1.0] * 3, 2)]
+  trace = Trace([passes], ["why?"], PIECES | {5: "<end>"})
+  text = trace_svg.svg(generation(tokens=[[1, 2, 5]], passes=[2], trace=trace))
+  root = ET.fromstring(text)
+  first, second, _ = root.iter(f"{NAME}g")
+  drafts = [
+    [t.text for t in f.iter(f"{NAME}text") if t.get("class") == "draft"] for f in (first, second)
+  ]
+  assert drafts == [[" c<end>"], []]
+
+
 def test_the_other_answer_grows_by_a_token_a_pass(frames):
   together = [said(f, "", 1) + said(f, "new", 1) for f in frames]
   assert together == ["a<", "a<b↵", "a<b↵ c", "a<b↵ c"]

@@ -52,8 +52,7 @@ def svg(generation: "Generation", row: int = 0, *, seconds: float = 1.0) -> str:
   frames, done = [], 0
   for number, seen in enumerate(passes, 1):
     done = seen.start + seen.committed
-    # What is predicted behind the end is no part of any answer.
-    drafts = seen.tokens[seen.committed :] if done < len(tokens) else []
+    drafts = _guesses(seen.tokens[seen.committed :], tokens, done, generation.stopped[row])
     parts = [
       (_joined(tokens[: seen.start], pieces), ""),
       (_joined(tokens[seen.start : done], pieces), "new"),
@@ -108,6 +107,14 @@ def write(generation: "Generation", path: str | Path, row: int = 0) -> None:
   path, text = refuse_existing(path), svg(generation, row)
   with files.new_file(path) as unfinished:
     unfinished.write_text(text, encoding="utf-8")
+
+
+def _guesses(drafts, tokens, done, stopped) -> list[int]:
+  """The drafts, without what is predicted behind an end, which is no part of any answer."""
+  if done == len(tokens):
+    return []
+  end = tokens[-1]
+  return drafts[: drafts.index(end) + 1] if stopped and end in drafts else drafts
 
 
 def _joined(tokens, pieces) -> str:
