@@ -3,7 +3,8 @@
     refine-jax export --workdir=runs/mine --output=models/mine [--step=N] [--dtype=...]
 
 A run with a gated adapter becomes the base, untouched, with the adapter beside it as a PEFT LoRA
-directory; --base=reference leaves the base's weights where they are.
+directory; --base=reference leaves the base's weights where they are. --push_to_hub=owner/name
+uploads what was written.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from refine_jax.decoding import sources
 from refine_jax.errors import UserError
 from refine_jax.files import local_path, refuse_used
 from refine_jax.hf import export as hf_export
-from refine_jax.hf import export_adapter
+from refine_jax.hf import export_adapter, push
 from refine_jax.hf.card import model_card
 from refine_jax.model import adapters
 
@@ -35,16 +36,25 @@ def main() -> None:
     help="of a run with an adapter: its base's files, or where they are; merge: the adapter added"
     " to it. Default: copy for a gated adapter, merge for lora",
   )
+  parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload it, once it is written")
+  parser.add_argument("--private", action="store_true", help="of a repository that is made so")
+  parser.add_argument("--dataset", metavar="OWNER/NAME", help="on the hub, for the model card")
   arguments = parser.parse_args()
   workdir = local_path(arguments.workdir, "--workdir")
   output = local_path(arguments.output, "--output")
   if arguments.dtype is not None:
     hf_export.check_dtype(arguments.dtype)  # all this before the weights are read
   refuse_used(output)
+  hub = arguments.push_to_hub
+  if arguments.private and not hub:
+    raise UserError("--private is for --push_to_hub, which was not given.")
+  for option, name in (("--push_to_hub", hub), ("--dataset", arguments.dataset)):
+    if name is not None:
+      push.check_name(name, option)
   found = sources.from_workdir(workdir, arguments.step)
   assert found.step is not None and found.record is not None  # what a workdir always has
   how = _base(found, arguments.base)
-  card = model_card(workdir, found.step, base=how)
+  card = model_card(workdir, found.step, base=how, name=hub, dataset=arguments.dataset)
   if how in (None, "merge"):
     params = found.params
     if found.adapter is not None:
@@ -64,6 +74,9 @@ def main() -> None:
       card=card,
     )
   print(f"step {found.step} -> {output}")
+  if hub:
+    message = f"Step {found.step} of {workdir.name}"
+    print(f"{output} -> {push.push(output, hub, private=arguments.private, message=message)}")
 
 
 def _base(found: sources.Source, asked: str | None) -> str | None:

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import (
   attention,
   budgets,
+  custom_generate,
   embedding,
   engine,
   gated,
@@ -28,7 +29,7 @@ from refine_jax.data import load_examples, train_rows
 from refine_jax.hf import config as hf_config
 from refine_jax.model import transformer
 from refine_jax.training import flops
-from tests import data_fixtures
+from tests import custom_generate_fixtures, data_fixtures
 
 TINY = timing.SHAPES["tiny"]
 TOKENS = TINY.rows * TINY.length
@@ -48,6 +49,21 @@ def run(capsys, monkeypatch):
     return result
 
   return call
+
+
+@pytest.fixture
+def alone(tmp_path_factory):
+  yield from custom_generate_fixtures.alone(tmp_path_factory)
+
+
+def test_custom_generate_is_timed_beside_transformers(run, alone):
+  options = ["--rows=2", "--problems=4", "--prompt=5", "--new=6", "--adapter_rank=2"]
+  result = run(custom_generate, *options)
+  assert result["same_answers"] == 1 and result["tokens"] == 24
+  ratio = result["transformers_ms_per_token"] / result["custom_ms_per_token"]
+  assert result["speedup"] == pytest.approx(ratio)
+  per_pass = result["custom_ms_per_row_pass"] / result["tokens_per_pass"]
+  assert result["custom_ms_per_token"] == pytest.approx(per_pass)
 
 
 def matmul_parameters(config) -> int:

@@ -9,13 +9,15 @@ import jax
 import numpy as np
 import pytest
 import transformers
-from adapter_fixtures import AdapterRun
+from adapter_fixtures import AdapterRun, random_adapter
 from hf_export_test import _script
 from sampler_fixtures import greedy
 
 import refine_jax
 from refine_jax.decoding import loading
 from refine_jax.errors import UserError
+from refine_jax.hf import model_files
+from refine_jax.hf.export_adapter import export_adapter
 from refine_jax.hf.export_step import export_step
 from refine_jax.model import adapters
 
@@ -60,9 +62,31 @@ def test_a_gated_export_holds_the_base_bit_for_bit_and_the_adapter(gated, tmp_pa
   assert out.tokens == [want]
   theirs = transformers.AutoModelForCausalLM.from_pretrained(output).eval()
   assert greedy(theirs, PROMPT, 12) == want
+  assert (output / "custom_generate" / "generate.py").is_file()
   card = (output / "README.md").read_text()
   assert "--uno-lora-path THIS_DIRECTORY/adapter --speculative-num-draft-tokens 16" in card
   assert "as they were" in card and "Every noise token is the EOS" in card
+
+
+def test_a_base_that_transformers_5_wrote_is_the_same_model_to_4(tmp_path):
+  base, _ = hf_fixtures.tiny_hf_model("llama", tmp_path, rope_theta=500.0)
+  written = json.loads((base / "config.json").read_text())
+  assert "rope_theta" not in written and written["rope_parameters"]["rope_theta"] == 500
+  model = loading.load(base)
+  refinement = {"noise_token": 7, "block_size": 4}
+  model_files.save_model_files(
+    base, hf_fixtures.words_tokenizer(), tmp_path / "files", refinement=refinement
+  )
+  output = export_adapter(
+    random_adapter(model.config),
+    tmp_path / "files",
+    tmp_path / "out",
+    base=str(base),
+    how="copy",
+    fingerprint="",
+  )
+  values = json.loads((output / "config.json").read_text())
+  assert values["rope_theta"] == 500 and values.items() >= written.items()
 
 
 def test_a_reference_holds_no_weights_and_knows_its_base(gated, tmp_path, monkeypatch):

@@ -64,3 +64,55 @@ def test_a_base_that_is_a_local_path_is_no_hub_name(workdir, tmp_path):
   for name, shown in (("somebody/tiny", True), (str(tmp_path), False), ("~nosuch/x", False)):
     (workdir / "config.json").write_text(json.dumps(recipe("blocks", **{"model.pretrained": name})))
     assert ("base_model: " in model_card(workdir, 3)) == shown
+
+
+def card_of(place, name, how=None, hub="me/model", **changes):
+  config = recipe(name, **{"model.pretrained": "somebody/tiny"}, **changes)
+  (place / "config.json").write_text(json.dumps(config))
+  return model_card(place, 3, base=how, name=hub, dataset="me/data")
+
+
+def code_of(card):
+  """The blocks of Python in a card, joined."""
+  return "\n".join(card.split("```python")[i].split("```")[0] for i in (1, 2))
+
+
+def test_every_card_has_its_names_and_code_that_is_python(tmp_path):
+  for name, how in (("blocks", None), ("document", None), ("ar_sft", None), ("gated", "copy")):
+    card = card_of(tmp_path, name, how, **{"data.train_files": "/home/me/a.parquet"})
+    front = card.split("---")[1]
+    assert "- custom_generate" in front and "datasets:\n- me/data" in front
+    assert f"base_model_relation: {'adapter' if how else 'finetune'}" in front
+    assert 'custom_generate="me/model"' in card and "Data: me/data (`a.parquet`)." in card
+    assert "/home/me" not in card.split("## Configuration")[0]
+    compile(code_of(card), name, "exec")
+
+
+def test_a_card_of_blocks_says_how_it_drafts(tmp_path):
+  card = card_of(tmp_path, "blocks")
+  assert "fine-tuned from somebody/tiny" in card and "A pass adds up to 16 tokens" in card
+  assert "adapter" not in card.split("## Configuration")[0]
+
+
+def test_a_card_of_the_document_claims_no_runs_of_noise(tmp_path):
+  card = card_of(tmp_path, "document")
+  assert "Drafts are what the last pass predicted past the verified text." in card
+  assert "run of noise" not in card and "seldom right" not in card
+  assert "seldom right" in card_of(tmp_path, "ar_sft")
+
+
+def test_a_card_of_a_gated_run_says_what_is_the_bases_and_where_it_is(tmp_path):
+  card = card_of(tmp_path, "gated", "copy", **{"noise.block_size": 8})
+  assert "The base's weights are as they were" in card and "A pass adds up to 8 tokens" in card
+  assert "fine-tuned" not in card and 'from_pretrained("me/model", dtype="auto")' in card
+  assert "--model-path me/model --speculative-algorithm UNO" in card
+  card = card_of(tmp_path, "gated", "reference")
+  assert 'from_pretrained("somebody/tiny", dtype="auto")' in card
+  assert 'custom_generate="me/model", export="me/model"' in card
+  assert "The base's weights are not in here" in card
+
+
+def test_a_card_of_a_peft_directory_promises_no_code(tmp_path):
+  card = card_of(tmp_path, "blocks", "reference", **{"adapter.kind": "lora"})
+  front = card.split("---")[1]
+  assert "library_name: peft" in front and "custom_generate" not in card

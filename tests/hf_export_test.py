@@ -82,6 +82,9 @@ def test_the_script_writes_what_transformers_loads(run, tmp_path, monkeypatch):
   tokenizer = transformers.AutoTokenizer.from_pretrained(output)
   assert tokenizer("w5 w9")["input_ids"] == [5, 9] and tokenizer.eos_token_id == 1
   assert tokenizer.chat_template == _tokenizer().chat_template
+  code = Path(model_files.__file__).parent / "custom_generate"
+  written = {p.name: p.read_bytes() for p in (output / "custom_generate").iterdir()}
+  assert written == {p.name: p.read_bytes() for p in code.glob("*.py")} and "generate.py" in written
 
 
 def test_a_used_output_or_an_absent_step_is_one_line(run, tmp_path, monkeypatch, capsys):

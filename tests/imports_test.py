@@ -152,7 +152,8 @@ def naming(prefix: str) -> set[str]:
 def test_libraries_stay_behind_their_one_module():
   assert naming("flax.linen") == {"model/layer.py", "model/transformer.py"}
   assert naming("orbax") == {"checkpoint/checkpointer.py"}
-  assert not naming("torch")
+  # Not ours to import: files that exports hold, for transformers to run.
+  assert naming("torch") == {f"hf/custom_generate/{name}.py" for name in ("generate", "passes")}
 
 
 def test_data_and_text_know_no_jax():

@@ -109,6 +109,19 @@ def test_a_tokenizer_made_in_python_is_written_in_words_of_transformers_4_too(tm
   assert loaded.all_special_ids == made.all_special_ids
 
 
+def test_a_tokenizer_that_transformers_5_wrote_is_copied_in_words_of_4_too(tmp_path):
+  made = words_tokenizer()
+  made.add_special_tokens({"additional_special_tokens": ["w7"]})
+  directory, _ = tiny_hf_model("llama", tmp_path)
+  made.save_pretrained(directory)
+  save_model_files(directory, load_tokenizer(directory), tmp_path / "files")
+  settings = json.loads((tmp_path / "files" / "tokenizer_config.json").read_text())
+  assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+  assert settings["additional_special_tokens"] == ["w7"]
+  loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "files")
+  assert loaded.all_special_ids == made.all_special_ids
+
+
 def test_an_export_holds_no_weights_but_its_own(directory, tmp_path):
   for name in ("model.safetensors.index.json", "pytorch_model.bin", "model.gguf", "old.pt"):
     (directory / name).write_text("{}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from refine_jax import records
 from refine_jax.errors import UserError
+from refine_jax.hf import card_usage
 from refine_jax.hf import config as hf_config
 from refine_jax.hf.card_adapter import adapter_body
 from refine_jax.objective import noise as noise_kinds
@@ -74,22 +75,35 @@ def describe_noise(noise: dict) -> str:
   return f"Every noise token is {'the EOS' if token == -1 else f'token {token}'}."
 
 
-def model_card(workdir: str | Path, step: int, *, base: str | None = None) -> str:
+def model_card(
+  workdir: str | Path,
+  step: int,
+  *,
+  base: str | None = None,
+  name: str | None = None,
+  dataset: str | None = None,
+) -> str:
   """The text of README.md for a step of a run.
 
   Args:
     base: of a run with an adapter: how its base is written, "copy", "reference" or "merge".
+    name: on the hub, owner/name; None: it is not there.
+    dataset: name on the hub of what the run was trained on, or None.
 
   Raises:
     UserError: the workdir's config.json is not that of a run.
   """
   workdir = Path(workdir)
   config = hf_config.read_json(workdir)
+  title, place = f"# {(name or workdir.name).split('/')[-1]}, step {step}", name or "THIS_DIRECTORY"
   try:
-    body = _body(config, workdir.name, step)
+    training = describe_training(config)
     if base in ("copy", "reference"):
-      body = adapter_body(config, workdir.name, step, base, describe_training(config))
-    lines = [*_front_matter(config), *body]
+      body = adapter_body(config, place, base, training)
+    else:
+      body = _body(config, place, training)
+    lines = [*_front_matter(config, base, dataset), title, "", *body]
+    lines += _data_lines(config, dataset)
   except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
     raise UserError(
       f"{workdir / 'config.json'} is not the config of a run ({type(error).__name__}: {error});"
@@ -100,43 +114,46 @@ def model_card(workdir: str | Path, step: int, *, base: str | None = None) -> st
   return "\n".join(lines)
 
 
-def _front_matter(config: dict) -> list[str]:
+def _front_matter(config: dict, how: str | None, dataset: str | None) -> list[str]:
   base = config["model"]["pretrained"]
-  lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-  lines += ["tags:", "- refine_jax", "- parallel-decoding"]
+  adapter = config.get("adapter", {"kind": "none"})["kind"]
+  peft = adapter == "lora" and how == "reference"
+  lines = ["---", f"library_name: {'peft' if peft else 'transformers'}"]
+  lines += ["pipeline_tag: text-generation", "tags:", "- refine_jax", "- parallel-decoding"]
+  lines += [] if peft else ["- custom_generate"]
   # A local path says nothing to others, and the hub's form is owner/name.
   if base and not Path(base).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
-    lines.append(f"base_model: {base}")
+    relation = "adapter" if how in ("copy", "reference") else "finetune"
+    lines += [f"base_model: {base}", f"base_model_relation: {relation}"]
+  lines += ["datasets:", f"- {dataset}"] if dataset else []
   return [*lines, "---", ""]
 
 
-def _body(config: dict, name: str, step: int) -> list[str]:
+def _body(config: dict, place: str, training: str) -> list[str]:
   base = config["model"]["pretrained"]
   return [
-    f"# {name}, step {step}",
-    "",
     f"An ordinary causal language model{f', fine-tuned from {base},' if base else ''} trained"
-    " with [refine_jax]. Its architecture is unchanged: everything that loads its base loads it.",
+    " with refine_jax. Its architecture is unchanged: everything that loads its base loads it, and"
+    " then decodes one token a pass.",
     "",
-    f"Training: {describe_training(config)}",
+    f"Training: {training}",
     "",
-    "```python",
-    "import refine_jax",
+    f"`exact` gives the text of greedy decoding, token for token. {card_usage.drafts(config)}",
     "",
-    'model = refine_jax.load("THIS_DIRECTORY")',
-    'out = refine_jax.generate(model, ["..."], mode="exact")',
-    "print(out.texts[0], out.tokens_per_pass)",
-    "```",
-    "",
-    "`exact` gives the text of greedy autoregressive decoding, in fewer passes. With transformers:",
-    "",
-    "```python",
-    "from transformers import AutoModelForCausalLM",
-    "",
-    'model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")',
-    "```",
-    "",
+    *card_usage.use_in_transformers(place),
+    *card_usage.use_here(place),
   ]
+
+
+def _data_lines(config: dict, dataset: str | None) -> list[str]:
+  """What it was trained on: names of files, without folders of the machine that it ran on."""
+  names = [
+    re.split(r"[/\\]", x)[-1] for x in config.get("data", {}).get("train_files", "").split(",")
+  ]
+  said = ", ".join(f"`{x}`" for x in names if x)
+  if dataset:
+    said = f"{dataset}{f' ({said})' if said else ''}"
+  return [f"Data: {said}.", ""] if said else []
 
 
 def _metric_lines(path: Path, step: int) -> list[str]:

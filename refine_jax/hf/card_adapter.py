@@ -1,11 +1,14 @@
 """The part of a model card that says what an adapter's release is, and how it is used."""
 
+from refine_jax.hf import card_usage
 
-def adapter_body(config: dict, name: str, step: int, base: str, training: str) -> list[str]:
+
+def adapter_body(config: dict, place: str, base: str, training: str) -> list[str]:
   """Lines of README.md.
 
   Args:
     config: the run's config.json.
+    place: the release: a name on the hub, or what stands for a directory.
     base: "copy" or "reference".
     training: what the run was trained for, in sentences.
 
@@ -14,28 +17,30 @@ def adapter_body(config: dict, name: str, step: int, base: str, training: str) -
   """
   gated = config["adapter"]["kind"] == "gated"
   source = config["model"]["pretrained"]
-  where = "THIS_DIRECTORY" if base == "copy" else source
-  lines = [f"# {name}, step {step}", ""]
+  where = place if base == "copy" else source
+  lines = []
   if gated:
     lines += [
-      f"{source} with a gated adapter, trained with [refine_jax]. The base's weights are as they"
+      f"{source} with a gated adapter, trained with refine_jax. The base's weights are as they"
       " were, and the adapter acts on noise tokens alone, which are never part of a text: the text"
-      " of `exact` is the base's, whatever the adapter is, in fewer passes.",
+      " of `exact` is the base's, whatever the adapter is, in fewer passes."
+      f" {card_usage.drafts(config)}",
       "",
     ]
   else:
-    lines += [f"A LoRA adapter of {source}, as a PEFT directory, trained with [refine_jax].", ""]
+    lines += [f"A LoRA adapter of {source}, as a PEFT directory, trained with refine_jax.", ""]
   if base == "reference":
     lines += [f"The base's weights are not in here; they are loaded from {source}.", ""]
-  lines += [f"Training: {training}", "", "```python", "import refine_jax", ""]
-  lines += ['model = refine_jax.load("THIS_DIRECTORY")']
-  lines += ['out = refine_jax.generate(model, ["..."], mode="exact")']
-  lines += ["print(out.texts[0], out.tokens_per_pass)", "```", "", "With PEFT:", ""]
-  folder = "THIS_DIRECTORY/adapter" if gated else "THIS_DIRECTORY"
+  lines += [f"Training: {training}", ""]
+  if gated:
+    lines += card_usage.use_in_transformers(place, None if base == "copy" else source)
+  lines += [*card_usage.use_here(place), "With PEFT:", ""]
+  folder = f"{place}/adapter" if gated else place
+  loaded = f'"{place}", subfolder="adapter"' if gated else f'"{place}"'
   lines += ["```python", "from peft import PeftModel"]
   lines += ["from transformers import AutoModelForCausalLM", ""]
   lines += [f'base = AutoModelForCausalLM.from_pretrained("{where}")']
-  lines += [f'model = PeftModel.from_pretrained(base, "{folder}")', "```", ""]
+  lines += [f"model = PeftModel.from_pretrained(base, {loaded})", "```", ""]
   return lines + (_serving(config, where, folder) if gated else [])
 
 

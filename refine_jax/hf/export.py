@@ -1,4 +1,4 @@
-"""A release directory that transformers and others load: weights, configs, tokenizer, card."""
+"""A release that transformers and others load: weights, configs, tokenizer, code, card."""
 
 import shutil
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from refine_jax.errors import UserError
 from refine_jax.hf import config as hf_config
 from refine_jax.hf import weights as hf_weights
 from refine_jax.hf.families import family_of
-from refine_jax.hf.model_files import TEMPLATE_FOLDER
+from refine_jax.hf.model_files import TEMPLATE_FOLDER, add_custom_generate
 from refine_jax.hf.rope import both_spellings
 from refine_jax.quoting import reason
 
@@ -56,6 +56,7 @@ def export(
   try:
     with files.new_directory(output) as temporary:
       copy_model_files(model_files, temporary)
+      add_custom_generate(temporary)
       written = both_spellings(config, family) | {"dtype": dtype, "torch_dtype": dtype}
       files.write_json(temporary / "config.json", written)
       tensors = hf_weights.tensors(params, shape, family, DTYPES[dtype])

@@ -5,6 +5,7 @@ A gated one, with the base at the root or, by reference, without its weights:
     config.json, tokenizer, model.safetensors   the base's own files
     generation_config.json                      "refinement": noise token, block size, "adapter"
     adapter/                                    a PEFT LoRA directory
+    custom_generate/                            code for transformers' generate
 
 SGLang's UNO and vLLM's uno take the adapter from such a folder. A "lora" adapter is the PEFT
 directory itself, with the run's config.json and tokenizer in it.
@@ -20,6 +21,8 @@ from refine_jax.hf import peft, shards
 from refine_jax.hf import weights as hf_weights
 from refine_jax.hf.export import DTYPES, check_dtype, copy_model_files
 from refine_jax.hf.generation_config import NAME
+from refine_jax.hf.model_files import add_custom_generate
+from refine_jax.hf.rope import both_spellings
 
 FOLDER = "adapter"
 # Kind of the adapter -> how its base is written; the first is the default.
@@ -72,11 +75,16 @@ def export_adapter(
   name = base if local is None else str(local.absolute())
   with files.new_directory(output) as temporary:
     copy_model_files(model_files, temporary)
+    if not _old_spelling_says_all(model_files):
+      files.write_json(
+        temporary / "config.json", both_spellings(hf_config.read_json(model_files), family)
+      )
     if how == "copy":
       _copy_weights(hf_weights.find(base), temporary)
       if local is not None:
         name = ".."  # a path of this machine says nothing to others
     if gated:
+      add_custom_generate(temporary)
       place = {} if how == "copy" else {"base": name, "base_fingerprint": fingerprint}
       _tell_sampler(temporary, place)
     folder = temporary / FOLDER if gated else temporary
@@ -84,6 +92,14 @@ def export_adapter(
     peft.write(folder, adapter, config, family, base=name, dtype=DTYPES[dtype])
     (temporary / "README.md").write_text(card, encoding="utf-8")
   return output
+
+
+def _old_spelling_says_all(model_files: Path) -> bool:
+  """Whether config.json is the same model to transformers 4, which reads no `rope_parameters`."""
+  values = hf_config.read_json(model_files)
+  old = {key: value for key, value in values.items() if key != "rope_parameters"}
+  where = str(model_files / "config.json")
+  return hf_config.from_hf(old, where) == hf_config.from_hf(values, where)
 
 
 def _copy_weights(base: Path, output: Path) -> None:

@@ -1,7 +1,7 @@
 """What an export needs besides weights: config.json, generation_config.json, the tokenizer's files.
 
-The tokenizer's files are those of its source, byte for byte, where the run changed nothing: what
-transformers 5 writes of a tokenizer, transformers 4 and readers built on it do not understand.
+The tokenizer's files are those of its source, byte for byte, where the run changed nothing and
+transformers 4 can read them: of what transformers 5 writes, 4 and readers built on it may not.
 """
 
 import os
@@ -30,6 +30,8 @@ _TOKENIZER_FILES = (
   "tokenizer.model",
 )
 TEMPLATE_FOLDER = "additional_chat_templates"
+# What `model.generate(custom_generate=DIR, trust_remote_code=True)` of transformers runs.
+CUSTOM_GENERATE = "custom_generate"
 
 
 def save_model_files(
@@ -81,27 +83,46 @@ def _copy_tokenizer(tokenizer, output: Path) -> None:
     shutil.copyfile(source / name, output / name)
   if (source / TEMPLATE_FOLDER).is_dir():
     shutil.copytree(source / TEMPLATE_FOLDER, output / TEMPLATE_FOLDER)
+  if (output / _TOKENIZER_CONFIG).exists():
+    settings = read_json(output, _TOKENIZER_CONFIG)
+    readable = _spelled_for_both(settings)
+    if readable != settings:
+      files.write_json(output / _TOKENIZER_CONFIG, readable)
+
+
+def add_custom_generate(output: Path) -> None:
+  """Puts PyTorch code for parallel decoding into a release."""
+  source = Path(__file__).parent / CUSTOM_GENERATE
+  (output / CUSTOM_GENERATE).mkdir()
+  for path in sorted(source.glob("*.py")):
+    shutil.copyfile(path, output / CUSTOM_GENERATE / path.name)
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
   """Writes a tokenizer's files so that transformers 4 and 5 both load them.
 
-  transformers 5 names a class that 4 has not, and lists as `extra_special_tokens` what 4 calls
-  `additional_special_tokens`. Both read chat_template in tokenizer_config.json.
+  Both read chat_template in tokenizer_config.json.
   """
   tokenizer.save_pretrained(directory)
-  settings = read_json(directory, _TOKENIZER_CONFIG)
+  settings = _spelled_for_both(read_json(directory, _TOKENIZER_CONFIG))
   settings.pop("backend", None)
-  extra = settings.pop("extra_special_tokens", None)
-  if isinstance(extra, list):
-    settings["additional_special_tokens"] = extra
-  elif extra is not None:
-    settings["extra_special_tokens"] = extra
-  if settings.get("tokenizer_class") == "TokenizersBackend":
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
   if isinstance(tokenizer.chat_template, str):
     settings["chat_template"] = tokenizer.chat_template
   files.write_json(directory / _TOKENIZER_CONFIG, settings)
+
+
+def _spelled_for_both(settings: dict) -> dict:
+  """A tokenizer_config.json without what transformers 5 alone reads.
+
+  5 names a class that 4 has not, and lists as `extra_special_tokens` what 4 calls
+  `additional_special_tokens`.
+  """
+  settings = dict(settings)
+  if isinstance(settings.get("extra_special_tokens"), list):
+    settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+  if settings.get("tokenizer_class") == "TokenizersBackend":
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+  return settings
 
 
 def _set_template(directory: Path, template: str) -> None:
