@@ -64,6 +64,11 @@ def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
   return Mesh(_layout(sizes, devices, asked), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def tensor_mesh(devices: Sequence) -> Mesh:
+  """A mesh of these devices along "tensor" alone."""
+  return make_mesh(MeshConfig(data=1, fsdp=1, tensor=len(devices)), devices)
+
+
 def _layout(sizes: list[int], devices: Sequence, asked: str) -> np.ndarray:
   """The devices in the order of a mesh: neighbours on an axis are neighbours of the network."""
   kind = devices[0].device_kind
@@ -119,6 +124,8 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
   def leaf(path, x):
     name = leaf_name(path)
     spec = next((s for pattern, s in _RULES if re.search(pattern, name)), PartitionSpec())
+    if name.startswith("layers/") and len(spec) == x.ndim + 1:
+      spec = PartitionSpec(*spec[1:])  # a layer by itself
     if len(spec) > x.ndim:
       spec = PartitionSpec()
     parts = [
@@ -170,6 +177,21 @@ def put_batch(batch: Batch, mesh: Mesh, *, accumulated: bool, rows: int | None =
     return jax.make_array_from_callback(shape, sharding, part)
 
   return batch.map(put)
+
+
+def pinned(x: jax.Array, kind: str, mesh: Mesh | None) -> jax.Array:
+  """The model's Constrain (model/layer.py): heads and features over tensor, as their matrices are.
+
+  Rows are over data and fsdp.
+  """
+  if mesh is None or mesh.size == 1:
+    return x
+  tensor = mesh.shape["tensor"]
+  if kind != "residual" and (tensor == 1 or x.shape[2] % tensor):
+    return x
+  inner = {"residual": (None,), "heads": ("tensor", None), "features": ("tensor",)}[kind]
+  place, spec = left(mesh, PartitionSpec(BATCH_AXES, None, *inner))
+  return jax.lax.with_sharding_constraint(x, NamedSharding(place, spec))
 
 
 def on_each_device(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:

@@ -29,7 +29,7 @@ from refine_jax.hf import export as hf_export
 # The modes that each recipe is decoded with, and how many of the seeds it gets.
 _MODES = {
   "ar_sft": ("ar,exact:ngram", None),
-  "uniform": ("ar,exact,fixed:2", 1),
+  "uniform": ("ar,exact:tail,fixed:2", 1),
   "blocks": ("ar,exact:branches,exact:tail,threshold:0.99:branches", None),
   # On the base that ar_sft of the same seed gives; `ar` is that base's own text.
   "gated": ("ar,exact:branches", None),
@@ -155,7 +155,7 @@ def summarise(results: dict, block_size: int) -> dict:
     entries = summary.setdefault(recipe, {})
     for i, setting in enumerate(next(iter(by_seed.values()))):
       mode, block = setting["mode"], setting["block_size"]
-      name, others = mode.split(":")[0], block not in (1, block_size)
+      name, others = mode.split(":")[0], block not in (None, 1, block_size)
       if others or name in entries:
         name = mode.replace(":", "_") + (f"@{block}" if others else "")
       entry = {"setting": mode, "block_size": block, "problems": setting["problems"]}

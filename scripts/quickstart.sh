@@ -16,5 +16,6 @@ python -m refine_jax.main --config=configs/tiny.py:gated --workdir="$run/adapter
   --config.model.pretrained="$run/model"
 python scripts/export_hf.py --workdir="$run/adapter" --output="$run/huggingface"
 python scripts/sample.py --model="$run/huggingface" --prompt="reverse hadj"
+# One at a time: one token a pass, the drafts that pay on this device, and the most tokens a pass.
 python -m refine_jax.evaluate --model="$run/huggingface" --data=data/tiny/test.parquet \
-  --modes=ar,exact --block_sizes=16 --output="$run/evaluation"
+  --modes=ar,exact,exact:branches --block_sizes=16 --batch_size=1 --output="$run/evaluation"

@@ -114,13 +114,8 @@ def parse() -> argparse.Namespace:
   add("--prompt_key", default="prompt")
   add("--response_key", default="target")
   add("--scorer", help="only right answers: auto, " + ", ".join(scoring.SCORERS))
-  add("--block_size", type=whole_number("--block_size", 1), default=8)
-  add(
-    "--draft",
-    default="ngram",
-    choices=DRAFTS,
-    help="of the exact mode; the text is the same",
-  )
+  add("--block_size", type=whole_number("--block_size", 1), help="tokens that a pass can commit")
+  add("--draft", choices=DRAFTS, help="of the exact mode; the text is the same (auto)")
   add("--max_new_tokens", type=whole_number("--max_new_tokens", 1), default=512)
   add("--batch_size", type=whole_number("--batch_size", 1), default=64)
   add("--dtype", help="of the parameters; default: as stored")

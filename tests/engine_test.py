@@ -40,6 +40,12 @@ def finish(engine):
   return answers
 
 
+def iter_steps(engine):
+  """The answers of steps as they come by default."""
+  while engine.busy:
+    yield from engine.step()
+
+
 def alone(model, prompt, options=OPTIONS):
   given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
   return refine_jax.generate(model, [prompt], **given).tokens[0]
@@ -72,6 +78,20 @@ def test_a_cancelled_request_frees_its_slot_and_changes_no_other(model):
   assert set(answers) == {wanted[1], wanted[2]}
   assert answers[wanted[1]].tokens == alone(model, [5], longer)
   assert answers[wanted[2]].tokens == alone(model, [6, 7])
+
+
+def test_answers_are_made_while_the_next_step_runs(model):
+  """One comes with the step after its last, and is seen before; at once where none follows."""
+  engine = Engine(model, 2, options=OPTIONS)
+  longer = dataclasses.replace(OPTIONS, max_new_tokens=200)  # more than the passes of a step say
+  (short,), (long,) = submit(engine, [[3, 4]]), submit(engine, [[5]], longer)
+  assert engine.step() == [] and engine.progress()[short].tokens == alone(model, [3, 4])
+  assert [answer.request for answer in engine.step()] == [short]
+  assert [answer.request for answer in iter_steps(engine)] == [long]
+  (short,), (long,) = submit(engine, [[3, 4]]), submit(engine, [[5]], longer)
+  assert engine.step() == []
+  engine.cancel(short)
+  assert [answer.request for answer in iter_steps(engine)] == [long]
 
 
 def test_tokens_on_their_way_are_those_of_the_answer(model):

@@ -38,7 +38,7 @@ MAY_IMPORT = {
   "hf": _LEAVES | {"model", "objective", "processes", "text"},
   "decoding": _LEAVES
   | {"attention", "batch", "checkpoint", "compile_cache", "hf", "interrupt", "model"}
-  | {"target", "text"},
+  | {"sharding", "target", "text"},
   "evaluation": _LEAVES | {"cli", "data", "decoding", "hf", "model", "text"},
   "terminal": _LEAVES | {"cli", "decoding", "hf", "interrupt"},
   "serving": _LEAVES | {"cli", "decoding", "hf", "text"},

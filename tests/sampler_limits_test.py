@@ -12,7 +12,7 @@ import scipy.stats
 import train_fixtures as tiny
 
 import refine_jax
-from refine_jax.decoding import loading
+from refine_jax.decoding import loading, sampling
 from refine_jax.errors import UserError
 
 MODES = ("exact", "fixed", "threshold", "ar")
@@ -103,6 +103,20 @@ def test_models_of_one_shape_may_lie_on_different_devices(copier):
 def test_a_sample_without_warmth_is_greedy(copier, temperature):
   out = refine_jax.generate(copier, [[1]], max_new_tokens=5, temperature=temperature)
   assert out.tokens == [[2, 3, 4, 5, 6]]
+
+
+def test_a_gpu_reads_the_logits_once_for_what_two_kernels_say():
+  """The first of equal logits, far ones, and rows that say nothing."""
+  logits = 5 * np.random.default_rng(0).normal(size=(3, 6, 301)).astype(np.float32)
+  logits[0, 0, [17, 200]] = 40
+  logits[0, 1], logits[0, 2, :150], logits[0, 3] = 3.0, -np.inf, logits[0, 3] * 1e30
+  logits[1, 0, 5], logits[1, 1, 7], logits[1, 2] = np.nan, np.inf, -np.inf
+  token, probability = jax.jit(sampling._greedy)(logits)
+  found, sure = jax.jit(sampling._greedy_in_one)(logits)
+  np.testing.assert_array_equal(found, token)
+  assert np.sum(np.asarray(token) == sampling.NOT_FINITE) == 3 and token[0, 0] == 17
+  said = np.asarray(token) >= 0
+  np.testing.assert_allclose(sure[said], probability[said], rtol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)

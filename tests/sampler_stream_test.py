@@ -12,6 +12,7 @@ import transformers
 import refine_jax
 from refine_jax.decoding import generation
 from refine_jax.decoding.runner import Runner
+from refine_jax.decoding.unread import Unread
 from refine_jax.text import detokenize
 from refine_jax.text.detokenize import GrowingAnswer, GrowingText
 
@@ -220,16 +221,21 @@ def test_a_special_token_can_be_a_stop_string(model):
   assert out.stopped == [True] and text not in out.texts[0]
 
 
-@pytest.mark.parametrize("when", ["enter", "decode", "fetch"])
-@pytest.mark.parametrize("stop", [(), ("e", "th")])
+@pytest.mark.parametrize(
+  "of, when, stop",
+  [
+    *((Runner, name, stop) for name in ("enter", "start", "report") for stop in ((), ("e", "th"))),
+    (Unread, "take", ()),  # rows that a string ends are not there
+  ],
+)
 def test_an_interrupt_leaves_whole_answers_and_an_engine_that_goes_on(
-  model, monkeypatch, when, stop
+  model, monkeypatch, of, when, stop
 ):
   """A notebook cell that is stopped at any moment of a step."""
-  options = {"max_new_tokens": 60, "temperature": 1.5, "stop": stop}
-  prompts = [[5 + i] for i in range(3)]
+  options = {"max_new_tokens": 60, "temperature": 1.5, "stop": stop, "draft": "tail"}
+  prompts = [[5 + i] for i in range(5)]
   want = refine_jax.generate(model, prompts, **options)
-  calls, make, real, count = [], generation.Call, getattr(Runner, when), 0
+  calls, make, real, count = [], generation.Call, getattr(of, when), 0
 
   def spy(*arguments, **more):
     calls.append(make(*arguments, **more))
@@ -237,13 +243,13 @@ def test_an_interrupt_leaves_whole_answers_and_an_engine_that_goes_on(
 
   def interrupted(*arguments):
     nonlocal count
-    count += 1
+    count += of is Runner or bool(arguments[0])  # there are answers to be made
     if count == 1:
       signal.raise_signal(signal.SIGINT)
     return real(*arguments)
 
   monkeypatch.setattr(generation, "Call", spy)
-  monkeypatch.setattr(Runner, when, interrupted)
+  monkeypatch.setattr(of, when, interrupted)
   with pytest.raises(KeyboardInterrupt):
     refine_jax.generate(model, prompts, slots=2, **options)
   so_far = calls[0].result()

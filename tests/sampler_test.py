@@ -222,7 +222,7 @@ def test_no_prompts_give_no_answers(copier):
 
 
 def test_what_a_model_was_trained_with_is_the_default(monkeypatch):
-  """The noise token and the block size; exact takes smaller blocks for many rows."""
+  """The noise token and the block size; drafts in branches are smaller for many rows."""
   copier = sampler_fixtures.copier_model()
   trained = dataclasses.replace(copier, refinement=loading.Refinement(noise_token=2, block_size=16))
   seen, take = [], pool.take
@@ -233,15 +233,16 @@ def test_what_a_model_was_trained_with_is_the_default(monkeypatch):
 
   monkeypatch.setattr(pool, "take", spy)
 
-  def settings(model, rows=1, mode="exact"):
-    refine_jax.generate(model, [[3, 5, 7]] * rows, mode=mode, max_new_tokens=2)
+  def settings(model, rows=1, mode="exact", draft=None):
+    refine_jax.generate(model, [[3, 5, 7]] * rows, mode=mode, draft=draft, max_new_tokens=2)
     return seen[-1][0]
 
   plain, alone = settings(copier), settings(trained)
-  assert (plain.block, plain.draft) == (8, "tail")
-  assert (alone.block, alone.draft) == (16, "branches")
+  assert (plain.block, plain.draft) == (1, "tail")  # it has no drafts to offer
+  assert (alone.block, alone.draft) == (8, "budget") and alone.plans[0].draft == "ar"
   assert [noise for _, noise in seen] == [copier.eos_token_ids[0], 2]
-  many = {mode: settings(trained, 32, mode) for mode in ("exact", "threshold", "fixed")}
+  asked = (("exact", "branches"), ("threshold", None), ("fixed", None))
+  many = {mode: settings(trained, 32, mode, draft) for mode, draft in asked}
   assert {mode: (s.block, s.draft) for mode, s in many.items()} == {
     "exact": (8, "branches"),
     "threshold": (16, "branches"),

@@ -31,7 +31,7 @@ def text_model(place):
 def serving(model, *, slots=SLOTS, api_key="", local=False, wait=True, **limits):
   """Runs a server; gives its address, port, scheduler, model and thread."""
   limits = {"context": CONTEXT, "max_tokens": CONTEXT, "trace_tokens": 0} | limits
-  options = Options(chat_template="")
+  options = Options(chat_template="", draft="tail")
   served = Served(
     name=NAME,
     model=model,
@@ -134,4 +134,5 @@ def hang_up(connection, response=None):
 
 def generated(model, prompts, **options):
   """The oracle: what generate says, with programs that the server has too."""
-  return refine_jax.generate(model, prompts, slots=SLOTS, max_new_tokens=12, **options)
+  options = {"draft": "tail", "slots": SLOTS, "max_new_tokens": 12} | options
+  return refine_jax.generate(model, prompts, **options)

@@ -13,11 +13,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from refine_jax import target
 from refine_jax.attention import cached_triton, probe
 from refine_jax.model.config import ModelConfig
+from refine_jax.sharding import on_each_device
+
+# Of keys and values [B, K, S, h] on several devices.
+CACHE = PartitionSpec(None, "tensor")
 
 
 def empty_caches(config: ModelConfig, rows: int, size: int, dtype: DTypeLike) -> list:
@@ -49,7 +54,11 @@ def following(start_B: jax.Array, count: int) -> tuple:
 
 
 def attend_with(
-  start_B: jax.Array, positions_BT: jax.Array, reach: Reach, engine: str = "xla"
+  start_B: jax.Array,
+  positions_BT: jax.Array,
+  reach: Reach,
+  engine: str = "xla",
+  mesh: Mesh | None = None,
 ) -> Callable[[int | None], Callable]:
   """For `model.hidden_states`: new tokens at start, start + 1, .. go into the cache and see it.
 
@@ -59,11 +68,27 @@ def attend_with(
     start_B: int32, the place in the cache of each row's first new token.
     positions_BT: int32, in the text; a sliding window counts by these.
     engine: "xla" or "kernel" (see `choose_engine`).
+    mesh: splits heads, and those of the caches, over tensor; None: one device.
   """
   attend = {"xla": _attend, "kernel": cached_triton.attend}[engine]
-  return lambda window: functools.partial(
-    attend, start_B=start_B, positions_BT=positions_BT, reach=reach, window=window
-  )
+  rows = (start_B, positions_BT, reach)
+
+  def with_window(window):
+    def local(scale, q, k, v, cache, start_B, positions_BT, reach):
+      places = {"start_B": start_B, "positions_BT": positions_BT, "reach": reach}
+      return attend(q, k, v, cache, **places, window=window, scale=scale)
+
+    def split(q, k, v, cache, scale=None):
+      if mesh is None:
+        return local(scale, q, k, v, cache, *rows)
+      heads = PartitionSpec(None, None, "tensor", None)
+      specs = (heads,) * 3 + (CACHE,) + (PartitionSpec(),) * len(rows)
+      one = functools.partial(local, scale)
+      return on_each_device(one, mesh, specs, (heads, CACHE))(q, k, v, cache, *rows)
+
+    return split
+
+  return with_window
 
 
 def kernel_is_for(config: ModelConfig, dtype: DTypeLike) -> bool:

@@ -4,15 +4,16 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
+import jax
 import numpy as np
 
-from refine_jax.decoding import state as state_lib
 from refine_jax.decoding.loading import Model
 from refine_jax.decoding.options import Options
 from refine_jax.decoding.plans import Chooser, Plan
 from refine_jax.decoding.requests import Answer, Request, Row
 from refine_jax.decoding.runner import Costs, Runner
-from refine_jax.decoding.settings import Settings, settings_for
+from refine_jax.decoding.settings import Settings, settings_for, static
+from refine_jax.decoding.unread import Unread
 from refine_jax.errors import UserError
 from refine_jax.interrupt import held_back
 
@@ -25,9 +26,8 @@ class Engine:
   """Answers requests in a fixed number of slots, as many at a time.
 
   All rows share the model, the mode, the draft kind and the block size, which make its programs;
-  every other option is a row's own. Three programs serve all: one puts pieces of prompts into the
-  caches, one runs passes, and one runs a pass that is traced. Caches have as many places as the
-  longest row needs, a power of two, and grow.
+  every other option is a row's own. Programs put pieces of prompts into the caches, run passes, and
+  run a pass that is traced. Caches have as many places as the longest row needs, a power of two.
 
   An interrupt (SIGINT) waits for the end of a step: then answers are whole, and the engine can go
   on. One thread may use an engine at a time.
@@ -56,8 +56,10 @@ class Engine:
     self._runner = Runner(model, slots, settings_for(model, options, slots, eos_ids))
     found = self._runner.settings.plans
     self._chooser = Chooser(found) if found else None
+    self._suited: set[tuple] = set()  # what requests asked for, where it was found to fit
     self._waiting: collections.deque[Request] = collections.deque()
     self._rows: list[Row | None] = [None] * slots
+    self._unread = Unread()
     self._finished: list[Answer] = []
     self._lengths = np.ones(slots, np.int32)
     self._ended = np.zeros(slots, bool)  # rows that the device does not know to be done
@@ -75,7 +77,7 @@ class Engine:
   @property
   def busy(self) -> bool:
     """Whether a request waits or is on its way."""
-    return bool(self._waiting or self._finished) or any(self._rows)
+    return bool(self._waiting or self._finished or self._unread) or any(self._rows)
 
   def submit(self, request: Request) -> None:
     """Adds a request, which enters when a slot is free.
@@ -91,8 +93,11 @@ class Engine:
 
     That is other programs, more places than the context has, or more memory.
     """
-    eos_ids = len(request.eos_ids)
-    self.settings.require(settings_for(self.model, request.options, self.slots, eos_ids), eos_ids)
+    options, eos_ids = request.options, len(request.eos_ids)
+    asked = (*static(options), eos_ids)
+    if asked not in self._suited:  # most requests ask for what others did
+      self.settings.require(settings_for(self.model, options, self.slots, eos_ids), eos_ids)
+      self._suited.add(asked)
     if len(request.prompt) >= self.context:
       raise UserError(
         f"A prompt has {len(request.prompt)} tokens, which leaves no room in the engine's"
@@ -120,8 +125,9 @@ class Engine:
     """Lets waiting requests enter, runs some passes, and returns the answers that ended.
 
     Args:
-      passes: at most; fewer where a slot becomes free that a request waits for. Default: 32, and 8
-        where the host has to look for stop strings.
+      passes: at most; fewer where a slot becomes free that a request waits for. Default: 8 where
+        the host has to look for stop strings, else 32; answers then come with the next step, if
+        there is one: the host makes them while its passes run.
     """
     self.prepare()
     with held_back():
@@ -130,7 +136,10 @@ class Engine:
       if self._decoding():
         traced = any(row and row.request.options.trace for row in self._rows)
         self._finished += self._traced(passes or 1) if traced else self._decode(passes)
-    # What ended in a step that was interrupted comes with the next one.
+      self._runner.wait()
+      if not (self._waiting or any(self._rows)):  # no other step follows
+        self._finished += self._unread.take()
+    # Of a step that was interrupted they come with the next one.
     finished, self._finished = self._finished, []
     return finished
 
@@ -157,16 +166,18 @@ class Engine:
     self._admit()
     while entering := self._entering():
       self._enter(entering[: self._runner.pieces])
+    self._runner.wait()
     return self._runner
 
   def progress(self) -> dict[Request, Answer]:
-    """The requests that have a slot, and what there is of their answers."""
+    """What there is of the answers of requests that have a slot, or had one in the last step."""
     with held_back():
+      self._finished += self._unread.take()
       decoding, nothing = self._decoding(), [0] * self.settings.most
       tokens, accepted, sure = self._runner.fetch() if decoding else (np.zeros(0),) * 3
       for slot in decoding:
         self._row(slot).see(self._new_tokens(tokens, slot), False, sure, slot)
-      return {
+      return {answer.request: answer for answer in self._finished} | {
         row.request: row.answer(False, accepted[slot].tolist() if slot in decoding else nothing)
         for slot, row in enumerate(self._rows)
         if row is not None
@@ -190,6 +201,7 @@ class Engine:
     with held_back():
       if request in self._waiting:
         self._waiting.remove(request)
+      self._unread.drop(request)
       for slot, row in enumerate(self._rows):
         if row is not None and row.request is request:
           self._rows[slot], self._ended[slot] = None, True
@@ -207,20 +219,19 @@ class Engine:
         break
 
   def _enter(self, slots: list[int]) -> None:
-    size = self._runner.piece
-    pieces = state_lib.empty_pieces(self.settings, self.slots, self._runner.pieces, size)
+    sent, pieces = self._runner.sent_pieces()
     ahead = self.settings.drafts_of_prompt
     for i, slot in enumerate(slots):
       row = self._row(slot)
       row.put_piece(pieces, i, slot, ahead)
       self._ended[slot] = False
       self._lengths[slot] = len(row.request.prompt)
-    self._runner.enter(pieces)
+    self._runner.enter(sent)
 
   def _decode(self, passes: int | None) -> list[Answer]:
-    if passes is None:
-      watched = any(row and row.request.watched for row in self._rows)
-      passes = _PASSES_BETWEEN_STOPS if watched else _PASSES
+    watched = any(row and row.request.watched for row in self._rows)
+    later = passes is None and not watched
+    passes = passes or (_PASSES_BETWEEN_STOPS if watched else _PASSES)
     least = 1
     if self._entering():
       passes = 1  # beside the next piece
@@ -228,10 +239,11 @@ class Engine:
       # As many rows as a pass over pieces takes, but never many slots at rest.
       enough = min(self._runner.pieces, self.slots // 8, len(self._waiting))
       least = max(len(self._decoding()) - max(enough, 1) + 1, 1)
-    return self._collect(self._runner.decode(self._ended, passes, least))
+    self._runner.start(self._ended, passes, least)
+    return self._unread.take() + self._collect(self._runner.report(), later=later)
 
   def _traced(self, passes: int) -> list[Answer]:
-    finished = []
+    finished = self._unread.take()
     while passes and not finished and self._decoding():
       before = self._lengths.copy()
       report, seen = self._runner.traced_pass(self._ended)
@@ -241,8 +253,8 @@ class Engine:
       passes -= 1
     return finished
 
-  def _collect(self, report: np.ndarray) -> list[Answer]:
-    """Looks at the rows after passes, and frees the slots of those that ended."""
+  def _collect(self, report: np.ndarray, *, later: bool = False) -> list[Answer]:
+    """Frees the slots of rows that ended; their answers are `later` left to the next step."""
     self._ended[:] = False
     lengths, passes, done = report
     decoding = self._decoding()
@@ -253,17 +265,19 @@ class Engine:
     self._lengths[decoding] = lengths[decoding]
     for slot in decoding:
       self._row(slot).passes = int(passes[slot])
-    seen = [slot for slot in decoding if done[slot] or self._row(slot).request.watched]
-    if not seen:
-      return []
-    tokens, accepted, sure = self._runner.fetch()
+    ended = {slot: self._row(slot) for slot in decoding if done[slot]}
+    self._unread.add(ended, lengths, self._runner.rows)
+    watched = [s for s in decoding if not done[s] and self._row(s).request.watched]
+    tokens, accepted, sure = jax.device_get(self._runner.rows) if watched else (np.zeros(0),) * 3
     finished = []
-    for slot in seen:
-      row, ended = self._row(slot), bool(done[slot])
-      if row.see(self._new_tokens(tokens, slot), ended, sure, slot) or ended:
+    for slot in watched:
+      row = self._row(slot)
+      if row.see(self._new_tokens(tokens, slot), False, sure, slot):
         finished.append(row.answer(True, accepted[slot].tolist()))
-        self._rows[slot], self._ended[slot] = None, not ended
-    return finished
+        self._rows[slot], self._ended[slot] = None, True
+    for slot in ended:
+      self._rows[slot] = None
+    return finished if later else finished + self._unread.take()
 
   def _decoding(self) -> list[int]:
     return [slot for slot, row in enumerate(self._rows) if row and row.decodes]

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from refine_jax import compile_cache, files
+from refine_jax import compile_cache, files, sharding
 from refine_jax.attention import cached, packed
 from refine_jax.batch import Array, Batch
 from refine_jax.decoding import plans, sources
@@ -73,9 +74,25 @@ class Model:
     return []
 
   @functools.cached_property
+  def mesh(self) -> Mesh | None:
+    """What the parameters are split over; None: they are on one device."""
+    place = jax.tree.leaves(self.params["layers"])[0].sharding
+    mesh = place.mesh if isinstance(place, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+
+  @functools.cached_property
+  def size(self) -> dict[str, int]:
+    """`parameters` of the layers, and the `itemsize` of each."""
+    leaves = jax.tree.leaves(self.params["layers"])
+    return {"parameters": sum(x.size for x in leaves), "itemsize": leaves[0].dtype.itemsize}
+
+  @functools.cached_property
   def base_decoding_params(self) -> dict:
-    """The parameters, unstacked and joined (layout.py), made when first needed."""
-    return layout.decoding_form(self.params)
+    """The parameters, unstacked and joined (layout.py), made when first needed.
+
+    On several devices they are not joined: that would mix up what each device has.
+    """
+    return layout.unstack_layers(self.params) if self.mesh else layout.decoding_form(self.params)
 
   def decoding_params(self, tokens: int) -> dict:
     """The parameters with the adapter, if there is one, as passes over so many tokens have them."""
@@ -109,10 +126,9 @@ class Model:
 
   @functools.cached_property
   def cache_engine(self) -> str:
-    """The engine of cache_attention for these parameters; the kernel knows one device only."""
+    """The engine of cache_attention for these parameters; the kernel is for one device."""
     leaf = jax.tree.leaves(self.base_decoding_params["layers"][0])[0]
-    one = len(leaf.sharding.device_set) == 1
-    return cached.choose_engine(self.config, leaf.dtype) if one else "xla"
+    return "xla" if self.mesh else cached.choose_engine(self.config, leaf.dtype)
 
   def require_tokenizer(self) -> Tokenizer:
     """The tokenizer.
@@ -141,7 +157,13 @@ def _logits(params, ids_BT, segment_ids_BT, config):
   return transformer.logits(params, hidden_states(params, config, ids_BT, segment_ids_BT))
 
 
-def load(name: str | Path, *, dtype: DTypeLike | None = None, step: int | None = None) -> Model:
+def load(
+  name: str | Path,
+  *,
+  dtype: DTypeLike | None = None,
+  step: int | None = None,
+  tensor: int = 1,
+) -> Model:
   """Loads a Hugging Face directory, a hub name, a PEFT LoRA directory, or the workdir of a run.
 
   A LoRA adapter is merged into its base; a gated one stays next to it (docs/adapters.md).
@@ -150,9 +172,12 @@ def load(name: str | Path, *, dtype: DTypeLike | None = None, step: int | None =
     dtype: of the parameters; default: what the files have (float32 in a workdir whose run trained
       all weights).
     step: of a workdir; default: its newest checkpoint.
+    tensor: how many devices share the model: each has a part of heads, features, vocabulary and
+      caches. Not for a gated adapter.
 
   Raises:
-    UserError: there is nothing to load, it does not fit its config.json, or dtype is no float.
+    UserError: there is nothing to load, it does not fit its config.json, dtype is no float, or the
+      model cannot be shared by so many devices.
   """
   try:
     floating = dtype is None or jnp.issubdtype(dtype, jnp.floating)
@@ -168,11 +193,32 @@ def load(name: str | Path, *, dtype: DTypeLike | None = None, step: int | None =
     raise UserError(f"step={step} goes with the workdir of a run, and {name} is none.")
   else:
     found = sources.from_directory(hf_weights.find(str(name)))
-  params = jax.tree.map(lambda x: jnp.asarray(x, dtype or x.dtype), found.params)
   adapter = found.adapter
+  if tensor != 1:
+    return from_params(_shared(found, tensor, dtype), found.config, found.directory)
+  params = jax.tree.map(lambda x: jnp.asarray(x, dtype or x.dtype), found.params)
   if adapter is not None and adapter.shape.kind == "lora":
     params, adapter = adapters.merge(params, adapter.factors, adapter.shape), None
   return from_params(params, found.config, found.directory, adapter)
+
+
+def _shared(found: sources.Source, tensor: int, dtype: DTypeLike | None) -> dict:
+  """The parameters with layers unstacked, split over so many devices, a leaf at a time."""
+  config = found.config
+  if found.adapter is not None:
+    raise UserError(f"tensor={tensor} is for models without an adapter; leave it out, or merge it.")
+  for what, count in (("heads", config.heads), ("key/value heads", config.kv_heads)):
+    if tensor < 1 or count % tensor:
+      raise UserError(f"tensor={tensor} does not divide the model's {what} ({count}).")
+  if tensor > jax.local_device_count():
+    raise UserError(f"tensor={tensor}: there are {jax.local_device_count()} devices.")
+  mesh = sharding.tensor_mesh(jax.local_devices()[:tensor])
+  params = layout.unstack_layers(found.params)
+  return jax.tree.map(
+    lambda x, place: jax.device_put(np.asarray(x).astype(dtype or x.dtype), place),
+    params,
+    sharding.shardings(params, mesh),
+  )
 
 
 def from_params(

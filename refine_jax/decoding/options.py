@@ -36,15 +36,18 @@ class Options:
       document's algorithm). "threshold" commits while the probability is at least `tau`. "ar" is
       one token a pass.
     block_size: tokens that a pass can commit; 1 is autoregressive decoding. Default: what the model
-      was trained with (noise.kind "block"; fewer for many rows in "exact"), else 8.
+      was trained with (noise.kind "block"; fewer for many rows in "exact"), else 8. Of "auto": at
+      most.
     budget: tokens a row of a pass with drafts "budget" or "cycle". Default: what has room for so
       many rows; of "cycle" at most the block.
     draft: "tail" keeps the last pass's predictions, "noise" puts the noise token, "ngram" continues
       as the text did after its last two tokens occurred before, "branches" runs over noise for
       every length of the verified text, "budget" only where the drafts' probabilities make it worth
       a token, "cycle" drafts in one pass and verifies in the next, "auto" is what gives most tokens
-      a second for so many rows (`python -m refine_jax.tune` measures it). Default: for "fixed"
-      "noise", for a model trained with blocks "branches", else "tail".
+      a second for so many rows, "ar" where nothing pays (`python -m refine_jax.tune` measures it;
+      else a table for H100s counts, and few tokens a pass on other devices). Default: for "exact"
+      without a block_size "auto", for "fixed" "noise", for a model trained with blocks "branches",
+      else "tail".
     max_new_tokens: never overshot; EOS counts.
     refine_iter, tau: of "fixed" and "threshold".
     temperature: 0 for greedy. Otherwise a token is the argmax of logits / temperature plus Gumbel
@@ -144,6 +147,12 @@ class Options:
   def stops(self) -> tuple[str, ...]:
     """The stop strings, however they were given."""
     return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+def chooses(options: Options) -> bool:
+  """Whether drafts are those that pay for so many rows: "auto", named or by default."""
+  default = options.draft is None and options.block_size is None
+  return options.mode == "exact" and (options.draft == AUTO or default)
 
 
 def default_draft(trained: Refinement | None, mode: str) -> str:

@@ -51,15 +51,16 @@ def compiled(*jobs: Job) -> tuple[list, int, float]:
   keys = [_key(job) for job in jobs]
   new = {k: job for k, job in zip(keys, jobs, strict=True) if k not in _PROGRAMS}
   found = {k: _PROGRAMS[k] for k in keys if k in _PROGRAMS}
-  # Traced here, as jax's settings may be this thread's own; XLA does without them, and the lock.
-  lowered = [job.function.lower(*job.arguments) for job in new.values()]
 
-  def make(job, one):
+  def make(job, lowered):
     with _told(job.what) if job.what else contextlib.nullcontext():
-      return one.compile(compiler_options=job.options)
+      return lowered.compile(compiler_options=job.options)
 
   with concurrent.futures.ThreadPoolExecutor(max(len(new), 1)) as pool:
-    found |= zip(new, pool.map(make, new.values(), lowered), strict=True)
+    # Traced here, as jax's settings may be this thread's own; XLA does without them, and the lock,
+    # so one program is compiled, or read from the cache, while the next is traced.
+    made = {k: pool.submit(make, job, job.function.lower(*job.arguments)) for k, job in new.items()}
+    found |= {k: program.result() for k, program in made.items()}
   for key, program in found.items():
     _PROGRAMS[key] = program
     _PROGRAMS.move_to_end(key)

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from refine_jax.decoding import device_memory, programs, sampler
+from refine_jax.attention import cached
+from refine_jax.decoding import device_memory, dispatch, programs, sampler
 from refine_jax.decoding import state as state_lib
 from refine_jax.decoding.loading import Model
 from refine_jax.decoding.settings import Settings
@@ -54,59 +55,104 @@ class Runner:
     slots: rows.
     pieces, piece: how many pieces of prompts a pass takes, and how many tokens each.
     state: State; None before the first row.
+    rows: as the last passes left them, until the next ones start.
     costs: what was spent.
   """
+
+  rows: dispatch.Rows
 
   def __init__(self, model: Model, slots: int, settings: Settings) -> None:
     self.config, self.slots, self.settings = model.config, slots, settings
     self.plan = settings
+    self._params_of: dict[Settings, dict] = {}
     self._model = model
     self.pieces = min(slots, max(_PIECES, slots // 4))
     self.piece = max(_PIECE, programs.bucket(settings.drafts_of_prompt + 1, 1))
     self.state: State | None = None
     self.costs = Costs()
     leaf = jax.tree.leaves(self.params["layers"][0])[0]
-    self._dtype, self._sharding = leaf.dtype, leaf.sharding
+    self._dtype, self._sharding, self._parts = leaf.dtype, leaf.sharding, 1
+    cache = leaf.sharding
     if isinstance(leaf.sharding, NamedSharding):
-      self._sharding = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+      self._sharding = cache = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    if settings.mesh:
+      self._parts = settings.mesh.shape["tensor"]
+      cache = NamedSharding(settings.mesh, cached.CACHE)
+    # Where the state lives, as a prefix of it.
+    places: Any = State._make([self._sharding] * len(State._fields))
+    self._places = places._replace(caches=cache)
     self._programs: dict[Any, Callable] = {}
+    self._mark: jax.Array | None = None
+    self._report: jax.Array | None = None
+    self._entered_at: float | None = None
+    self._started_at = 0.0
     self._sampling = "any"
 
   @property
   def params(self) -> dict:
-    """The parameters of prompts' passes."""
+    """The parameters of prompts' passes: an adapter's are for drafts alone."""
+    if not self.settings.drafts_of_prompt:
+      return self._model.base_decoding_params
     return self._params(self.settings)
 
   def _params(self, settings: Settings) -> dict:
-    if not settings.adapted:
-      return self._model.base_decoding_params
-    return self._model.decoding_params(self.slots * settings.tokens)
+    if settings not in self._params_of:
+      adapted, tokens = settings.adapted, self.slots * settings.tokens
+      found = self._model.decoding_params(tokens) if adapted else self._model.base_decoding_params
+      self._params_of[settings] = found
+    return self._params_of[settings]
 
   @property
   def size(self) -> int:
     """Places of each row's cache."""
     return 0 if self.state is None else self.state.tokens.shape[1]
 
-  def enter(self, pieces: Pieces) -> None:
-    """Runs state.enter."""
-    arguments = (self.params, self.state, pieces)
-    self.state, seconds = programs.timed(self._program("enter"), *arguments)
-    self.costs.prefill_seconds += seconds
+  def sent_pieces(self) -> tuple[np.ndarray, Pieces]:
+    """What `enter` takes, and the pieces to be written into it."""
+    return dispatch.sent_pieces(self.settings, self.slots, self.pieces, self.piece)
+
+  def enter(self, sent: np.ndarray) -> None:
+    """Starts dispatch.enter, and does not wait for it."""
+    self._entered_at = self._entered_at or time.perf_counter()
+    self.state, self._mark = self._program("enter")(self.params, self.state, sent)
+
+  def wait(self) -> None:
+    """Waits until what `enter` started has ended."""
+    if self._mark is not None and self._entered_at is not None:
+      jax.block_until_ready(self._mark)
+      self.costs.prefill_seconds += time.perf_counter() - self._entered_at
+    self._mark = self._entered_at = None
+
+  def start(self, ended: np.ndarray, passes: int, least_active: int) -> None:
+    """Starts dispatch.decode, and does not wait for it."""
+    if jax.default_backend() == "cpu":  # It may run in this call, whose time then is its own.
+      self.wait()
+    self._started_at = time.perf_counter()
+    sent = dispatch.sent_rows(ended, passes, least_active)
+    program, params = self._program("decode"), self._params(self.plan)
+    self.state, self._report, self.rows = program(params, self.state, sent)
+
+  def report(self) -> np.ndarray:
+    """Waits for what `start` started; returns sampler.decode's report, int32 [3, B]."""
+    entered = self._mark is not None
+    self.wait()
+    begun = time.perf_counter() if entered else self._started_at
+    report = np.asarray(self._report)
+    self.costs.decode_seconds += time.perf_counter() - begun
+    return report
 
   def decode(self, ended: np.ndarray, passes: int, least_active: int) -> np.ndarray:
-    """Runs sampler.decode; returns its report, int32 [3, B]."""
-    more = (ended, np.int32(passes), np.int32(least_active))
-    start = time.perf_counter()
-    self.state, report = self._program("decode")(self._params(self.plan), self.state, *more)
-    report = np.asarray(report)
-    self.costs.decode_seconds += time.perf_counter() - start
-    return report
+    """Runs sampler.decode; returns its report."""
+    self.start(ended, passes, least_active)
+    return self.report()
 
   def traced_pass(self, ended: np.ndarray) -> tuple[np.ndarray, sampler.Seen]:
     """Runs sampler.traced_pass; returns its report and what it saw, on the host."""
+    self.wait()
     start = time.perf_counter()
     self.state, *seen = self._program("traced")(self._params(self.plan), self.state, ended)
     report, seen = jax.device_get(seen)
+    self.rows = self._rows()
     self.costs.decode_seconds += time.perf_counter() - start
     return report, seen
 
@@ -115,9 +161,12 @@ class Runner:
 
     These only where Settings.log_probabilities is true.
     """
+    return jax.device_get(self._rows())
+
+  def _rows(self) -> dispatch.Rows:
     assert self.state is not None
     probability = self.state.probability if self.settings.log_probabilities else None
-    return jax.device_get((self.state.tokens, self.state.accepted, probability))
+    return self.state.tokens, self.state.accepted, probability
 
   # Memory.
 
@@ -141,12 +190,13 @@ class Runner:
     if self.state is None:
       more = {"rows": self.slots, "size": size, "dtype": self._dtype}
       make = functools.partial(state_lib.empty, self.config, self.settings, **more)
-      self.state = self._once(make)()
+      self.state = self._once(make, place=self._places)()
       return
     tokens = (self.state.tokens, self.state.probability, self.state.choices.noise_token)
     grow_tokens = self._once(functools.partial(state_lib.grow_tokens, size=size), *tokens)
     caches = list(self.state.caches)
-    grow_cache = self._once(functools.partial(state_lib.grow_cache, size=size), caches[0])
+    more = functools.partial(state_lib.grow_cache, size=size)
+    grow_cache = self._once(more, caches[0], place=self._places.caches)
     with held_back():
       # A layer at a time, so that both sizes of all layers are never there together.
       for i in range(len(caches)):
@@ -164,7 +214,7 @@ class Runner:
     return programs.bucket(places, least)
 
   def _bytes(self, size: int) -> int:
-    return state_lib.cache_bytes(self.config, self.slots, size, self._dtype)
+    return state_lib.cache_bytes(self.config, self.slots, size, self._dtype) // self._parts
 
   @property
   def _device(self) -> Any:
@@ -211,28 +261,28 @@ class Runner:
     return name, settings, self._sampling, programs.context()
 
   def _job(self, name: str, settings: Settings) -> programs.Job:
-    one, ended = np.int32(1), np.zeros(self.slots, bool)
-    pieces = state_lib.empty_pieces(self.settings, self.slots, self.pieces, self.piece)
-    passes = self.slots * settings.tokens
-    function, more, tokens = {
-      "enter": (state_lib.enter, (pieces,), self.pieces * self.piece),
-      "decode": (sampler.decode, (ended, one, one), passes),
-      "traced": (sampler.traced_pass, (ended,), passes),
+    ended, passes = np.zeros(self.slots, bool), self.slots * settings.tokens
+    state, rest = self._places, self._sharding
+    function, sent, tokens, places = {
+      "enter": (dispatch.enter, self.sent_pieces()[0], self.pieces * self.piece, (state, rest)),
+      "decode": (dispatch.decode, dispatch.sent_rows(ended, 1, 1), passes, (state, rest, rest)),
+      "traced": (sampler.traced_pass, ended, passes, (state, rest, rest)),
     }[name]
     # Prompts' drafts are greedy, so all have one program for them.
     sampling = "any" if name == "enter" else self._sampling
     settings = dataclasses.replace(settings, sampling=sampling)
     return programs.Job(
-      programs.jitted(function, self.config, settings, self._sharding),
-      (self._params(settings), self.state, *more),
+      programs.jitted(function, self.config, settings, places),
+      (self.params if name == "enter" else self._params(settings), self.state, sent),
       programs.compiler_options(tokens),
       f"{_NAMES[name]} ({self.slots} rows of up to {self.size} tokens)",
     )
 
-  def _once(self, function: Callable, *arguments: Any) -> Callable:
-    """A program for one use, counted."""
+  def _once(self, function: Callable, *arguments: Any, place: Any = None) -> Callable:
+    """A program for one use, counted; `place` is that of its results, where they are split."""
     start = time.perf_counter()
-    program = jax.jit(function, out_shardings=self._sharding).lower(*arguments).compile()
+    program = jax.jit(function, out_shardings=place or self._sharding)
+    program = program.lower(*arguments).compile()
     self.costs.compile_seconds += time.perf_counter() - start
     self.costs.programs += 1
     return program

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from refine_jax import target
 from refine_jax.attention import cached
 from refine_jax.attention.cached import slice_rows, write_rows
 from refine_jax.batch import Array, Batch
@@ -29,6 +30,9 @@ from refine_jax.decoding.settings import Settings
 from refine_jax.decoding.state import State, run
 from refine_jax.model import adapters, transformer
 from refine_jax.model.transformer import ModelConfig
+
+# Rows of a product with the head that take no longer than fewer (H100).
+_FEW = 64
 
 
 class Seen(NamedTuple):
@@ -99,6 +103,8 @@ def one_pass(
   start = jnp.minimum(state.cached, state.length - 1)
   noise_B = state.choices.noise_token
   tokens, drafted = settings.kind.fill(state.tokens, state.drafted, state.length, settings.block)
+  if tokens is not state.tokens:
+    tokens = jnp.where(state.done[:, None], state.tokens, tokens)
   filled = state._replace(tokens=tokens, drafted=drafted)
   (predicted, probability), known, verified, caches = _predict(
     params, filled, start, config, settings
@@ -118,12 +124,17 @@ def one_pass(
   # "fixed" refines what it predicted, wherever a block's first drafts come from.
   after = drafts.KINDS["tail"] if settings.mode == "fixed" else settings.kind
   keep, drafted = after.following(predicted, known, count, state.length, noise_B)
-  written = write_rows(tokens, keep, state.length)
-  if settings.records:
-    kept = write_rows(state.probability, probability, state.length)
-    state = state._replace(probability=jnp.where(state.done[:, None], state.probability, kept))
+
+  def with_new(rows, new):
+    """In place: rows that are done get what they have, so that all are not copied to choose."""
+    if len(rows) == 1:  # XLA makes one update of it
+      return jnp.where(state.done[:, None], rows, write_rows(rows, new, state.length))
+    old = slice_rows(rows, state.length, new.shape[1])
+    return write_rows(rows, jnp.where(state.done[:, None], old, new), state.length)
+
   new = state._replace(
-    tokens=jnp.where(state.done[:, None], state.tokens, written),
+    tokens=with_new(tokens, keep),
+    probability=with_new(state.probability, probability) if settings.records else state.probability,
     length=length,
     # All that was committed before is cached now, and so are the drafts that were right.
     cached=jnp.where(state.done, state.cached, jnp.minimum(state.length + verified, length - 1)),
@@ -159,15 +170,18 @@ def _predict(params, state, start, config, settings):
   batch = layout.batch
   if settings.random_noise:
     batch = sampling.with_random_noise(batch, config.vocab_size)
-  x, caches = run(params, config, batch, start, layout.reach, state.caches, settings.engine)
+  x, caches = run(params, config, batch, start, layout.reach, state.caches, settings)
 
   def predicted_by(x_BnD, positions):
     logits = transformer.logits(params, x_BnD)
-    chosen = sampling.choose(logits, positions + 1, state.choices, settings.sampling)
+    both = settings.records or settings.mode == "threshold"
+    chosen = sampling.choose(logits, positions + 1, state.choices, settings.sampling, both=both)
     return drafts.Predicted(*chosen)
 
-  # Only the rows that predict the block and one run meet the head, or all, where these are fewer.
-  every = settings.extra_tokens and settings.tokens <= settings.width
+  # Only the rows that predict the block and one run meet the head, or all at once, where these are
+  # not many more, or so few that a product takes the time of reading the head.
+  few = target.platform() == "gpu" and len(base) * settings.tokens <= _FEW
+  every = kind.extra_predictions(block) and (few or settings.tokens <= 9 * settings.width // 8)
   everything = predicted_by(x, batch.positions) if every else None
 
   def choose(order_Bn):

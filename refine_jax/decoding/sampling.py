@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from refine_jax import target
 from refine_jax.batch import Batch
 
 if TYPE_CHECKING:
@@ -15,7 +17,12 @@ NOT_FINITE = -1
 
 
 def choose(
-  logits: jax.Array, positions_BN: jax.Array, choices: "Choices", rows: str = "any"
+  logits: jax.Array,
+  positions_BN: jax.Array,
+  choices: "Choices",
+  rows: str = "any",
+  *,
+  both: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """A token for each place, and its probability.
 
@@ -26,15 +33,17 @@ def choose(
     positions_BN: int32, where in the row each token would stand.
     choices: of the rows: seed, inverse_temperature, top_k, top_p.
     rows: Settings.sampling.
+    both: whether the probability is read; what computes it alone is removed by XLA where it is not.
 
   Returns:
     int32 [B, N], NOT_FINITE where there is none; and float32 [B, N]: the probability in the
     distribution that was chosen from.
   """
   samples = choices.inverse_temperature > 0
+  greedy = _greedy_in_one if both and target.platform() == "gpu" else _greedy
 
   def either(logits):
-    token, probability = _greedy(logits)
+    token, probability = greedy(logits)
     sampled, sampled_probability = _sample(logits, positions_BN, choices)
     here = samples[:, None]
     return (
@@ -43,8 +52,8 @@ def choose(
     )
 
   if rows == "any":
-    return jax.lax.cond(jnp.any(samples), either, _greedy, logits)
-  return _greedy(logits) if rows == "greedy" else either(logits)
+    return jax.lax.cond(jnp.any(samples), either, greedy, logits)
+  return greedy(logits) if rows == "greedy" else either(logits)
 
 
 def _greedy(logits):
@@ -53,6 +62,32 @@ def _greedy(logits):
   logit = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
   probability = jnp.exp(logit - jax.nn.logsumexp(logits, axis=-1))
   return jnp.where(jnp.isfinite(logit), chosen, NOT_FINITE), probability
+
+
+def _greedy_in_one(logits):
+  """What `_greedy` gives, in one kernel that reads the logits once; on a CPU it would take longer.
+
+  With many rows the logits are what a pass reads most of, after the caches.
+  """
+  index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+
+  def joined(one, other):
+    (best, total, place), (best_2, total_2, place_2) = one, other
+    less = jnp.exp(-jnp.abs(best - best_2))  # one of the sums is relative to the smaller best
+    ahead = (best > best_2) | ((best == best_2) & (place < place_2))
+    total = jnp.where(ahead, total + total_2 * less, total * less + total_2)
+    # Of NaN the maximum is NaN.
+    return jnp.maximum(best, best_2), total, jnp.where(ahead, place, place_2)
+
+  least = jnp.finfo(logits.dtype).min
+  best, total, place = jax.lax.reduce(
+    (logits, jnp.ones_like(logits), index),
+    (np.array(least, logits.dtype), np.zeros((), logits.dtype), np.int32(0)),
+    joined,
+    (logits.ndim - 1,),
+  )
+  said = jnp.isfinite(best) & (best > least)
+  return jnp.where(said, place, NOT_FINITE), 1 / total
 
 
 def _sample(logits, positions_BN, choices):

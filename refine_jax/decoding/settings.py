@@ -1,15 +1,16 @@
 """What an engine's programs are made for: the static part of the options."""
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
-import jax
+from jax.sharding import Mesh
 
 from refine_jax import target
-from refine_jax.decoding import drafts, plans
+from refine_jax.decoding import device_plans, drafts, plans
 from refine_jax.decoding.options import (
-  AUTO,
   Options,
+  chooses,
   default_block_size,
   default_budget,
   default_draft,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 _LEAST_ROWS = 16
 # Places for EOS ids in a row; more of them are another program.
 _EOS_PLACES = 8
+# The most tokens that "auto" commits in a pass of a model that was trained without blocks.
+_BLOCK_WITHOUT = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,7 @@ class Settings:
     plans: of draft "auto": what an engine switches between, of which `draft`, `block` and `budget`
       are one.
     least_most, least_reach: of `most` and `reach`, so that all plans share a State.
+    prompt_drafts: whether the prompt's pass makes the first drafts.
     log_probabilities: whether those of answers are kept.
     adapted: whether the adapter of a model that has one takes part.
     random_noise: noise tokens are drawn from the vocabulary; a row's noise token only marks their
@@ -52,6 +56,7 @@ class Settings:
       of their own, of which the second knows greedy rows too.
     engine: of cached.attend_with.
     least_window: see `least_window`.
+    mesh: splits heads and caches over "tensor"; None: one device.
   """
 
   mode: str = "exact"
@@ -62,6 +67,7 @@ class Settings:
   plans: tuple[Plan, ...] = ()
   least_most: int = 0
   least_reach: int = 0
+  prompt_drafts: bool = True
   log_probabilities: bool = False
   adapted: bool = True
   random_noise: bool = False
@@ -69,6 +75,15 @@ class Settings:
   sampling: str = "any"
   engine: str = "xla"
   least_window: int = 1
+  mesh: Mesh | None = None
+
+  def __hash__(self) -> int:
+    """Kept: every step looks programs up by it."""
+    return self._hash
+
+  @functools.cached_property
+  def _hash(self) -> int:
+    return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
 
   @property
   def window(self) -> int:
@@ -100,7 +115,8 @@ class Settings:
   @property
   def drafts_of_prompt(self) -> int:
     """Drafts that the prompt's pass makes for the first one."""
-    return 0 if self.mode == "fixed" else self.kind.prompt_drafts(self.block)
+    none = self.mode == "fixed" or not self.prompt_drafts
+    return 0 if none else self.kind.prompt_drafts(self.block)
 
   @property
   def width(self) -> int:
@@ -119,7 +135,16 @@ class Settings:
     return max(written, self.width, self.least_reach)
 
   def planned(self, plan: Plan) -> "Settings":
-    """The settings of a plan, whose State is that of these."""
+    """The settings of a plan, whose State is that of these; the same object each time."""
+    if plan not in self._planned:
+      self._planned[plan] = self._of(plan)
+    return self._planned[plan]
+
+  @functools.cached_property
+  def _planned(self) -> dict[Plan, "Settings"]:
+    return {}
+
+  def _of(self, plan: Plan) -> "Settings":
     ar = plan.draft == "ar"
     return dataclasses.replace(
       self,
@@ -143,6 +168,12 @@ class Settings:
       )
 
 
+def static(options: Options) -> tuple:
+  """What `settings_for` reads of options."""
+  names = (options.mode, options.draft, options.block_size, options.budget)
+  return (*names, options.log_probabilities, options.noise_token is None)
+
+
 def settings_for(model: "Model", options: Options, slots: int, eos_ids: int = 0) -> Settings:
   """The settings of rows with these options.
 
@@ -150,7 +181,7 @@ def settings_for(model: "Model", options: Options, slots: int, eos_ids: int = 0)
     slots: rows of a pass; with many of them default blocks are smaller.
     eos_ids: how many a row has at most.
   """
-  if options.draft == AUTO and options.mode == "exact":
+  if chooses(options):
     return _auto(model, options, slots, eos_ids)
   trained = model.refinement
   block = options.block_size
@@ -177,30 +208,40 @@ def settings_for(model: "Model", options: Options, slots: int, eos_ids: int = 0)
     eos_places=bucket(eos_ids, _EOS_PLACES),
     engine=model.cache_engine,
     least_window=least_window(slots),
+    mesh=model.mesh,
   )
 
 
 def _auto(model: "Model", options: Options, slots: int, eos_ids: int) -> Settings:
   """Settings whose plans are those of this device and so many rows."""
   trained = model.refinement
-  block = (trained.block_size if trained else None) or 1
+  block = 1 if trained is None else trained.block_size or _BLOCK_WITHOUT
   block = min(block, options.block_size or block)
-  device = jax.local_devices()[0].device_kind
-  found = plans.chosen(model.plans.get(device, {}), slots)
+  found = plans.chosen(model.plans.get(target.kind(), {}), slots)
   if found is None:
-    found = plans.built_in(slots, block, adapted=model.adapter is not None)
-  # A smaller block than that of the training was asked for.
-  found = tuple(plan for plan in found if plan.block <= max(block, 1)) or found[:1]
+    found = device_plans.built_in(
+      slots,
+      block,
+      adapted=model.adapter is not None,
+      trained=trained is not None and trained.block_size is not None,
+      **model.size,
+    )
+  found = tuple(plans.within(plan, block) for plan in found if block > 1 or plan.draft == "ar")
+  if all(plan.draft == "ar" for plan in found):  # the same programs as of that mode
+    alone = dataclasses.replace(options, mode="ar", draft=None, block_size=None)
+    return settings_for(model, alone, slots, eos_ids)
   first = max(found, key=lambda plan: plan.block)
   most = dataclasses.replace(
     options,
-    draft="tail" if first.draft == "ar" else first.draft,
+    draft=first.draft,
     block_size=first.block,
     budget=first.budget or None if first.draft in ("budget", "cycle") else None,
   )
   base = dataclasses.replace(
     settings_for(model, most, slots, eos_ids),
     calibration=(trained and trained.calibration) or PLAIN,
+    # On a CPU an adapter would make a prompt's pass longer than another pass takes.
+    prompt_drafts=model.adapter is None or target.platform() != "cpu",
   )
   each = [base.planned(plan) for plan in found]
   return dataclasses.replace(

@@ -1,10 +1,12 @@
 """The rows of an engine on the device, and the programs that put prompts into them."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from refine_jax.attention import cached
@@ -14,6 +16,7 @@ from refine_jax.decoding import sampling
 from refine_jax.decoding.settings import Settings
 from refine_jax.model import transformer
 from refine_jax.model.transformer import ModelConfig
+from refine_jax.sharding import on_each_device, pinned
 
 
 class Choices(NamedTuple):
@@ -206,7 +209,7 @@ def enter(
   if settings.random_noise:
     window = sampling.with_random_noise(window, config.vocab_size)
   caches = jax.tree.map(of_rows, state.caches)
-  x, caches = run(params, config, window, pieces.start, reach, caches, settings.engine)
+  x, caches = run(params, config, window, pieces.start, reach, caches, settings)
 
   tokens = of_rows(state.tokens)
   tokens = jnp.where((pieces.start == 0)[:, None], noise_B1, tokens)
@@ -238,23 +241,26 @@ def enter(
     passes=put(state.passes, zeros),
     accepted=put(state.accepted, jnp.zeros((len(zeros), settings.most), jnp.int32)),
     choices=jax.tree.map(put, state.choices, pieces.choices),
-    caches=caches if alone else _with_new_places(state.caches, caches, pieces),
+    caches=caches if alone else _with_new_places(state.caches, caches, pieces, settings.mesh),
   )
 
 
-def _with_new_places(caches: list, entered: list, pieces: Pieces) -> list:
+def _with_new_places(caches: list, entered: list, pieces: Pieces, mesh: Mesh | None) -> list:
   """The rows' caches with what the pieces' own, of their rows alone, have in the pieces' places."""
   width = pieces.ids.shape[1]
-  places = pieces.start[:, None, None] + jnp.arange(width)[None, None, :]
 
-  def put(cache_BKSh, entered_RKSh):
+  def put(slot, start, cache_BKSh, entered_RKSh):
+    places = start[:, None, None] + jnp.arange(width)[None, None, :]
     new = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, width, axis=1))
     heads = jnp.arange(cache_BKSh.shape[1])[None, :, None]
-    return cache_BKSh.at[pieces.slot[:, None, None], heads, places].set(
-      new(entered_RKSh, pieces.start), mode="drop", unique_indices=True
+    return cache_BKSh.at[slot[:, None, None], heads, places].set(
+      new(entered_RKSh, start), mode="drop", unique_indices=True
     )
 
-  return jax.tree.map(put, caches, entered)
+  if mesh is not None:
+    whole = PartitionSpec()
+    put = on_each_device(put, mesh, (whole, whole, cached.CACHE, cached.CACHE), cached.CACHE)
+  return jax.tree.map(functools.partial(put, pieces.slot, pieces.start), caches, entered)
 
 
 def run(
@@ -264,14 +270,16 @@ def run(
   start_B: jax.Array,
   reach: Reach,
   caches: list,
-  engine: str,
+  settings: Settings,
 ) -> tuple[jax.Array, list]:
   """Hidden states of a window after the first `start` places of the caches, and these with it."""
+  mesh = settings.mesh
   return transformer.hidden_states(
     params,
     config,
     window,
-    cached.attend_with(start_B, window.positions, reach, engine),
+    cached.attend_with(start_B, window.positions, reach, settings.engine, mesh),
     dtype=caches[0][0].dtype,
     caches=caches,
+    constrain=functools.partial(pinned, mesh=mesh),
   )

@@ -21,7 +21,7 @@ from refine_jax.cli import entry_point, whole_number
 from refine_jax.decoding import generation, loading
 from refine_jax.decoding.drafts import KINDS
 from refine_jax.decoding.loading import Model
-from refine_jax.decoding.options import DRAFTS, MODES, Options
+from refine_jax.decoding.options import DRAFTS, MODES, Options, chooses
 from refine_jax.decoding.prompts import refusals
 from refine_jax.errors import UserError
 from refine_jax.evaluation import plot, reading, report, scoring
@@ -65,32 +65,36 @@ def parse_mode(text: str) -> dict:
 
 
 def settings(modes: str, block_sizes: str) -> list[Setting]:
-  """Every mode with every block size ("ar" has one).
+  """Every mode with every block size; "ar", and "exact" that chooses its drafts, have none.
 
   Raises:
     UserError: a mode, size or draft that cannot be, or one that is there twice.
   """
   sizes = _sizes(block_sizes)
-  result = [
-    Setting(text, parse_mode(text) | {"block_size": size})
-    for text in modes.split(",")
-    for size in ([1] if text == "ar" else sizes)
-  ]
+  result = []
+  for text in modes.split(","):
+    options = parse_mode(text)
+    own = {"ar": [1]}.get(text, [None] if chooses(Options(**options)) else sizes)
+    result += [Setting(text, options | {"block_size": size}) for size in own]
   for index, setting in enumerate(result):
     Options(**setting.options)
     if setting in result[:index]:
+      size = setting.options["block_size"]
       raise UserError(
-        f"--modes={modes} with --block_sizes={block_sizes} has {setting.name} with blocks of"
-        f" {setting.options['block_size']} twice; name it once."
+        f"--modes={modes} with --block_sizes={block_sizes} has {setting.name}"
+        f"{f' with blocks of {size}' if size else ''} twice; name it once."
       )
   return result
 
 
 def _sizes(text: str) -> list[int]:
   try:
-    return [int(size) for size in text.split(",")]
+    sizes = [int(size) for size in text.split(",")]
   except ValueError:
     raise UserError(f"--block_sizes={text!r} must be numbers with commas between.") from None
+  for size in sizes:  # some modes read none of them
+    Options(block_size=size)
+  return sizes
 
 
 def evaluate(
@@ -209,7 +213,11 @@ def parse() -> argparse.Namespace:
     help="ar, exact, fixed:PASSES, threshold:PROBABILITY; a draft may follow: exact:branches,"
     " exact:budget:TOKENS",
   )
-  add("--block_sizes", default="4,8,16,32", help="tokens a pass can commit")
+  add(
+    "--block_sizes",
+    default="4,8,16,32",
+    help="tokens a pass can commit; `exact` without a draft chooses its own",
+  )
   add("--scorer", default="auto", help="auto, " + ", ".join(scoring.SCORERS))
   add("--prompt_key", default="prompt")
   add("--max_new_tokens", type=whole_number("--max_new_tokens", 1), default=256)
@@ -236,7 +244,7 @@ def main() -> None:
       print("no accuracy.png: matplotlib is not installed (pip install -e '.[plot]')")
   last = results[-1]
   if len(results) > 1:
-    print(f"mode={last['mode']} block_size={last['block_size']}", end=" ")
+    print(f"mode={last['mode']} block_size={report.size(last)}", end=" ")
   print(f"solved={last['solved']:.3f} tokens_per_pass={last['tokens_per_pass']:.2f}")
 
 
@@ -271,7 +279,7 @@ def _run(
     results.append({"mode": name, "block_size": options["block_size"]} | numbers)
     print(report.line(results[-1]), flush=True)
     if output:
-      place = f"{name}-{options['block_size']}".replace(":", "-")
+      place = f"{name}-{report.size(results[-1])}".replace(":", "-")
       output.add(place, _placed(answers, problems.places), results)
   return results
 

@@ -1,7 +1,7 @@
 """lm-evaluation-harness with a model that decodes in blocks.
 
     python -m refine_jax.lm_eval --model refine_jax \
-        --model_args pretrained=DIR,mode=exact,block_size=8 --tasks gsm8k
+        --model_args pretrained=DIR,mode=exact --tasks gsm8k
 
 takes every argument of `lm_eval`; pretrained is what `refine_jax.load` takes. The other arguments
 of the model are those of RefineLM, those of --gen_kwargs are in harness_options.py. Needs the

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from refine_jax.evaluation import report
+
 _SIZE = (8, 4.8)
 _FONT = 8.5
 # Where a name may stand beside its point, in points (1/72 inch): the first place that is free.
@@ -63,7 +65,7 @@ def _kind(mode: str) -> str:
 
 
 def _name(result: dict) -> str:
-  block = f", {result['block_size']}" if result["block_size"] > 1 else ""
+  block = f", {report.size(result)}" if result["block_size"] != 1 else ""
   return result["mode"].replace(":", " ") + block
 
 

@@ -112,11 +112,16 @@ def write_answers(directory: Path, name: str, answers: list[dict]) -> None:
       file.writelines(to_json(answer) + "\n" for answer in answers)
 
 
+def size(result: dict) -> str:
+  """A setting's block size in words: "auto" where the sampler chose it."""
+  return str(result["block_size"] or "auto")
+
+
 def line(result: dict) -> str:
   """The printed line of one setting's numbers."""
   unanswered = result["not_answered"]
   return (
-    f"{result['mode']:<14} block {result['block_size']:<3} solved {result['solved']:.1%}"
+    f"{result['mode']:<14} block {size(result):<4} solved {result['solved']:.1%}"
     f" [{result['solved_low']:.1%}, {result['solved_high']:.1%}]"
     f"  tokens/pass {result['tokens_per_pass']:.2f}  not stopped {result['not_stopped']}"
     + (f"  not answered {unanswered}" if unanswered else "")

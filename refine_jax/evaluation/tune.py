@@ -34,9 +34,10 @@ from refine_jax.hf import export as hf_export
 from refine_jax.hf import generation_config
 
 _BUDGETS = (8, 16, 32, 64, 128)
-_CYCLES = (4, 8)
-# Tokens of all rows in one pass, beyond which none was ever worth it.
-_MOST_TOKENS = 8192
+_CYCLES = (4, 8, 16)
+_BRANCHES = (8, 16)
+# Tokens of all rows in one pass, beyond which none was ever worth it; of branches.
+_MOST_TOKENS, _MOST_OF_BRANCHES = 8192, 1024
 _PASSES, _REPEATS = 8, 5
 _PARTS = ("calibration", "plans")
 
@@ -100,6 +101,8 @@ def candidates(rows: int, block: int) -> list[Plan]:
   for kind, sizes in (("budget", _BUDGETS), ("cycle", _CYCLES)):
     fitting = [n for n in sizes if 1 < block and n <= block**2 and rows * n <= _MOST_TOKENS]
     found += [Plan(kind, min(block, n), n, 1.0, 1.0) for n in fitting]
+  fitting = [n for n in _BRANCHES if 1 < n <= block and rows * n**2 <= _MOST_OF_BRANCHES]
+  found += [Plan("branches", n, 0, 1.0, 1.0) for n in fitting]
   return found
 
 

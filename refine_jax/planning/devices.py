@@ -5,6 +5,7 @@ Numbers are those that their makers state, but for `memory`: what a process may 
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import os
 import re
@@ -213,24 +214,32 @@ def _description(wanted: Slice) -> str:
 def answering_for(wanted: Slice) -> Iterator[None]:
   """Has JAX compile for devices that are not here: it asks this process's, and keeps programs.
 
-  Its packed attention asks what the GPUs here can do, of which there are none. Programs would go to
-  the compilation cache, from which none for such devices can be read.
+  Its packed attention and its kernels ask what the GPUs here are, of which there are none. Programs
+  would go to the compilation cache, from which none for such devices can be read.
   """
   if wanted.kind.platform == "cpu":
     yield
     return
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-  asked: Any = cudnn
+  answers: list[tuple[Any, str, Any]] = [
+    (cudnn, "check_compute_capability", lambda least: float(least) <= 9.0)
+  ]
+  with contextlib.suppress(ImportError):  # since jax 0.12
+    gpu_info = importlib.import_module("jax._src.pallas.triton.gpu_info")
+    answers.append((gpu_info, "get_device_kind", lambda: wanted.kind.kind))
   config: Any = jax.config
-  before = asked.check_compute_capability, config.jax_persistent_cache_min_compile_time_secs
-  asked.check_compute_capability = lambda least: float(least) <= 9.0
+  seconds = config.jax_persistent_cache_min_compile_time_secs
+  before = [(module, name, getattr(module, name)) for module, name, _ in answers]
+  for module, name, answer in answers:
+    setattr(module, name, answer)
   config.update("jax_persistent_cache_min_compile_time_secs", float(10**9))
   try:
     yield
   finally:
-    asked.check_compute_capability = before[0]
-    config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+    for module, name, answer in before:
+      setattr(module, name, answer)
+    config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 def is_installed(wanted: Slice) -> bool:

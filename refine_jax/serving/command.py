@@ -74,8 +74,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   group = parser.add_argument_group("decoding", "the same for all requests")
   add = group.add_argument
   add("--mode", default="exact", help=f"{', '.join(MODES)} (exact)")
-  number("block_size", None, "tokens that a pass can commit (as trained, or 8)")
-  add("--draft", help=f"{', '.join(DRAFTS)} (by mode and training)")
+  number("block_size", None, "tokens that a pass can commit (chosen; as trained, or 8)")
+  add("--draft", help=f"{', '.join(DRAFTS)} (auto; with --block_size by training)")
   number("refine_iter", 2, "passes a block, mode fixed")
   add("--tau", type=float, default=0.9, help="probability, mode threshold (0.9)")
   return parser.parse_args(argv)

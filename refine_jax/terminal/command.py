@@ -51,9 +51,9 @@ def parse() -> tuple[argparse.Namespace, dict]:
   add = group.add_argument
   names = [
     add("--mode", default="exact", help=f"{', '.join(MODES)} (exact)"),
-    add("--block_size", type=int, help="tokens that a pass can commit (as trained, or 8)"),
+    add("--block_size", type=int, help="tokens that a pass can commit (chosen; as trained, or 8)"),
     add("--max_new_tokens", type=int, default=256, help="an answer, EOS counted (256)"),
-    add("--draft", help=f"{', '.join(DRAFTS)} (by mode and training)"),
+    add("--draft", help=f"{', '.join(DRAFTS)} (auto; with --block_size by training)"),
     add("--budget", type=int, help="tokens a row of a pass, drafts budget and cycle (by slots)"),
     add("--refine_iter", type=int, default=2, help="passes a block, mode fixed (2)"),
     add("--tau", type=float, default=0.9, help="probability, mode threshold (0.9)"),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from refine_jax import target
 from refine_jax.attention import packed, ranged
@@ -13,7 +13,7 @@ from refine_jax.batch import Batch
 from refine_jax.model import adapters, draft_head, head, layout, transformer, two_streams
 from refine_jax.model.transformer import ModelConfig
 from refine_jax.objective.draft_blocks import DraftBlocks
-from refine_jax.sharding import BATCH_AXES, left
+from refine_jax.sharding import pinned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,15 +223,7 @@ class ForwardConfig:
     )
 
   def _placed(self, x, kind):
-    """Rows over data and fsdp; heads and features over tensor, as their matrices are."""
-    if self.mesh is None or self.mesh.size == 1:
-      return x
-    tensor = self.mesh.shape["tensor"]
-    if kind != "residual" and (tensor == 1 or x.shape[2] % tensor):
-      return x
-    inner = {"residual": (None,), "heads": ("tensor", None), "features": ("tensor",)}[kind]
-    mesh, spec = left(self.mesh, PartitionSpec(BATCH_AXES, None, *inner))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return pinned(x, kind, self.mesh)
 
 
 def choose_join(mesh: Mesh) -> tuple[str, ...]:

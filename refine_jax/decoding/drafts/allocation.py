@@ -25,10 +25,12 @@ class Allocation(NamedTuple):
   Attributes:
     drafts: int32 [B], how many are verified: the first ones.
     runs: int32 [B, D + 1], the length of the run of noise for each number of right drafts.
+    starts: int32 [B, D + 1], the lengths of all runs before it.
   """
 
   drafts: jax.Array
   runs: jax.Array
+  starts: jax.Array
 
 
 def by_chance(
@@ -42,9 +44,9 @@ def by_chance(
     worth_L: float32, falling, of each token of a run; no run is longer.
     room_B: int32, tokens to be shared out; some are left where runs and drafts need fewer.
   """
-  most = chance_BD.shape[1]
+  most, longest = chance_BD.shape[1], len(worth_L)
   run = jnp.arange(most + 1)[None, :]
-  chance = jnp.where(run[:, :most] < known_B[:, None], chance_BD, 0.0)
+  chance = jnp.where(run[:, :most] < known_B[:, None], jnp.minimum(chance_BD, 1.0), 0.0)
   # Products and sums over masks, here and below, are one kernel each; scans and sorts are several.
   before = run[0, None, :most] < run[0, :, None]
   survives = jnp.prod(jnp.where(before[None], chance[:, None, :], 1.0), axis=2)
@@ -53,15 +55,22 @@ def by_chance(
   def gains(ends):
     return (ends[:, :, None] * worth_L[None, None, :]).reshape(len(ends), -1)
 
-  items = jnp.concatenate([survives[:, 1:], gains(ends)], axis=1)
-  # Survival falls, so the drafts among the best are the first ones.
-  drafts = jnp.sum(_among_best(items, room_B)[:, :most], axis=1, dtype=jnp.int32)
+  # Survival falls, so as many drafts stand before a draft as there are; runs stand behind equals.
+  better = gains(ends)[:, None, :] > survives[:, 1:, None]
+  place = run[:, :most] + jnp.sum(better, axis=2, dtype=jnp.int32)
+  drafts = jnp.sum(place < room_B[:, None], axis=1, dtype=jnp.int32)
   drafts = jnp.minimum(drafts, known_B)
   last = drafts[:, None]
   ends = jnp.where(run == last, survives, jnp.where(run < last, ends, 0.0))
-  taken = _among_best(gains(ends), room_B - drafts).reshape(len(drafts), most + 1, -1)
-  runs = jnp.sum(taken, axis=2, dtype=jnp.int32)
-  return Allocation(drafts, jnp.where(run <= last, runs, 0))
+  taken = _among_best(gains(ends), room_B - drafts)
+  own = jnp.repeat(run[0], longest)
+  taken = (taken & (own[None, :] <= last))[:, None, :]
+
+  def count(of):
+    return jnp.sum(taken & of[None], axis=2, dtype=jnp.int32)
+
+  each = run[0, :, None]
+  return Allocation(drafts, count(own[None, :] == each), count(own[None, :] < each))
 
 
 def _among_best(values_Bn, count_B):
@@ -78,4 +87,5 @@ def in_turn(known_B: jax.Array, most: int, longest: int, room_B: jax.Array) -> A
   drafts = jnp.minimum(known_B, most)
   left = jnp.clip(room_B - drafts, 0, longest)
   run = jnp.arange(most + 1)[None, :]
-  return Allocation(drafts, jnp.where(run == drafts[:, None], left[:, None], 0))
+  runs = jnp.where(run == drafts[:, None], left[:, None], 0)
+  return Allocation(drafts, runs, jnp.where(run > drafts[:, None], left[:, None], 0))

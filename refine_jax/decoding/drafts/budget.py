@@ -48,11 +48,9 @@ class BudgetDrafts(BranchDrafts):
     tokens = width + self.extra_tokens(block)
     base = rows.base[:, None]
     known = jnp.clip(rows.known, 0, block - 1 - rows.base)
-    drafts, runs = self.allocate(rows, known, block, tokens - 1 - rows.base)
+    drafts, runs, starts = self.allocate(rows, known, block, tokens - 1 - rows.base)
     clean = base + 1 + drafts[:, None]  # the window's tokens, which stand first
-    index = jnp.arange(block)
-    before = (index[None, :] < index[:, None])[None]
-    firsts = clean + jnp.sum(jnp.where(before, runs[:, None, :], 0), axis=2)
+    index, firsts = jnp.arange(block), clean + starts
     order = jnp.broadcast_to(jnp.arange(tokens), (batch, tokens))
     past = order[:, :, None] - firsts[:, None, :]
     inside = (past >= 0) & (past < runs[:, None, :])  # [B, T, N], of one run at most
