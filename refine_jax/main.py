@@ -1,4 +1,7 @@
-"""Trains: python -m refine_jax.main --config=configs/x.py --workdir=DIR [--config.KEY=VALUE]."""
+"""Trains: refine-jax train --config=FILE[:RECIPE] --workdir=DIR [--config.KEY=VALUE].
+
+`python -m refine_jax.main` is the same.
+"""
 
 import os
 import sys
@@ -11,6 +14,9 @@ from refine_jax.config.describe import help_text
 from refine_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives: checkpoints, logs, metrics.")
+_DRY_RUN = flags.DEFINE_bool(
+  "dry_run", False, "Say what would be done, with an example; train and write nothing."
+)
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Join the other processes of this run; implied by the three flags below."
 )
@@ -29,7 +35,8 @@ def main(argv: list[str]) -> int:
   config, rest = command_line.parse(argv, flags.FLAGS)
   if len(rest) > 1:
     raise UserError(f"Unexpected argument {rest[1]!r}; options start with --.")
-  if not _WORKDIR.value:
+  workdir = _WORKDIR.value
+  if not workdir and not _DRY_RUN.value:
     raise UserError("--workdir is missing; name a directory for the run.")
   checked = from_config_dict(config)
   # JAX takes three quarters of a GPU by default; a training run has it to itself. The rest is for
@@ -37,14 +44,16 @@ def main(argv: list[str]) -> int:
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
   # After the flags: importing jax takes seconds, and --help should not.
   from refine_jax import distributed
-  from refine_jax.training import train
+  from refine_jax.training import dry_run, train
 
   logging.set_verbosity(logging.INFO if os.environ.get("REFINE_JAX_VERBOSE") else logging.WARNING)
+  if _DRY_RUN.value or not workdir:
+    return dry_run.run(checked, workdir)
   given = (_ADDRESS.value, _COUNT.value, _INDEX.value)
   if not _DISTRIBUTED.value and all(value is None for value in given):
-    return train.run(checked, _WORKDIR.value)
+    return train.run(checked, workdir)
   with distributed.joined(distributed.find_place(*given, os.environ)):
-    return train.run(checked, _WORKDIR.value)
+    return train.run(checked, workdir)
 
 
 @entry_point

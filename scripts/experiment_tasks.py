@@ -23,6 +23,7 @@ from refine_jax.cli import entry_point, whole_number
 from refine_jax.config import recipes
 from refine_jax.errors import UserError
 from refine_jax.evaluation import evaluate, reading, report, scoring
+from refine_jax.evaluation import plot as accuracy_plot
 from refine_jax.hf import export as hf_export
 
 # The modes that each recipe is decoded with, and how many of the seeds it gets.
@@ -182,7 +183,7 @@ def read_summary(path: Path) -> dict:
 
 
 def plot(summary: dict, path: Path) -> bool:
-  """report.plot of every setting, its seeds' problems taken together."""
+  """evaluation.plot of every setting, its seeds' problems taken together."""
   rows = []
   for recipe, modes in summary.items():
     for entry in modes.values():
@@ -190,7 +191,7 @@ def plot(summary: dict, path: Path) -> bool:
       low, high = report.wilson(round(entry["solved"] * problems), problems)
       mode = {"mode": f"{recipe} {entry['setting']}", "solved_low": low, "solved_high": high}
       rows.append(entry | mode)
-  return report.plot(rows, path)
+  return accuracy_plot.accuracy(rows, path)
 
 
 def table(summary: dict) -> str:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from refine_jax.decoding import generation
 from refine_jax.errors import UserError
-from refine_jax.evaluation import evaluate, reading, report, scoring
+from refine_jax.evaluation import evaluate, plot, reading, report, scoring
 
 CONFIGS = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -304,5 +304,5 @@ def test_tokens_a_pass_count_rows_that_stopped(monkeypatch, tmp_path):
   lines = (tmp_path / "answers-exact-8.jsonl").read_text().splitlines()
   assert [json.loads(line)["solved"] for line in lines] == [True, False, True]
   results = [numbers | {"mode": "exact", "block_size": 8}]
-  assert report.plot(results, tmp_path / "accuracy.png")
+  assert plot.accuracy(results, tmp_path / "accuracy.png")
   assert (tmp_path / "accuracy.png").stat().st_size > 5000

@@ -40,6 +40,7 @@ MAY_IMPORT = {
   | {"attention", "batch", "checkpoint", "compile_cache", "hf", "interrupt", "model"}
   | {"sharding", "target", "text"},
   "evaluation": _LEAVES | {"cli", "data", "decoding", "hf", "model", "text"},
+  "terminal": _LEAVES | {"cli", "decoding", "hf", "interrupt"},
   "serving": _LEAVES | {"cli", "decoding", "hf", "text"},
   "training": _LEAVES
   | {
@@ -60,7 +61,20 @@ MAY_IMPORT = {
   | {"attention", "batch", "cli", "config", "decoding", "hf", "model", "objective", "sharding"}
   | {"target", "training"},
 }
-DOORS = {"main", "evaluate", "lm_eval", "plan", "serve", "tune", "__init__"}
+DOORS = {
+  "main",
+  "commands",
+  "convert_config",
+  "doctor",
+  "evaluate",
+  "export",
+  "lm_eval",
+  "plan",
+  "sample",
+  "serve",
+  "tune",
+  "__init__",
+}
 
 
 class _DropTypeImports(ast.NodeTransformer):

@@ -82,6 +82,7 @@ def train(place, workdir, *extra, check=True) -> Ended:
   flag_values = flags.FlagValues()
   workdir_flag = flags.DEFINE_string("workdir", None, "", flag_values=flag_values)
   others = {
+    "_DRY_RUN": flags.DEFINE_bool("dry_run", False, "", flag_values=flag_values),
     "_DISTRIBUTED": flags.DEFINE_bool("distributed", False, "", flag_values=flag_values),
     "_ADDRESS": flags.DEFINE_string("coordinator_address", None, "", flag_values=flag_values),
     "_COUNT": flags.DEFINE_integer("num_processes", None, "", flag_values=flag_values),

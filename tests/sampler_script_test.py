@@ -12,6 +12,7 @@ import pytest
 import sampler_fixtures
 
 import refine_jax
+from refine_jax.decoding import loading, result
 from scripts import sample
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "sample.py"
@@ -89,12 +90,16 @@ def test_one_prompt_streams(run, model, monkeypatch):
 
 
 def test_a_page_of_several_batches_shows_all_answers(run, tmp_path):
-  path = tmp_path / "passes.html"
+  path, picture = tmp_path / "passes.html", tmp_path / "first.svg"
   code, _, _ = run(
-    f"--html={path}", "--batch_size=2", *flags(GREEDY), given="\n".join(PROMPTS).encode()
+    f"--html={path}",
+    f"--svg={picture}",
+    "--batch_size=2",
+    *flags(GREEDY),
+    given="\n".join(PROMPTS).encode(),
   )
   page = path.read_text(encoding="utf-8")
-  assert code == 0
+  assert code == 0 and "what is two" in picture.read_text(encoding="utf-8")
   assert [f"answer {n}:" in page for n in range(1, 7)] == [True] * 5 + [False]
   assert "hello ‹2028›world" in page
 
@@ -106,7 +111,7 @@ def test_joined_numbers_are_those_of_one_call(model):
     refine_jax.generate(model, prompts[:1], **options),
     refine_jax.generate(model, prompts[1:], first_row=1, **options),
   ]
-  out = sample.result.joined(parts)
+  out = result.joined(parts)
   assert (out.prompts, out.tokens, out.texts) == (whole.prompts, whole.tokens, whole.texts)
   assert (out.passes, out.stopped) == (whole.passes, whole.stopped)
   assert [[p.tokens for p in row] for row in out.trace.rows] == [
@@ -240,7 +245,7 @@ def test_what_is_no_text_in_an_unused_field_is_written_as_escapes(run):
 
 
 def test_options_are_checked_before_the_model_is_loaded(run, monkeypatch):
-  monkeypatch.setattr(sample.loading, "load", lambda *_, **__: pytest.fail("loaded"))
+  monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("loaded"))
   for wrong in ("--mode=fast", "--top_p=2", "--html=/", "--dtype=x"):
     code, _, _ = run("--prompt=a", wrong)
     assert code == 1
@@ -281,6 +286,6 @@ def test_batches_with_blocks_of_their_own_are_joined(model):
     refine_jax.generate(model, [[7]], block_size=4, max_new_tokens=6),
   ]
   small, large = (sum(part.passes) for part in parts)
-  accepted = sample.result.joined(parts).accepted
+  accepted = result.joined(parts).accepted
   assert accepted[0] == 1.0 and len(accepted) == 4
   assert accepted[3] == pytest.approx(parts[1].accepted[3] * large / (small + large))

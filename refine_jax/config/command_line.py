@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from refine_jax import files
+from refine_jax.config import bundled
 from refine_jax.config.build import check_names
 from refine_jax.config.key import all_keys, nearest
 from refine_jax.config.schema import Config
@@ -44,7 +45,7 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues) -> tuple[ConfigDic
   if file is None:
     # Without one, too, a mistyped option is said first.
     _call(flag_values, argv)
-    raise UserError("--config is missing; name a file such as configs/tiny.py.")
+    raise UserError("--config is missing; name a file such as configs/tiny.py, or a recipe.")
   config = load_config(file)
   try:
     config_flags.DEFINE_config_dict(
@@ -59,7 +60,8 @@ def load_config(name: str) -> ConfigDict:
   """Runs get_config of a Python file.
 
   Args:
-    name: FILE or FILE:RECIPE; the recipe is get_config's argument.
+    name: FILE or FILE:RECIPE; the recipe is get_config's argument. Where there is no such file:
+      NAME or NAME:RECIPE, of a config that comes with the package, or RECIPE alone, of base.py.
 
   Raises:
     UserError: no such file, it fails, or it returns no config with the schema's keys.
@@ -67,7 +69,20 @@ def load_config(name: str) -> ConfigDict:
   file, given, recipe = name.partition(":")
   path = files.local_path(file, "--config")
   if not path.is_file():
-    raise UserError(f"--config names {shown(file)}, and there is no such file.")
+    found = bundled.find(file)
+    if found is None:
+      raise UserError(
+        f"--config names {shown(file)}, and there is no such file; configs that come with"
+        f" refine_jax: {', '.join(bundled.names())}."
+      )
+    path = found[0]
+    if found[1]:
+      if given:
+        raise UserError(
+          f"--config={name}: {file!r} is a recipe already; leave out {':' + recipe!r}."
+        )
+      given, recipe = ":", found[1]
+  bundled.make_importable(path)
   loader = importlib.machinery.SourceFileLoader("refine_jax_user_config", str(path))
   module = types.ModuleType(loader.name)
   module.__file__ = str(path)

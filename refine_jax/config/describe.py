@@ -12,7 +12,7 @@ _WIDTH = 100
 _USAGE = """\
 Trains a model.
 
-  python -m refine_jax.main --config=FILE[:RECIPE] --workdir=DIR [--config.KEY=VALUE ...]
+  refine-jax train --config=FILE[:RECIPE] --workdir=DIR [--config.KEY=VALUE ...]
 """
 _HEAD = """\
 # Every key of a run
@@ -27,8 +27,10 @@ def help_text() -> str:
   """What --help prints: the flags, the recipes, and each key with type, default and meaning."""
   lines = [_USAGE]
   flags = {
-    "--config=FILE[:RECIPE]": "A Python file with get_config, such as those of configs/.",
+    "--config=FILE[:RECIPE]": "A Python file with get_config, such as those of configs/; or the"
+    " name of one that comes with refine_jax, or of a recipe.",
     "--workdir=DIR": "Where the run lives: checkpoints, logs, metrics.",
+    "--dry_run": "Say what would be done, with an example; train and write nothing.",
     "--[no]distributed": "Join the other processes of this run (docs/scale.md).",
     "--coordinator_address=..": "HOST:PORT, where process 0 listens; implies --distributed.",
     "--num_processes=N": "How many processes the run has; implies --distributed.",

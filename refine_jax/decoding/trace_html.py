@@ -196,16 +196,16 @@ def _escape(text: str) -> str:
 
 def _escape_lines(text: str) -> str:
   """HTML of a whole text, which keeps its lines and tabs."""
-  return html.escape("".join(c if c in "\n\t" else _visible_character(c) for c in text))
+  return html.escape("".join(c if c in "\n\t" else visible_character(c) for c in text))
 
 
 def _visible(text: str) -> str:
   if not text.strip(" "):
     return "·" * len(text) or "∅"
-  return "".join(map(_visible_character, text))
+  return "".join(map(visible_character, text))
 
 
-def _visible_character(c: str) -> str:
+def visible_character(c: str) -> str:
   known = {"\n": "↵", "\t": "⇥", "\x7f": "␡"}
   if c in known or c.isprintable():
     return known.get(c, c)

@@ -24,7 +24,7 @@ from refine_jax.decoding.loading import Model
 from refine_jax.decoding.options import DRAFTS, MODES, Options, chooses
 from refine_jax.decoding.prompts import refusals
 from refine_jax.errors import UserError
-from refine_jax.evaluation import reading, report, scoring
+from refine_jax.evaluation import plot, reading, report, scoring
 from refine_jax.hf import export as hf_export
 
 _NAMED = 10  # bad rows in the terminal; all are in the answers
@@ -240,7 +240,7 @@ def main() -> None:
     results = _run(arguments, chosen, problems, score, output)
     for text in report.task_lines(results):
       print(text)
-    if output and not report.plot(results, output.unfinished / "accuracy.png"):
+    if output and not plot.accuracy(results, output.unfinished / "accuracy.png"):
       print("no accuracy.png: matplotlib is not installed (pip install -e '.[plot]')")
   last = results[-1]
   if len(results) > 1:

@@ -1,4 +1,4 @@
-"""An evaluation on paper: intervals, files, the plot."""
+"""An evaluation on paper: intervals and files."""
 
 import contextlib
 import dataclasses
@@ -135,34 +135,3 @@ def task_lines(results: list[dict]) -> Iterator[str]:
   """For each task the shares that the settings solved."""
   for task in results[-1]["by_task"]:
     yield f"  {task:<18} " + "  ".join(f"{r['by_task'][task]:6.1%}" for r in results)
-
-
-def plot(results: list[dict], path: Path) -> bool:
-  """Accuracy against tokens a pass, a point a setting; False without matplotlib."""
-  try:
-    import matplotlib
-  except ImportError:
-    return False
-  matplotlib.use("Agg")
-  from matplotlib import pyplot
-
-  figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-  for mode in dict.fromkeys(r["mode"] for r in results):
-    points = [r for r in results if r["mode"] == mode]
-    x = [r["tokens_per_pass"] for r in points]
-    y = [100 * r["solved"] for r in points]
-    spread = [
-      [100 * (r["solved"] - r["solved_low"]) for r in points],
-      [100 * (r["solved_high"] - r["solved"]) for r in points],
-    ]
-    axes.errorbar(x, y, yerr=spread, marker="o", capsize=2, label=mode)
-    for r, px, py in zip(points, x, y, strict=True):
-      if r["block_size"] != 1:
-        axes.annotate(size(r), (px, py), (4, 4), textcoords="offset points", size=8)
-  axes.set_xlabel("tokens a pass (label: block size)")
-  axes.set_ylabel("solved, % (95 % interval)")
-  axes.legend()
-  axes.grid(alpha=0.3)
-  figure.savefig(path, dpi=120)
-  pyplot.close(figure)
-  return True

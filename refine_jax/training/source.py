@@ -20,10 +20,14 @@ class ModelSource:
   tokenizer: Tokenizer
 
 
-def read_source(config: Config) -> ModelSource:
-  """Reads config.json and the tokenizer; the weights come later, straight to their devices."""
+def read_source(config: Config, *, weights: bool = True) -> ModelSource:
+  """Reads config.json and the tokenizer; the weights come later, straight to their devices.
+
+  Args:
+    weights: whether a hub's model.pretrained is fetched with its weights.
+  """
   name = config.model.pretrained or config.model.config
-  directory = hf_weights.find(name, weights=bool(config.model.pretrained))
+  directory = hf_weights.find(name, weights=weights and bool(config.model.pretrained))
   tokenizer = load_tokenizer(
     config.model.tokenizer or directory, trust_remote_code=config.model.trust_remote_code
   )

@@ -99,6 +99,20 @@ def run_record(config: Config, step_config: StepConfig, plan: DataPlan) -> dict:
   return json.loads(json.dumps(values))
 
 
+def abstract_state(config: Config, source: ModelSource, mesh: Mesh) -> train_step.TrainState:
+  """The state's shapes, dtypes and shardings, without arrays."""
+  shapes = jax.eval_shape(
+    lambda: train_step.init_state(
+      new_params(source.model, make_adapter(config), jax.random.key(0)), config.optim
+    )
+  )
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    sharding.shardings(shapes, mesh),
+  )
+
+
 def init_or_restore(
   config: Config,
   source: ModelSource,
@@ -117,15 +131,8 @@ def init_or_restore(
     the TrainState, on its devices; a line that says where it is from.
   """
   adapter = make_adapter(config)
-  shapes = jax.eval_shape(
-    lambda: train_step.init_state(
-      new_params(source.model, adapter, jax.random.key(0)), config.optim
-    )
-  )
-  places = sharding.shardings(shapes, mesh)
-  abstract = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places
-  )
+  abstract = abstract_state(config, source, mesh)
+  places = jax.tree.map(lambda x: x.sharding, abstract)
   compared = {"run": run, "allow": config.checkpoint.allow_changes, "check": _check_position}
   if checkpointer.has_any():
     state, step = checkpointer.restore(None, abstract, iterator, ours, **compared)
