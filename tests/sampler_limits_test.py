@@ -93,7 +93,9 @@ def test_prompts_come_in_any_list(copier):
 
 
 @pytest.mark.parametrize(
-  "prompt", [b"\1\2", bytearray(b"\1"), memoryview(b"\1"), [True, False], np.array([True])], ids=str
+  "prompt",
+  [b"\1\2", bytearray(b"\1"), memoryview(b"\1"), [True, False], np.array([True])],
+  ids=lambda prompt: type(prompt).__name__,
 )
 def test_bytes_and_truth_values_are_no_token_ids(copier, prompt):
   with pytest.raises(UserError, match="^Prompt 1 (is|mixes) "):

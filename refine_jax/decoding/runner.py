@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -46,6 +47,12 @@ class Costs:
     return Costs(*(now - then for now, then in pairs))
 
 
+def _time_of(mark: jax.Array) -> float:
+  """When it was there, by time.perf_counter."""
+  jax.block_until_ready(mark)
+  return time.perf_counter()
+
+
 class Runner:
   """Rows on a device, and the programs that put prompts into them and run passes.
 
@@ -82,10 +89,12 @@ class Runner:
     places: Any = State._make([self._sharding] * len(State._fields))
     self._places = places._replace(caches=cache)
     self._programs: dict[Any, Callable] = {}
-    self._mark: jax.Array | None = None
+    # On a GPU a program with a loop runs within the call that starts it: only another thread sees
+    # when what came before it ended.
+    self._clock = futures.ThreadPoolExecutor(1)
+    self._prompts: futures.Future[float] | None = None
     self._report: jax.Array | None = None
-    self._entered_at: float | None = None
-    self._started_at = 0.0
+    self._entered_at = self._prompts_ended_at = self._started_at = 0.0
     self._sampling = "any"
 
   @property
@@ -113,15 +122,17 @@ class Runner:
 
   def enter(self, sent: np.ndarray) -> None:
     """Starts dispatch.enter, and does not wait for it."""
-    self._entered_at = self._entered_at or time.perf_counter()
-    self.state, self._mark = self._program("enter")(self.params, self.state, sent)
+    if self._prompts is None:
+      self._entered_at = time.perf_counter()
+    self.state, mark = self._program("enter")(self.params, self.state, sent)
+    self._prompts = self._clock.submit(_time_of, mark)
 
   def wait(self) -> None:
     """Waits until what `enter` started has ended."""
-    if self._mark is not None and self._entered_at is not None:
-      jax.block_until_ready(self._mark)
-      self.costs.prefill_seconds += time.perf_counter() - self._entered_at
-    self._mark = self._entered_at = None
+    prompts, self._prompts = self._prompts, None
+    if prompts is not None:
+      self._prompts_ended_at = prompts.result()
+      self.costs.prefill_seconds += self._prompts_ended_at - self._entered_at
 
   def start(self, ended: np.ndarray, passes: int, least_active: int) -> None:
     """Starts dispatch.decode, and does not wait for it."""
@@ -134,10 +145,9 @@ class Runner:
 
   def report(self) -> np.ndarray:
     """Waits for what `start` started; returns sampler.decode's report, int32 [3, B]."""
-    entered = self._mark is not None
     self.wait()
-    begun = time.perf_counter() if entered else self._started_at
     report = np.asarray(self._report)
+    begun = max(self._started_at, self._prompts_ended_at)
     self.costs.decode_seconds += time.perf_counter() - begun
     return report
 
