@@ -47,7 +47,7 @@ def relabel(model, rows: list[dict], arguments, score) -> tuple[list[str | None]
   answers, done = [None] * len(rows), ["kept: cannot be answered"] * len(rows)
   if not good:
     return answers, done, bad
-  out = generation.generate(
+  out = generation.attempt(
     model,
     [rows[i][arguments.prompt_key] for i in good],
     slots=arguments.batch_size,
@@ -55,7 +55,11 @@ def relabel(model, rows: list[dict], arguments, score) -> tuple[list[str | None]
     draft=arguments.draft,
     max_new_tokens=arguments.max_new_tokens,
   )
+  for place in out.not_finite:
+    bad[good[place]] = generation.NOT_FINITE
   for i, text, stopped in zip(good, out.texts, out.stopped, strict=True):
+    if i in bad:
+      continue
     try:
       done[i] = _done(rows[i], text, stopped, score)
     except scoring.Unscorable as error:

@@ -249,13 +249,20 @@ def test_rows_that_cannot_be_answered_are_named_and_count_as_not_solved(monkeypa
   def generate(model, prompts, **options):
     n = len(prompts)
     numbers = {"tokens": [[0]] * n, "passes": [1] * n, "stopped": [True] * n}
-    return SimpleNamespace(texts=prompts, prefill_seconds=0.0, decode_seconds=0.0, **numbers)
+    numbers |= {"prefill_seconds": 0.0, "decode_seconds": 0.0, "not_finite": bad}
+    return SimpleNamespace(texts=prompts, **numbers)
 
-  monkeypatch.setattr(generation, "generate", generate)
+  bad = []
+  monkeypatch.setattr(generation, "attempt", generate)
   numbers, outcomes = evaluate.evaluate(None, rows, scoring.exact, batch_size=2, refused=refused)
   assert [o["solved"] for o in outcomes] == [True, False, False, True]
   assert [o.get("reason") for o in outcomes] == [None, "null", refused[2], None]
   assert (numbers["problems"], numbers["solved"], numbers["not_answered"]) == (4, 0.5, 2)
+  bad.append(1)
+  numbers, outcomes = evaluate.evaluate(None, rows, scoring.exact, batch_size=2, refused=refused)
+  assert [o["solved"] for o in outcomes] == [True, False, False, False]
+  assert "not finite" in outcomes[3]["reason"] and not outcomes[3]["stopped"]
+  assert (numbers["solved"], numbers["not_answered"]) == (0.25, 3)
   problems = reading.Rows(rows[1:3], problems.places[1:3], problems.columns)
   with pytest.raises(UserError, match="No problem can be answered. FILE, row 1: null"):
     evaluate.unanswerable(None, problems, "prompt")
@@ -287,11 +294,12 @@ def test_tokens_a_pass_count_rows_that_stopped(monkeypatch, tmp_path):
       stopped=stopped,
       tokens=[[0] * n for n in tokens],
       passes=passes,
+      not_finite=[],
       prefill_seconds=1.0,
       decode_seconds=2.0,
     )
 
-  monkeypatch.setattr(generation, "generate", generate)
+  monkeypatch.setattr(generation, "attempt", generate)
   rows = [
     {"prompt": p, "answer": a, "task": t}
     for p, a, t in (("a", "1", "x"), ("b", "2", "x"), ("c", "3", "y"))

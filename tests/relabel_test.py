@@ -1,5 +1,6 @@
 """A file relabelled by a model, against transformers' greedy answers."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -11,6 +12,8 @@ import pytest
 import torch
 import transformers
 from hf_fixtures import tiny_hf_model, words_tokenizer
+
+from refine_jax.decoding import generation
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "relabel.py"
 ROWS = 7
@@ -87,6 +90,24 @@ def test_a_missing_column_or_file_is_one_line(directory, data, tmp_path, monkeyp
   assert "no column 'reply'; it has prompt, target" in capsys.readouterr().err
   assert run(monkeypatch, *common, f"--data={tmp_path / 'gone.parquet'}") == 1
   assert "gone.parquet" in capsys.readouterr().err and not output.exists()
+
+
+def test_a_row_whose_logits_are_not_finite_keeps_its_response_and_is_named(
+  directory, data, tmp_path, monkeypatch, capsys
+):
+  attempt, output = generation.attempt, tmp_path / "new.parquet"
+
+  def failing_in_one(*arguments, **options):
+    return dataclasses.replace(attempt(*arguments, **options), not_finite=[2])
+
+  monkeypatch.setattr(generation, "attempt", failing_in_one)
+  arguments = (f"--model={directory}", f"--data={data}", f"--output={output}")
+  assert run(monkeypatch, *arguments, "--max_new_tokens=6") == 0
+  said = capsys.readouterr()
+  assert f"row 2 (from 0): {generation.NOT_FINITE}" in said.err
+  assert "1 kept: cannot be answered" in said.out
+  targets = pyarrow.parquet.read_table(output)["target"].to_pylist()
+  assert targets[2] == "old" and targets.count("old") < ROWS
 
 
 def test_rows_that_cannot_be_answered_keep_their_response_and_are_named(

@@ -10,7 +10,7 @@ import sampler_fixtures
 import train_fixtures as tiny
 
 import refine_jax
-from refine_jax.decoding import comparison, loading, programs
+from refine_jax.decoding import comparison, generation, loading, programs
 from refine_jax.errors import UserError
 
 EOS, DAMAGED = sampler_fixtures.EOS, 9
@@ -95,6 +95,16 @@ def test_rows_whose_logits_are_not_finite_are_named(damaged, model, options):
     generate(damaged, (good, bad, bad), first_row=10, **options)
   alone = generate(damaged, (good,), **options)
   assert alone.tokens == generate(model, (good,), **options).tokens
+
+
+def test_an_attempt_keeps_the_rows_beside_one_that_is_not_finite(damaged, model):
+  good, bad = [5, 6, 7], [5, DAMAGED, 7]
+  options = {"max_new_tokens": 6, "block_size": 3}
+  out = generation.attempt(damaged, [bad, good, bad], slots=2, **options)
+  assert out.not_finite == [0, 2] and out.tokens[0] == []
+  assert out.tokens[1] == generate(model, (good,)).tokens[0]
+  with pytest.raises(UserError, match="not finite .* in prompt 1, 2, "):
+    generation.attempt(damaged, [bad, bad], **options)
 
 
 def test_an_infinite_best_logit_is_not_finite(model):

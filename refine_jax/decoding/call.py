@@ -11,21 +11,25 @@ from refine_jax.errors import UserError
 from refine_jax.interrupt import held_back
 
 _ROWS_SHOWN = 8
+_NOT_FINITE = "not_finite"
 
 
 class Call:
   """Requests on their way through an engine of the model's."""
 
-  def __init__(self, model: Model, requests: Sequence[Request], *, slots: int = 0) -> None:
+  def __init__(
+    self, model: Model, requests: Sequence[Request], *, slots: int = 0, strict: bool = True
+  ) -> None:
     """Submits the requests, which share what `Engine` says.
 
     Args:
       slots: how many rows decode at a time; 0: as many as suit the requests.
+      strict: whether one row whose logits are not finite is an error, or only all of them.
 
     Raises:
       UserError: the device's memory is too small for them.
     """
-    self.requests, self._model = list(requests), model
+    self.requests, self._model, self._strict = list(requests), model, strict
     self._answers: dict[Request, Answer] = {}
     self._engine = pool.take(model, self.requests, slots) if requests else None
     self._before = self._engine.costs if self._engine else Costs()
@@ -40,15 +44,18 @@ class Call:
     """Runs a step of the engine, and returns the answers that ended.
 
     Raises:
-      UserError: logits of a row were not finite.
+      UserError: logits of a row were not finite, or those of every row where not `strict`.
     """
     assert self._engine is not None
     self._engine.prepare()
     with held_back():  # what ended is ours before an interrupt comes
       ended = self._engine.step(passes)
       self._answers |= {answer.request: answer for answer in ended}
-    _refuse_not_finite(ended)
+    if self._strict:
+      _refuse_not_finite(ended)
     if not self.busy:
+      if all(answer.finish_reason == _NOT_FINITE for answer in self._answers.values()):
+        _refuse_not_finite(self._answers.values())
       self._spent = self._engine.costs.since(self._before)
       pool.give_back(self._engine)
     return ended
@@ -78,7 +85,7 @@ def _refuse_not_finite(answers: Iterable[Answer]) -> None:
   bad = sorted(
     (answer.request.row + 1, len(answer.tokens))
     for answer in answers
-    if answer.finish_reason == "not_finite"
+    if answer.finish_reason == _NOT_FINITE
   )
   if bad:
     shown = ", ".join(f"{row}" for row, _ in bad[:_ROWS_SHOWN])
@@ -112,6 +119,7 @@ def gathered(model: Model, answers: list[Answer], costs: Costs) -> Generation:
     texts=None if model.tokenizer is None else [answer.text or "" for answer in answers],
     passes=passes,
     stopped=[answer.stopped for answer in answers],
+    not_finite=[i for i, answer in enumerate(answers) if answer.finish_reason == _NOT_FINITE],
     accepted=[sum(column) / max(sum(passes), 1) for column in zip(*counts, strict=True)],
     prefill_seconds=costs.prefill_seconds,
     decode_seconds=costs.decode_seconds,

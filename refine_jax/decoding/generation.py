@@ -17,6 +17,9 @@ from refine_jax.decoding.result import Generation
 from refine_jax.errors import UserError
 from refine_jax.quoting import shown
 
+# Why a row of `attempt` is not answered.
+NOT_FINITE = "the model's logits are not finite (NaN or infinite); dtype float32 may help"
+
 
 def _with_options(function: Callable) -> Callable:
   """Shows every field of Options in a function's signature, where help and editors look."""
@@ -107,6 +110,20 @@ def stream(model: Model, prompts: Sequence, *, passes: int = 1, **options: Any) 
   good = isinstance(passes, numbers.Integral) and passes >= 1
   require("passes", passes, good, "a whole number of at least 1")
   return generate(model, prompts, stream=int(passes), **options)
+
+
+def attempt(model: Model, prompts: Sequence, *, slots: int = 0, **options: Any) -> Generation:
+  """Decodes as `generate` does, but one row whose logits are not finite does not end the others.
+
+  Generation.not_finite has those rows; their texts end where the logits did.
+
+  Raises:
+    UserError: as in `generate`; logits are not finite in every row.
+  """
+  call = Call(model, requests(model, prompts, Options(**options)), slots=slots, strict=False)
+  while call.busy:
+    call.step()
+  return call.result()
 
 
 def _listed(prompts) -> list:

@@ -55,6 +55,7 @@ class Generation:
     trace: where it was asked for.
     programs: how many were compiled.
     log_probabilities: of each row's tokens, where they were asked for.
+    not_finite: rows that ended because the model's logits were not finite (`attempt`).
   """
 
   prompts: list[list[int]]
@@ -69,6 +70,7 @@ class Generation:
   trace: Trace | None = dataclasses.field(default=None, repr=False)
   programs: int = 0
   log_probabilities: list[list[float]] | None = dataclasses.field(default=None, repr=False)
+  not_finite: list[int] = dataclasses.field(default_factory=list)
 
   @property
   def tokens_per_pass(self) -> float:

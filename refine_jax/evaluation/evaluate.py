@@ -107,7 +107,7 @@ def evaluate(
   refused: Mapping[int, str] = {},
   **options: Any,
 ) -> tuple[dict, list[dict]]:
-  """Answers and scores all rows with one setting of `generation.generate`.
+  """Answers and scores all rows with one setting of `generation.attempt`.
 
   Args:
     batch_size: how many decode at a time; a row that ends makes room for the next.
@@ -123,7 +123,7 @@ def evaluate(
   outcomes = [_outcome(row, prompt_key, refused.get(i)) for i, row in enumerate(rows)]
   answered = [i for i in range(len(rows)) if i not in refused]
   prompts = [rows[i][prompt_key] for i in answered]
-  out = generation.generate(model, prompts, slots=min(batch_size, len(prompts)), **options)
+  out = generation.attempt(model, prompts, slots=min(batch_size, len(prompts)), **options)
   texts = out.texts or [""] * len(prompts)
   for place, i in enumerate(answered):
     outcomes[i] |= {
@@ -132,6 +132,9 @@ def evaluate(
       "tokens": len(out.tokens[place]),
       "passes": out.passes[place],
     }
+    if place in out.not_finite:
+      outcomes[i] |= {"stopped": False, "reason": generation.NOT_FINITE}
+      continue
     try:
       outcomes[i]["solved"] = score(texts[place], rows[i])
     except scoring.Unscorable as error:
@@ -271,6 +274,9 @@ def _run(
       refused=refused,
       **options,
     )
+    for answer, place in zip(answers, problems.places, strict=True):
+      if answer.get("reason") == generation.NOT_FINITE:
+        print(f"not answered: {place}: {generation.NOT_FINITE}", file=sys.stderr)
     texts = [answer.get("text") for answer in answers]
     if not results and name == "ar":
       base = texts
