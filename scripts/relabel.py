@@ -103,6 +103,8 @@ def read_schema(path: str, prompt_key: str, response_key: str) -> pyarrow.Schema
   index = schema.get_field_index(response_key)
   field = schema.field(index)
   kind = field.type.value_type if pyarrow.types.is_dictionary(field.type) else field.type
+  if pyarrow.types.is_null(kind):  # no response yet
+    kind = pyarrow.string()
   if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
     raise UserError(f"Column {response_key!r} holds {kind}, not strings (--response_key).")
   return schema.set(index, field.with_type(kind))
@@ -129,6 +131,11 @@ def parse() -> argparse.Namespace:
   arguments.output = files.local_path(arguments.output, "--output")
   arguments.data = files.local_path(arguments.data, "--data")
   files.refuse_used(arguments.output, "--output")
+  if arguments.response_key == arguments.prompt_key:
+    raise UserError(
+      f"--response_key and --prompt_key are both {arguments.prompt_key!r}; answers would take the"
+      " place of the prompts."
+    )
   return arguments
 
 

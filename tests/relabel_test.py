@@ -92,6 +92,23 @@ def test_a_missing_column_or_file_is_one_line(directory, data, tmp_path, monkeyp
   assert "gone.parquet" in capsys.readouterr().err and not output.exists()
 
 
+def test_a_column_without_a_response_is_filled_in_and_prompts_are_never_written_over(
+  directory, data, tmp_path, monkeypatch, capsys
+):
+  table = pyarrow.parquet.read_table(data)
+  index = table.schema.get_field_index("target")
+  table = table.set_column(index, "target", pyarrow.nulls(ROWS))
+  pyarrow.parquet.write_table(table, data)
+  output = tmp_path / "new.parquet"
+  arguments = (f"--model={directory}", f"--data={data}", f"--output={output}")
+  assert run(monkeypatch, *arguments, "--response_key=prompt") == 1
+  assert "are both 'prompt'" in capsys.readouterr().err and not output.exists()
+  assert run(monkeypatch, *arguments, "--max_new_tokens=6") == 0
+  new = pyarrow.parquet.read_table(output)
+  assert new.schema.field("target").type == pyarrow.string()
+  assert ROWS > new["target"].null_count and new["prompt"] == table["prompt"]
+
+
 def test_a_row_whose_logits_are_not_finite_keeps_its_response_and_is_named(
   directory, data, tmp_path, monkeypatch, capsys
 ):
