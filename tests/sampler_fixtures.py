@@ -28,9 +28,8 @@ def copier_model(tokenizer=None, vocabulary: int = 40):
   return loading.Model(config, params, tokenizer, (vocabulary - 1,), None, "copier")
 
 
-def text_model_directory(place, family: str = "llama"):
-  """A Hugging Face directory of a tiny random model with a tokenizer and a chat template."""
-  tokenizer = data_fixtures.make_tokenizer()
+def directory_for(tokenizer, place, family: str, **changes):
+  """A Hugging Face directory of a tiny random model for a tokenizer, which is not written."""
   directory, _ = tiny_hf_model(
     family,
     place,
@@ -38,7 +37,15 @@ def text_model_directory(place, family: str = "llama"):
     eos_token_id=tokenizer.eos_token_id,
     pad_token_id=tokenizer.pad_token_id,
     bos_token_id=None,
+    **changes,
   )
+  return directory
+
+
+def text_model_directory(place, family: str = "llama"):
+  """A Hugging Face directory of a tiny random model with a tokenizer and a chat template."""
+  tokenizer = data_fixtures.make_tokenizer()
+  directory = directory_for(tokenizer, place, family)
   tokenizer.save_pretrained(directory)
   assert json.loads((directory / "config.json").read_text())["vocab_size"] == len(tokenizer)
   return directory

@@ -14,6 +14,7 @@ import custom_generate_fixtures
 import data_fixtures
 import hf_fixtures
 import pytest
+import sampler_fixtures
 import transformers4_reader
 from adapter_fixtures import random_adapter
 
@@ -49,15 +50,7 @@ def python(tmp_path_factory):
 def source(family, place):
   """A base as others leave it: its tokenizer as transformers 5 writes it, or in words of both."""
   tokenizer = data_fixtures.make_tokenizer()
-  directory, _ = hf_fixtures.tiny_hf_model(
-    family,
-    place,
-    vocab_size=len(tokenizer),
-    eos_token_id=tokenizer.eos_token_id,
-    pad_token_id=tokenizer.pad_token_id,
-    bos_token_id=None,
-    **CHANGES.get(family, {}),
-  )
+  directory = sampler_fixtures.directory_for(tokenizer, place, family, **CHANGES.get(family, {}))
   tokenizer.chat_template = TEMPLATE
   if family in ("llama", "qwen3"):
     tokenizer.save_pretrained(directory)

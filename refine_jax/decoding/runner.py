@@ -135,7 +135,7 @@ class Runner:
       self.costs.prefill_seconds += self._prompts_ended_at - self._entered_at
 
   def start(self, ended: np.ndarray, passes: int, least_active: int) -> None:
-    """Starts dispatch.decode, and does not wait for it."""
+    """Starts dispatch.decode; on a GPU this returns when its loop has ended."""
     if jax.default_backend() == "cpu":  # It may run in this call, whose time then is its own.
       self.wait()
     self._started_at = time.perf_counter()
