@@ -127,7 +127,7 @@ class Engine:
     Args:
       passes: at most; fewer where a slot becomes free that a request waits for. Default: 8 where
         the host has to look for stop strings, else 32; answers then come with the next step, if
-        there is one: the host makes them while its passes run.
+        there is one: the host makes them beside its passes, on a GPU after them.
     """
     self.prepare()
     with held_back():

@@ -10,7 +10,7 @@ from refine_jax.decoding.requests import Answer, Request, Row
 
 
 class Unread:
-  """Rows that ended in a step: their answers are made while the device runs the next one."""
+  """Rows that ended in a step: their answers are made once the next one is started."""
 
   def __init__(self) -> None:
     self._ended: dict[int, Row] = {}
